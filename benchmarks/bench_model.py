@@ -1,0 +1,45 @@
+"""pytest-benchmark entry point: the pretrained ViT on one photograph, a backend at a time.
+
+``python -m benchmarks`` interleaves the backends and checks their features. Run with::
+
+    pytest benchmarks/bench_model.py -o python_files='bench_*.py'
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import machine, photographs, pretrained
+from benchmarks.features import usable_backends, with_any_registers
+from benchmarks.shapes import DTYPES
+from benchmarks.vit import ViT
+from vitreg_kernels.ops.attention.backends import BACKENDS
+
+DEVICE = machine.default_device()
+
+
+@pytest.fixture(scope="module")
+def model() -> pretrained.Pretrained:
+    return with_any_registers(pretrained.load())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", [backend.NAME for backend in BACKENDS])
+@torch.inference_mode()
+def test_model(model: pretrained.Pretrained, backend: str, dtype: str, benchmark) -> None:
+    vit = ViT(model).to(DEVICE, DTYPES[dtype])
+    images = photographs.normalize(photographs.load(("astronaut",))).to(DEVICE, DTYPES[dtype])
+    default, usable = usable_backends(vit, images)
+    if backend not in usable:
+        pytest.skip(f"{backend} cannot serve this model here")
+    vit.set_backend(backend)
+
+    def call() -> None:
+        vit(images)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{model.name}, {dtype}"
+    benchmark.extra_info |= {"default": default, "machine": machine.describe(DEVICE)}
+    benchmark.pedantic(call, rounds=3, warmup_rounds=1)

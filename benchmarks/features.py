@@ -1,0 +1,266 @@
+"""A real pretrained ViT on real photographs, with RegisterAttention in every block.
+
+Each backend's features are held against the reference backend's by the one accuracy rule, and timed. A model trained
+without registers is given 4, and what that does to its features is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal, NamedTuple, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import photographs, results, timing
+from benchmarks.attention import Progress
+from benchmarks.machine import Machine, default_device
+from benchmarks.pretrained import REGISTERS, Pretrained, grey_patches, with_registers
+from benchmarks.results import Errors, Row, Writer
+from benchmarks.shapes import DTYPES, DType, Size
+from benchmarks.vit import Features, ViT
+from vitreg_kernels import explain
+from vitreg_kernels.accuracy import compare
+
+NUM_REGISTERS = 4
+# Side of the square images -> how many photographs. At 518 px N is 1374, the length DINOv2 is trained on last.
+_IMAGES: dict[Size, dict[int, int]] = {"quick": {224: 4}, "full": {224: 8, 518: 2}}
+_TIMING_BUDGET_S: dict[Size, float] = {"quick": 5.0, "full": 30.0}
+
+
+class FeaturesRow(TypedDict):
+    """One backend in every block of one model: its errors over all features of all images, and its time."""
+
+    kind: Literal["features"]
+    model: str
+    backend: str
+    default: bool  # what backend=None takes
+    dtype: DType
+    image_size: int
+    images: int  # whose features are compared
+    tokens: int
+    prefix_tokens: int
+    batch: int  # images in a timed call
+    median_ms: float  # an image
+    p20_ms: float
+    p80_ms: float
+    samples: int
+    speedup: float  # the reference backend's median / this median
+    errors: dict[str, Errors]  # "features", after the final LayerNorm, and "prefix_attention", of the last block
+    machine: Machine
+
+
+class RegistersRow(TypedDict):
+    """What registers put into a model trained without them do to its features (fp32, after the final LayerNorm)."""
+
+    kind: Literal["registers"]
+    model: str
+    initial: str  # how the registers are set
+    used: bool  # whether the features and the picture are made with these
+    image_size: int
+    images: int
+    patch_cosine_mean: float  # of a patch's features with and without registers
+    patch_cosine_min: float
+    cls_cosine_mean: float
+    attention_to_registers: float  # share of the CLS query's attention, in the last block
+    machine: Machine
+
+
+class NormsRow(TypedDict):
+    """L2 norms of one photograph's tokens after the last block, before the final LayerNorm, which hides them (fp32)."""
+
+    kind: Literal["norms"]
+    model: str
+    photograph: str
+    image_size: int
+    patch_median: float
+    patch_max: float
+    cls: float
+    register_mean: float
+    machine: Machine
+
+
+results.ROW_TYPES.update(features=FeaturesRow, registers=RegistersRow, norms=NormsRow)
+
+
+class Maps(NamedTuple):
+    """What the picture shows of some photographs.
+
+    Attributes:
+        model: the model, in words.
+        names: of the photographs.
+        images: ``[B, 3, side, side]``, RGB in [0, 1].
+        attention: ``[B, P, rows, columns]``, attention of CLS and each register to each patch in the last block, mean
+            over heads, as a multiple of 1 / N, what a query that attends to every token alike gives.
+    """
+
+    model: str
+    names: tuple[str, ...]
+    images: Tensor
+    attention: Tensor
+
+
+class _Job(NamedTuple):
+    label: str
+    key: dict[str, object]  # what its rows, and no others, have
+    rows: Callable[[], list[Row]]
+
+
+def run(
+    size: Size, writer: Writer, progress: Progress, pretrained: Pretrained, device: torch.device | None = None
+) -> Iterator[Row]:
+    """Runs ``pretrained``, given registers if it has none, and yields the rows as they are written.
+
+    Rows that ``writer`` already holds (a cut run) are yielded as they stand. ``progress(done, total, label)`` is called
+    before each piece of work, and once at the end with ``done == total``.
+    """
+    device = device or default_device()
+    jobs = list(_jobs(size, pretrained, device))
+    for done, job in enumerate(jobs):
+        progress(done, len(jobs), job.label)
+        yield from writer.find(**job.key) or writer.extend([job.key | row for row in job.rows()])
+    progress(len(jobs), len(jobs), "")
+
+
+def with_any_registers(pretrained: Pretrained) -> Pretrained:
+    """The model as benchmarked: with its own registers, or else with 4 grey patches."""
+    if REGISTERS in pretrained.weights:
+        return pretrained
+    return with_registers(pretrained, grey_patches(pretrained, NUM_REGISTERS))
+
+
+@torch.inference_mode()
+def attention_maps(pretrained: Pretrained, names: tuple[str, ...], side: int = 224) -> Maps:
+    """Attention maps of the CLS token and the registers on the named photographs, by the default backend."""
+    vit = ViT(with_any_registers(pretrained))
+    images = photographs.load(names, side)
+    attention = vit(photographs.normalize(images), prefix_attention=True).prefix_attention.mean(1)
+    patches = attention[..., vit.layout.patches] * attention.shape[-1]
+    rows = side // vit.patch_embed.kernel_size[0]
+    given = "" if REGISTERS in pretrained.weights else f", given {NUM_REGISTERS} here"
+    return Maps(pretrained.name + given, names, images, patches.unflatten(-1, (rows, rows)))
+
+
+def usable_backends(vit: ViT, images: Tensor) -> tuple[str, list[str]]:
+    """The default backend for this model's attention, and every one that can serve it."""
+    attention = vit.blocks[0].attn
+    query = images.new_empty(1, attention.num_heads, 1, attention.head_dim)  # support depends on no length
+    default, reasons = explain(query)
+    return default, [name for name in (default, *reasons) if explain(query, backend=name).backend == name]
+
+
+def _jobs(size: Size, pretrained: Pretrained, device: torch.device) -> Iterator[_Job]:
+    model = with_any_registers(pretrained)
+    for side, count in _IMAGES[size].items():
+        names = photographs.NAMES[:count]
+        images = photographs.normalize(photographs.load(names, side)).to(device)
+        key = {"model": pretrained.name, "image_size": side}
+        if model is not pretrained:
+            rows = partial(_registers_rows, pretrained, images)
+            yield _Job(f"registers at {side} px", {"kind": "registers", **key}, rows)
+        yield _Job(f"norms at {side} px", {"kind": "norms", **key}, partial(_norms_rows, model, names, images))
+        for dtype in DTYPES:
+            rows = partial(_features_rows, model, images, dtype, _TIMING_BUDGET_S[size])
+            yield _Job(f"features at {side} px, {dtype}", {"kind": "features", "dtype": dtype, **key}, rows)
+
+
+@torch.inference_mode()
+def _features_rows(pretrained: Pretrained, images: Tensor, dtype: DType, budget_s: float) -> list[Row]:
+    vit = ViT(pretrained).to(images.device, DTYPES[dtype])
+    images = images.to(DTYPES[dtype])
+    # fp64 from weights and images already rounded to the dtype: what is judged is the arithmetic, not the rounding.
+    exact = _by("reference", ViT(pretrained).to(images.device, DTYPES[dtype]).double(), images.double())
+    eager = _by("reference", vit, images)
+    default, backends = usable_backends(vit, images)
+    # One image keeps a CPU busy; a GPU gets them all.
+    timed = images if images.is_cuda else images[:1]
+    timings = timing.interleave(
+        {name: timing.Variant(partial(_by, name, vit, prefix_attention=False)) for name in backends},
+        [timed],  # no copies: every call reads all the weights, which are larger than a cache
+        device=images.device,
+        budget_s=budget_s,
+    )
+    terms = vit.blocks[0].mlp.fc2.in_features  # the longest sum of the network
+    rows = []
+    for name in backends:
+        actual = _by(name, vit, images) if name != "reference" else eager
+        median, p20, p80 = (ms / len(timed) for ms in timings[name][:3])
+        rows.append(
+            {
+                "backend": name,
+                "default": name == default,
+                "images": len(images),
+                "tokens": exact.tokens.shape[1],
+                "prefix_tokens": vit.layout.num_prefix_tokens,
+                "batch": len(timed),
+                "median_ms": median,
+                "p20_ms": p20,
+                "p80_ms": p80,
+                "samples": timings[name].samples,
+                "speedup": timings["reference"].median_ms / timings[name].median_ms,
+                "errors": {
+                    "features": _errors(actual.normalized, exact.normalized, eager.normalized, terms),
+                    "prefix_attention": _errors(
+                        actual.prefix_attention, exact.prefix_attention, eager.prefix_attention, terms
+                    ),
+                },
+            }
+        )
+    return rows
+
+
+def _by(backend: str, vit: ViT, images: Tensor, *, prefix_attention: bool = True) -> Features:
+    vit.set_backend(backend)
+    return vit(images, prefix_attention=prefix_attention)
+
+
+def _errors(actual: Tensor, exact: Tensor, eager: Tensor, terms: int) -> Errors:
+    return results.errors(compare(actual, exact, eager, terms=terms))
+
+
+@torch.inference_mode()
+def _registers_rows(pretrained: Pretrained, images: Tensor) -> list[Row]:
+    without = ViT(pretrained).to(images.device)(images).normalized
+    cls_token = pretrained.weights["cls_token"]
+    noise = torch.randn(1, NUM_REGISTERS, cls_token.shape[-1], generator=torch.Generator().manual_seed(0))
+    candidates = {
+        "grey patches": grey_patches(pretrained, NUM_REGISTERS),
+        "noise of std 1e-6": 1e-6 * noise,
+        "copies of CLS": cls_token.expand(-1, NUM_REGISTERS, -1),
+    }
+    rows = []
+    for initial, registers in candidates.items():
+        vit = ViT(with_registers(pretrained, registers)).to(images.device)
+        features = vit(images, prefix_attention=True)
+        cls_attention = features.prefix_attention[:, :, 0]
+        cosines = F.cosine_similarity(vit.layout.strip_registers(features.normalized), without, dim=-1)
+        rows.append(
+            {
+                "initial": initial,
+                "used": initial == "grey patches",
+                "images": len(images),
+                "patch_cosine_mean": cosines[:, 1:].mean().item(),
+                "patch_cosine_min": cosines[:, 1:].min().item(),
+                "cls_cosine_mean": cosines[:, 0].mean().item(),
+                "attention_to_registers": cls_attention[..., vit.layout.registers].sum(-1).mean().item(),
+            }
+        )
+    return rows
+
+
+@torch.inference_mode()
+def _norms_rows(pretrained: Pretrained, names: tuple[str, ...], images: Tensor) -> list[Row]:
+    vit = ViT(pretrained).to(images.device)
+    cls, registers, patches = vit.layout.split(vit(images).tokens.norm(dim=-1).cpu())
+    return [
+        {
+            "photograph": name,
+            "patch_median": patches[i].median().item(),
+            "patch_max": patches[i].max().item(),
+            "cls": cls[i].item(),
+            "register_mean": registers[i].mean().item(),
+        }
+        for i, name in enumerate(names)
+    ]

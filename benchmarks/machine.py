@@ -1,0 +1,90 @@
+"""Which machine, which versions and which commit a figure was measured with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+import vitreg_kernels
+
+PACKAGES = ("torch", "triton", "xformers", "numpy")
+ROOT = Path(__file__).parent.parent
+
+
+class Machine(TypedDict):
+    """Goes into every row of a result file."""
+
+    device: str  # the GPU's own name, or the CPU's
+    processor: str
+    cores: int
+    threads: int  # torch's
+    capability: str  # "AVX2", "sm_90"
+    system: str
+    python: str
+    packages: dict[str, str]  # the version of each package that takes part and is installed
+    commit: str  # "unknown" outside a git checkout
+    dirty: bool  # the checkout holds changes that no commit has
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe(device: torch.device | None = None) -> Machine:
+    """This machine as a row records it; ``device`` defaults to ``default_device()``."""
+    device = device or default_device()
+    processor = _processor()
+    if device.type == "cuda":
+        name, capability = (
+            torch.cuda.get_device_name(device),
+            "sm_{}{}".format(*torch.cuda.get_device_capability(device)),
+        )
+    else:
+        name, capability = processor, torch.backends.cpu.get_cpu_capability()
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    return Machine(
+        device=name,
+        processor=processor,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        capability=capability,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        packages={
+            "vitreg_kernels": vitreg_kernels.__version__,  # of this checkout, installed or not
+            **{name: version for name in PACKAGES if (version := _version(name)) is not None},
+        },
+        commit=commit or "unknown",
+        dirty=bool(changes),
+    )
+
+
+def _processor() -> str:
+    """The CPU's marketing name; ``platform.processor()`` knows it on no Linux."""
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about this checkout; ``None`` without git, a checkout or a commit."""
+    try:
+        answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()

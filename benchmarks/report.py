@@ -1,0 +1,163 @@
+"""Rows of a result file as a table on the terminal and as bars in a picture."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from benchmarks.results import Errors, Row
+from benchmarks.shapes import DTYPES, LENGTHS, MODES, DType, Mode
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 100
+_LINE = "  {:<17}{:>10}{:>14}{:>8}{:>8}{:>8}{:>8}{:>10}{:>9}  {}"
+_HEADINGS = _LINE.format(
+    "", "median ms", "p20-p80 ms", "GFLOP/s", "% peak", "GB/s", "x peer", "max error", "eager's", ""
+).rstrip()
+_LEGEND = (
+    "GFLOP/s and GB/s count useful work and traffic only. % peak: of the fastest matrix product that can serve the "
+    "dtype. x peer: time of the fastest contender that is not ours / this time. Errors: of the output, or the gradient "
+    "furthest from the eager formula's error, against fp64; FAIL breaks the accuracy rule."
+)
+_BAR_GROUP = 0.8  # of the distance between two lengths
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The attention, ceiling and overhead rows as text of at most 100 columns, grouped by length.
+
+    Rows of other kinds are left out.
+    """
+    attention, rooflines, overheads = (
+        [row for row in rows if row["kind"] == kind] for kind in ("attention", "roofline", "overhead")
+    )
+    parts = [_ceilings(row) for row in rooflines[-1:]]
+    if attention:
+        parts.append(textwrap.fill(_LEGEND, WIDTH))
+    parts += [_length([row for row in attention if row["tokens"] == n]) for n in _in_order(attention, "tokens")]
+    refused = [row for row in attention if row["reason"] is not None]
+    if refused:
+        parts.append(_refusals(refused, attention))
+    if overheads:
+        parts.append(_overheads(overheads))
+    return "\n\n".join(parts)
+
+
+def draw_bars(axes: Axes, rows: Sequence[Row], dtype: DType, mode: Mode) -> None:
+    """Draws GFLOP/s of every contender by length, with p20-p80 whiskers and the measured peak as a dashed line.
+
+    Given the whole run's ``rows``, a contender has one place and one colour in every panel: vitreg_kernels in reds, its
+    peers in blues. The caller makes the figure and the legend (``axes.get_legend_handles_labels()``).
+    """
+    import matplotlib
+
+    raced = [row for row in rows if row["kind"] == "attention" and row["reason"] is None]
+    panel = [row for row in raced if row["dtype"] == dtype and row["mode"] == mode]
+    lengths = sorted(_in_order(panel, "tokens"))
+    width = _BAR_GROUP / max(len(_in_order(raced, "variant")), 1)
+    place = width / 2 - _BAR_GROUP / 2
+    for ours, colours in ((True, "Reds"), (False, "Blues")):
+        names = _in_order([row for row in raced if row["ours"] is ours], "variant")
+        shades = matplotlib.colormaps[colours]([0.8 - 0.5 * i / len(names) for i in range(len(names))])
+        for name, colour in zip(names, shades, strict=True):
+            bars = [row for row in panel if row["variant"] == name]
+            at = [lengths.index(row["tokens"]) + place for row in bars]
+            heights = [row["gflops"] for row in bars]
+            whiskers = [  # down to the speed at p80, up to that at p20
+                [row["gflops"] - row["flops"] / row["p80_ms"] / 1e6 for row in bars],
+                [row["flops"] / row["p20_ms"] / 1e6 - row["gflops"] for row in bars],
+            ]
+            axes.bar(at, heights, width, color=colour, label=name, yerr=whiskers, error_kw={"elinewidth": 0.7})
+            place += width
+    if panel:
+        peak = max(row["peak_gflops"] for row in panel)
+        axes.axhline(peak, color="grey", linestyle="--", linewidth=1, label="measured peak")
+    axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+    axes.set(title=f"{dtype} {mode}", xlabel="tokens", ylabel="GFLOP/s")
+
+
+def _in_order(rows: Sequence[Row], field: str) -> list:
+    """The values of a field, once each, in order of appearance."""
+    return list(dict.fromkeys(row[field] for row in rows))
+
+
+def _ceilings(row: Row) -> str:
+    machine, versions = row["machine"], row["machine"]["packages"]
+    changes = " with changes" if machine["dirty"] else ""
+    products = ", ".join(f"{dtype} {_number(gflops)}" for dtype, gflops in row["product_gflops"].items())
+    return "\n".join(
+        (
+            f"{machine['device']} ({machine['capability']}), {machine['threads']} threads, Python {machine['python']}",
+            ", ".join(f"{name} {version}" for name, version in versions.items()),
+            f"commit {machine['commit'][:12]}{changes}",
+            f"ceilings: matrix product GFLOP/s {products}; copy {_number(row['copy_gbps'])} GB/s",
+        )
+    )
+
+
+def _length(rows: Sequence[Row]) -> str:
+    """All races of one length."""
+    first = rows[0]
+    lines = [
+        f"N = {first['tokens']} ({LENGTHS[first['tokens']]}, {first['prefix_tokens']} prefix tokens)"
+        f", B = {first['batch']}, H = {first['heads']}, D = {first['head_dim']}",
+        _HEADINGS,
+    ]
+    for dtype in DTYPES:
+        for mode in MODES:
+            raced = [r for r in rows if (r["dtype"], r["mode"], r["reason"]) == (dtype, mode, None)]
+            if raced:
+                lines += [f" {dtype} {mode}, {_number(raced[0]['flops'] / 1e9)} GFLOP", *map(_figures, raced)]
+    return "\n".join(lines)
+
+
+def _figures(row: Row) -> str:
+    error = _worst(row["errors"])
+    return _LINE.format(
+        row["variant"],
+        _number(row["median_ms"]),
+        f"{_number(row['p20_ms'])}-{_number(row['p80_ms'])}",
+        _number(row["gflops"]),
+        f"{row['peak_fraction']:.1%}",
+        _number(row["gbps"]),
+        "" if row["speedup"] is None else f"{row['speedup']:.2f}",
+        f"{error['max']:.1e}",
+        f"{error['eager_max']:.1e}",
+        "" if all(e["passed"] for e in row["errors"].values()) else "FAIL",
+    ).rstrip()
+
+
+def _worst(errors: dict[str, Errors]) -> Errors:
+    """A tensor that broke the rule if one did, and of those left the one furthest from the eager formula's error."""
+    return max(errors.values(), key=lambda e: (not e["passed"], e["max"] / e["eager_max"] if e["eager_max"] else 0.0))
+
+
+def _refusals(refused: Sequence[Row], attention: Sequence[Row]) -> str:
+    """Who was not raced, in how many of the cases, and the first sentence of what each said."""
+    counts = Counter((row["variant"], row["reason"].split(". ")[0].rstrip(".")) for row in refused)
+    lines = ["not raced:"]
+    for (name, reason), count in counts.items():
+        of = sum(row["variant"] == name for row in attention)
+        cases = "every case" if count == of else f"{count} of {of} cases"
+        text = f"  {name:<18}{cases}: {reason}"
+        lines.append(textwrap.fill(text, WIDTH, subsequent_indent=" " * 20, break_on_hyphens=False))
+    return "\n".join(lines)
+
+
+def _overheads(rows: Sequence[Row]) -> str:
+    lines = [f"register_attention over the raw backend call, µs a call (goal: {rows[0]['goal_us']:.0f} more)"]
+    for row in rows:
+        gradients = "with gradients" if row["requires_grad"] else "without gradients"
+        verdict = "" if row["overhead_us"] <= row["goal_us"] else "  ABOVE THE GOAL"
+        lines.append(
+            f"  {gradients:<18}{row['ours_us']:>10.1f} - {row['raw_us']:.1f} = {row['overhead_us']:.1f}{verdict}"
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """Three significant digits, never in scientific notation above 1."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

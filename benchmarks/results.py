@@ -1,0 +1,244 @@
+"""Result files: their schema, and a writer that keeps every finished row when a run is cut.
+
+A file is one JSON object::
+
+    {"schema": 1, "size": "quick", "complete": false, "rows": [row, ...]}
+
+A row is flat but for ``machine`` and ``errors``, and says itself where it comes from (``machine``). ``kind`` picks its
+type in ``ROW_TYPES``; a module with rows of a kind of its own adds their TypedDict there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import re
+import sys
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from benchmarks.machine import Machine
+from benchmarks.shapes import DType, Mode, Size
+from vitreg_kernels.accuracy import Accuracy
+
+SCHEMA = 1
+FOLDER = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+
+class Errors(TypedDict):
+    """Largest and mean error of one tensor against fp64, and those of the same-dtype eager formula beside them.
+
+    NaN and infinity are held as the largest float, because JSON has neither.
+    """
+
+    max: float
+    mean: float
+    eager_max: float
+    eager_mean: float
+    passed: bool  # by the rule of vitreg_kernels.accuracy
+
+
+class RooflineRow(TypedDict):
+    """The ceilings that a run's ``peak_*`` come from."""
+
+    kind: Literal["roofline"]
+    product_gflops: dict[str, float]  # dtype -> GFLOP/s of the fastest matrix product
+    copy_gbps: float  # GB/s, read and written
+    machine: Machine
+
+
+class AttentionRow(TypedDict):
+    """One contender in one case of the attention race. A refused one has ``None`` for everything measured."""
+
+    kind: Literal["attention"]
+    variant: str
+    ours: bool  # a backend of vitreg_kernels; the others are its peers
+    reason: str | None  # why it was refused, in its own words; None if it was raced
+    dtype: DType
+    mode: Mode
+    batch: int
+    heads: int
+    tokens: int
+    prefix_tokens: int
+    head_dim: int
+    flops: int  # useful work
+    bytes: int  # useful traffic
+    peak_gflops: float  # within reach in this dtype, measured in the same run
+    peak_gbps: float  # copy bandwidth, measured in the same run
+    median_ms: float | None
+    p20_ms: float | None
+    p80_ms: float | None
+    samples: int | None
+    gflops: float | None  # GFLOP/s at the median
+    peak_fraction: float | None  # gflops / peak_gflops
+    gbps: float | None  # GB/s at the median
+    best_peer: str | None  # the fastest peer of the case
+    speedup: float | None  # best peer's median / this median: above 1 is faster than every peer
+    errors: dict[str, Errors] | None  # of "output"; with a backward also "grad_query", "grad_key", "grad_value"
+    machine: Machine
+
+
+class OverheadRow(TypedDict):
+    """What calling through ``functional.register_attention(backend=None)`` costs over the raw backend call."""
+
+    kind: Literal["overhead"]
+    requires_grad: bool
+    shape: list[int]  # [B, H, N, D]
+    raw_us: float
+    ours_us: float
+    overhead_us: float  # difference of the medians
+    goal_us: float
+    samples: int
+    machine: Machine
+
+
+class Document(TypedDict):
+    """A result file."""
+
+    schema: int
+    size: Size
+    complete: bool  # false while a run is under way, and for good if it was cut
+    rows: list[dict]
+
+
+ROW_TYPES: dict[str, type] = {"roofline": RooflineRow, "attention": AttentionRow, "overhead": OverheadRow}
+
+
+class Writer:
+    """Writes rows to a result file as they come; the file is whole and valid after every call.
+
+    Opening the file of a cut run of the same size on the same machine and commit goes on from its rows; any other file
+    at ``path`` is begun anew. So is a run of a checkout with changes, because nobody can tell what its rows measured.
+
+    Attributes:
+        rows: the rows in the file, in order.
+        resumed: how many of them a cut run left.
+    """
+
+    def __init__(self, path: Path, size: Size, machine: Machine) -> None:
+        self._path, self._size, self._machine = path, size, machine
+        self._complete = False
+        self.rows: list[Row] = self._left_by_a_cut_run()
+        self.resumed = len(self.rows)
+
+    def find(self, **fields: Any) -> list[Row]:
+        """Rows whose named fields have these values."""
+        return [row for row in self.rows if all(row.get(name) == value for name, value in fields.items())]
+
+    def extend(self, rows: Iterable[Row]) -> list[Row]:
+        """Adds ``machine`` to each row, validates them (``ValueError``), and saves all of them or none."""
+        added = [{**row, "machine": self._machine} for row in rows]
+        for row in added:
+            validate(row)
+        self.rows += added
+        self._save()
+        return added
+
+    def finish(self) -> None:
+        """Marks the run as complete: the next run at this path begins anew."""
+        self._complete = True
+        self._save()
+
+    def _left_by_a_cut_run(self) -> list[Row]:
+        if not self._path.exists() or self._machine["dirty"]:
+            return []
+        document = _read(self._path)
+        mine = all(row["machine"] == self._machine for row in document["rows"])
+        return document["rows"] if mine and document["size"] == self._size and not document["complete"] else []
+
+    def _save(self) -> None:
+        """Through a file beside it, so that a cut leaves either the old file or the new one."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        document = {"schema": SCHEMA, "size": self._size, "complete": self._complete, "rows": self.rows}
+        beside = self._path.with_name(self._path.name + ".part")
+        beside.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        os.replace(beside, self._path)
+
+
+def errors(found: Accuracy) -> Errors:
+    """An accuracy as a row holds it."""
+    largest = sys.float_info.max
+    held = [error if math.isfinite(error) else largest for error in found[:4]]
+    return Errors(max=held[0], mean=held[1], eager_max=held[2], eager_mean=held[3], passed=found.passed)
+
+
+def default_path(size: Size, machine: Machine) -> Path:
+    """``benchmarks/results/<device>-<date>-<size>.json``."""
+    device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    return FOLDER / f"{device}-{datetime.date.today().isoformat()}-{size}.json"
+
+
+def load(path: Path) -> list[Row]:
+    """The rows of a result file.
+
+    Raises:
+        ValueError: if the file or one of its rows does not fit the schema.
+    """
+    return _read(path)["rows"]
+
+
+def validate(row: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` unless ``row`` has exactly the fields of its kind, each of its type and finite."""
+    row_type = ROW_TYPES.get(row.get("kind", ""))
+    if row_type is None:
+        raise ValueError(f"a row's kind must be one of {', '.join(ROW_TYPES)}, not {row.get('kind')!r}")
+    _check(row, row_type, row["kind"])
+
+
+def _read(path: Path) -> Row:
+    try:
+        document = json.loads(path.read_text())
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {document['schema']}, and this version reads {SCHEMA}")
+        _check(document, Document, "file")
+        for row in document["rows"]:
+            validate(row)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a result file of this version: {error}; move it away or delete it") from error
+    return document
+
+
+def _check(value: Any, expected: Any, where: str) -> None:
+    """Raises ``ValueError`` unless ``value``, as JSON has it, is of the type ``expected``."""
+    if is_typeddict(expected):
+        _check_fields(value, get_type_hints(expected), where)
+    elif get_origin(expected) in (types.UnionType, Union):
+        options = get_args(expected)
+        if not (value is None and type(None) in options):
+            (option,) = (o for o in options if o is not type(None))  # the schema's unions are all "X | None"
+            _check(value, option, where)
+    elif get_origin(expected) is Literal:
+        _require(value in get_args(expected), value, f"one of {get_args(expected)}", where)
+    elif get_origin(expected) is list:
+        _require(isinstance(value, list), value, "a list", where)
+        for i, item in enumerate(value):
+            _check(item, get_args(expected)[0], f"{where}[{i}]")
+    elif get_origin(expected) is dict:
+        _require(isinstance(value, dict), value, "an object", where)
+        for name, item in value.items():
+            _check(item, get_args(expected)[1], f"{where}.{name}")
+    elif expected is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        _require(number and math.isfinite(value), value, "a finite number", where)
+    else:
+        _require(type(value) is expected, value, expected.__name__, where)
+
+
+def _check_fields(value: Any, fields: dict[str, Any], where: str) -> None:
+    _require(isinstance(value, dict), value, "an object", where)
+    if value.keys() != fields.keys():
+        missing, unknown = sorted(fields.keys() - value.keys()), sorted(value.keys() - fields.keys())
+        raise ValueError(f"{where} lacks {missing} and has unknown {unknown}")
+    for name, field in fields.items():
+        _check(value[name], field, f"{where}.{name}")
+
+
+def _require(holds: bool, value: Any, expected: str, where: str) -> None:
+    if not holds:
+        raise ValueError(f"{where} must be {expected}, not {value!r}")

@@ -1,0 +1,79 @@
+"""The Vision Transformer shapes every benchmark runs, and the useful work in each.
+
+Symbols: B batch, H heads, N tokens, D head dim, P prefix tokens (CLS and 4 registers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+Size = Literal["quick", "full"]
+Mode = Literal["forward", "forward+backward"]
+DType = Literal["fp32", "bf16"]
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HEAD_DIM = 64
+NUM_PREFIX_TOKENS = 5
+
+# What each length is: a square of patches and 5 prefix tokens.
+LENGTHS: dict[int, str] = {
+    54: "98 px crop, patch 14",
+    201: "224 px, patch 16",
+    261: "224 px, patch 14",
+    1029: "448 px, patch 14",
+    1374: "518 px, patch 14",
+}
+
+# (B, H) by device and size. A GPU needs B*H >= 1024 to be full; two CPU cores are busy with far less, and bf16 without
+# bf16 units takes seconds a call at the long lengths.
+_BATCH_AND_HEADS: dict[tuple[str, Size], dict[int, tuple[int, int]]] = {
+    ("cpu", "quick"): {54: (4, 6), 201: (1, 6), 261: (1, 6), 1029: (1, 2), 1374: (1, 2)},
+    ("cpu", "full"): {54: (32, 6), 201: (8, 6), 261: (8, 6), 1029: (2, 6), 1374: (2, 6)},
+    ("cuda", "quick"): {54: (64, 16), 201: (64, 16), 261: (64, 16), 1029: (16, 16), 1374: (16, 16)},
+    ("cuda", "full"): {54: (256, 16), 201: (64, 16), 261: (64, 16), 1029: (64, 16), 1374: (64, 16)},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One job: attention from packed ``[B, N, 3, H, D]`` to ``[B, N, H*D]``, as inside a ViT block."""
+
+    batch: int
+    heads: int
+    tokens: int
+    dtype: DType
+    mode: Mode
+    head_dim: int = HEAD_DIM
+    prefix_tokens: int = NUM_PREFIX_TOKENS
+
+    @property
+    def flops(self) -> int:
+        """Useful floating-point operations: 2 products of ``2 N^2 D`` a head forward, and 5 more backward."""
+        products = 2 if self.mode == "forward" else 7
+        return products * 2 * self.batch * self.heads * self.tokens**2 * self.head_dim
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must move if each tensor moves once.
+
+        Forward reads q, k, v and writes the output; backward reads q, k, v, the output and its gradient, and writes
+        three gradients. The softmax statistics (under 2%) are left out.
+        """
+        tensors = 4 if self.mode == "forward" else 12
+        return tensors * self.batch * self.tokens * self.heads * self.head_dim * DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        return f"N={self.tokens} {self.dtype} {self.mode}"
+
+
+def cases(size: Size, device: torch.device) -> Iterator[Case]:
+    """Every length, dtype and mode of a ``size`` on ``device`` (``cpu`` or ``cuda``), shortest first."""
+    for tokens, (batch, heads) in _BATCH_AND_HEADS[device.type, size].items():
+        for dtype in DTYPES:
+            for mode in MODES:
+                yield Case(batch, heads, tokens, dtype, mode)

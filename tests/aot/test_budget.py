@@ -1,0 +1,248 @@
+"""The Triton kernels of attention, compiled for GPUs that are not there, stay within a checked-in resource budget.
+
+``python tests/aot/test_budget.py`` writes ``budgets.json`` anew from what the kernels use now. Run it when a change is
+meant to use more, or has come to use less, and let the diff say so. It never grants a spill.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed: it exists for Linux x86-64 only")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from vitreg_kernels._runtime import aot  # noqa: E402
+from vitreg_kernels._runtime.aot import Resources, compile_launch  # noqa: E402
+from vitreg_kernels._runtime.launch import Launch  # noqa: E402
+from vitreg_kernels.ops.attention.backends.triton import launches  # noqa: E402
+from vitreg_kernels.ops.attention.types import OUTPUT_NAMES, AttentionInputs, Rope  # noqa: E402
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+ARCHITECTURES = (80, 90, 100)
+LENGTHS = (201, 261, 1029, 1374)  # 5 prefix tokens and 14^2, 16^2, 32^2, 37^2 patches
+PREFIX = 5
+
+# Shared memory a block can opt in to: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MAX_TENSOR_MEMORY_COLUMNS = 512
+
+every_budgeted_case = pytest.mark.parametrize(
+    ("arch", "tokens"), [(arch, tokens) for arch in ARCHITECTURES for tokens in LENGTHS]
+)
+
+
+def attention_inputs(
+    tokens: int, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, batch: int = 32, heads: int = 6, **asked: Any
+) -> AttentionInputs:
+    """A ViT-S call on views of a packed qkv ``[B, N, 3, H, D]`` without memory."""
+    qkv = torch.empty(batch, tokens, 3, heads, head_dim, dtype=dtype, device="meta")
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    return AttentionInputs(query, key, value, scale=head_dim**-0.5, num_prefix_tokens=PREFIX, **asked)
+
+
+@cache
+def budgeted(arch: int, tokens: int) -> dict[str, tuple[Launch, Resources]]:
+    """Kernels by name: everything that forward, backward and all statistics launch."""
+    found = launches(attention_inputs(tokens, outputs=OUTPUT_NAMES), arch)
+    kernels = {launch.kernel.__name__: (launch, compile_launch(launch, arch)) for launch in found}
+    assert len(kernels) == len(found), (
+        f"two launches of one kernel need two names: {[x.kernel.__name__ for x in found]}"
+    )
+    return kernels
+
+
+def measured(arch: int, tokens: int) -> dict[str, dict[str, int]]:
+    return {
+        name: {"registers": used.registers, "spill_bytes": used.spill_bytes, "shared_bytes": used.shared_bytes}
+        for name, (_, used) in budgeted(arch, tokens).items()
+    }
+
+
+def violations(used: dict[str, dict[str, int]], budget: dict[str, dict[str, int]]) -> list[str]:
+    """What one architecture and length does not keep to, as sentences."""
+    broken = [f"{name}: no budget row" for name in used.keys() - budget.keys()]
+    broken += [f"{name}: stale budget row, nothing launches it" for name in budget.keys() - used.keys()]
+    for name in used.keys() & budget.keys():
+        broken += [
+            f"{name}: {count} {what}, budget {budget[name][what]}"
+            for what, count in used[name].items()
+            if count > budget[name][what]
+        ]
+    return sorted(broken)
+
+
+def beyond_hardware(launch: Launch, used: Resources, arch: int) -> list[str]:
+    name, shared, columns = launch.kernel.__name__, used.shared_bytes, used.tensor_memory_columns
+    broken = []
+    if shared > MAX_SHARED_BYTES[arch]:
+        broken.append(f"{name} on sm_{arch}: {shared} bytes of shared memory, limit {MAX_SHARED_BYTES[arch]}")
+    if columns > MAX_TENSOR_MEMORY_COLUMNS:
+        broken.append(f"{name} on sm_{arch}: {columns} columns of tensor memory, limit {MAX_TENSOR_MEMORY_COLUMNS}")
+    return broken
+
+
+def matrix_opcode(arch: int, rows: int) -> str:
+    """The instruction a half-precision product of a tile of that many rows should become."""
+    return "HMMA" if rows < 64 else {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]
+
+
+@every_budgeted_case
+def test_kernels_keep_to_their_budget(arch: int, tokens: int) -> None:
+    budget = json.loads(BUDGETS.read_text())[f"sm_{arch}"][f"N={tokens}"]
+    broken = violations(measured(arch, tokens), budget)
+    assert not broken, f"sm_{arch}, N={tokens}: " + "; ".join(broken)
+
+
+def test_no_budget_for_what_is_not_tested() -> None:
+    budgets = json.loads(BUDGETS.read_text())
+    assert {arch: list(rows) for arch, rows in budgets.items()} == {
+        f"sm_{arch}": [f"N={tokens}" for tokens in LENGTHS] for arch in ARCHITECTURES
+    }
+
+
+@every_budgeted_case
+def test_kernels_fit_the_hardware(arch: int, tokens: int) -> None:
+    for launch, used in budgeted(arch, tokens).values():
+        assert not beyond_hardware(launch, used, arch)
+
+
+@every_budgeted_case
+def test_products_run_on_the_matrix_unit(arch: int, tokens: int) -> None:
+    for name, (launch, used) in budgeted(arch, tokens).items():
+        opcode = matrix_opcode(arch, launch.constants["BLOCK_M"])
+        assert used.instructions[opcode], f"{name} on sm_{arch}, N={tokens}: no {opcode}"
+
+
+def packed(inputs: AttentionInputs, *lengths: int) -> AttentionInputs:
+    """The same call on images of different sizes, one after another in a batch of one."""
+    cu_seqlens = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta")
+    return inputs._replace(cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
+
+
+def masked(inputs: AttentionInputs) -> AttentionInputs:
+    batch, _, tokens, _ = inputs.query.shape
+    return inputs._replace(attn_mask=torch.empty(batch, 1, 1, tokens, dtype=torch.bool, device="meta"))
+
+
+def rotated(inputs: AttentionInputs, patches: int, interleaved: bool) -> AttentionInputs:
+    cos, sin = torch.empty(2, patches, inputs.query.shape[-1], device="meta")
+    return inputs._replace(rope=Rope(cos, sin, interleaved))
+
+
+F16, F32 = torch.float16, torch.float32
+
+# What the budget leaves out, sampled for time: every head dim and every feature, on some architecture. RoPE stands at a
+# small head dim, because its kernels take half a minute to compile at padded ones.
+VARIANTS = {
+    (80, "d=16 fp16, one token of one head"): lambda: attention_inputs(1, 16, F16, 1, 1)._replace(num_prefix_tokens=1),
+    (80, "d=72 fp16, 54 tokens, masked"): lambda: masked(attention_inputs(54, 72, F16)),
+    (80, "d=16 fp32, packed, rope interleaved"): lambda: packed(
+        rotated(attention_inputs(255, 16, F32, 1), 245, interleaved=True), 54, 201
+    ),
+    (90, "d=16 fp16, 54 tokens, rope in halves"): lambda: rotated(attention_inputs(54, 16, F16), 49, interleaved=False),
+    (90, "d=80 bf16, packed"): lambda: packed(attention_inputs(255, 80, batch=1), 54, 201),
+    (100, "d=128 bf16, masked, all outputs"): lambda: masked(attention_inputs(201, 128, outputs=OUTPUT_NAMES)),
+    (100, "d=16 fp32, masked, rope in halves"): lambda: masked(
+        rotated(attention_inputs(54, 16, F32), 49, interleaved=False)
+    ),
+}
+
+
+@pytest.mark.parametrize(("arch", "variant"), VARIANTS)
+def test_variants_fit_the_hardware(arch: int, variant: str) -> None:
+    for launch in launches(VARIANTS[arch, variant](), arch):
+        assert not beyond_hardware(launch, compile_launch(launch, arch), arch)
+
+
+def test_every_kind_of_violation_is_told() -> None:
+    row = {"registers": 128, "spill_bytes": 0, "shared_bytes": 1024}
+    assert not violations({"kernel": row}, {"kernel": row})
+    assert violations(
+        {"new": row, "kernel": {**row, "registers": 129, "spill_bytes": 4}}, {"kernel": row, "gone": row}
+    ) == [
+        "gone: stale budget row, nothing launches it",
+        "kernel: 129 registers, budget 128",
+        "kernel: 4 spill_bytes, budget 0",
+        "new: no budget row",
+    ]
+
+
+@triton.jit
+def _centre_kernel(x, out, length, LENGTH: tl.constexpr):
+    """Keeps a whole row in registers from the load to the store."""
+    column = tl.arange(0, LENGTH)
+    row = tl.load(x + column, mask=column < length, other=0.0)
+    tl.store(out + column, row - tl.sum(row, 0), mask=column < length)
+
+
+def centre(num_warps: int, device: str = "meta", offset: int = 0, length: int = 1000) -> Launch:
+    x = torch.empty(16384 + offset, device=device)[offset:]
+    return Launch(_centre_kernel, (1,), {"x": x, "out": x, "length": length}, {"LENGTH": 16384}, num_warps, 1)
+
+
+def test_a_kernel_that_spills_is_seen_to_spill() -> None:
+    cramped, roomy = compile_launch(centre(1), 80), compile_launch(centre(16), 80)
+    assert cramped.spill_bytes > 0
+    assert cramped.instructions["STL"] > 0
+    assert cramped.instructions["LDL"] > 0
+    assert (roomy.spill_bytes, roomy.instructions["STL"], roomy.instructions["LDL"]) == (0, 0, 0)
+    assert (cramped.num_warps, roomy.num_warps) == (1, 16)
+    assert cramped.shared_bytes == 0
+    assert roomy.shared_bytes == 16 * 4  # one partial sum a warp
+    assert roomy.instructions["EXIT"] >= 1
+
+
+class _NoDriver:
+    """Stands in for a GPU's driver so that triton's launcher gets as far as compiling."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 1), (0, 16000), (1, 2**40 + 1)])
+def test_arguments_are_specialised_as_a_launch_would(offset: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_active", _NoDriver())
+    launched = centre(16, "cpu", offset, length)
+    expected = _centre_kernel.run(
+        **launched.arguments, **launched.constants, num_warps=16, num_stages=1, grid=(1,), warmup=True
+    )
+    compiled = aot._compile(centre(16, "meta", offset, length), GPUTarget("cuda", 90, 32))
+    assert compiled.hash == expected.hash
+
+
+def test_a_kernel_that_does_not_compile_is_named() -> None:
+    launch = centre(16)
+    with pytest.raises(RuntimeError, match="_centre_kernel does not compile for sm_80"):
+        compile_launch(launch._replace(constants={"LENGTH": 1000}), 80)  # tl.arange wants a power of two
+
+
+def write_budgets() -> None:
+    """Registers get a headroom of up to 7, because a patch release of ptxas moves them by a few; nothing else does."""
+    budgets: dict[str, dict[str, Any]] = {}
+    for arch in ARCHITECTURES:
+        for tokens in LENGTHS:
+            rows = {
+                name: {**used, "registers": min(255, -(-used["registers"] // 8) * 8), "spill_bytes": 0}
+                for name, used in measured(arch, tokens).items()
+            }
+            budgets.setdefault(f"sm_{arch}", {})[f"N={tokens}"] = rows
+    BUDGETS.write_text(json.dumps(budgets, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    write_budgets()

@@ -1,0 +1,194 @@
+"""The race: nobody is dropped in silence, wrong answers show, and the useful work is counted right."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import attention, overhead, peers, roofline, shapes, timing
+from benchmarks import machine as machine_module
+from benchmarks.results import Writer
+from benchmarks.shapes import Case
+from vitreg_kernels.ops.attention.backends import BACKENDS
+
+CPU = torch.device("cpu")
+TINY = Case(2, 2, 7, "fp32", "forward", head_dim=16)
+TINY_BACKWARD = Case(2, 2, 7, "bf16", "forward+backward", head_dim=16)
+
+
+def test_forward_flops_are_those_of_the_products():
+    qkv, _ = attention.inputs_of(TINY, CPU)()
+    with FlopCounterMode(display=False) as counter:
+        peers.eager(qkv)
+    assert TINY.flops == counter.get_total_flops() == 4 * 7 * 7 * 16 * 2 * 2
+
+
+def test_flops_and_bytes_of_forward_and_backward():
+    case = Case(3, 2, 201, "bf16", "forward+backward")
+    assert case.flops == 14 * 201**2 * 64 * 3 * 2
+    assert case.bytes == 1536 * 201 * 3 * 2  # 512 N forward and 1024 N backward
+    assert Case(3, 2, 201, "fp32", "forward").bytes == 2 * 512 * 201 * 3 * 2
+
+
+@pytest.mark.parametrize("size", ["quick", "full"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_both_sizes_cover_every_length_dtype_and_mode(size, device):
+    covered = [(case.tokens, case.dtype, case.mode) for case in shapes.cases(size, torch.device(device))]
+    assert covered == list(itertools.product(shapes.LENGTHS, shapes.DTYPES, shapes.MODES))
+
+
+@pytest.mark.parametrize("case", [TINY, TINY_BACKWARD], ids=str)
+def test_every_contender_has_a_row_and_a_refused_one_its_reason(race, contenders, case):
+    rows = {row["variant"]: row for row in race(case)}
+    assert list(rows) == [peer.name for peer in contenders]
+    assert rows["vitreg:knows"]["reason"] == "runs on the moon only"
+    assert rows["other:raises"]["reason"] == "RuntimeError: no kernel for this. Try another"
+    for name, row in rows.items():
+        refused = name in ("vitreg:knows", "other:raises")
+        assert (row["reason"] is not None) is refused
+        assert all((row[field] is None) is refused for field in attention._MEASURED)
+
+
+def test_figures_follow_from_the_median(race):
+    for row in race(TINY):
+        if row["reason"] is None:
+            assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+            assert row["gflops"] == pytest.approx(TINY.flops / row["median_ms"] * 1e-6)
+            assert row["peak_fraction"] == pytest.approx(row["gflops"] / 100.0)
+            assert row["gbps"] == pytest.approx(TINY.bytes / row["median_ms"] * 1e-6)
+            assert row["best_peer"] == "other:right"
+    rows = {row["variant"]: row for row in race(TINY)}
+    assert rows["other:right"]["speedup"] == 1.0
+    assert rows["vitreg:ours"]["speedup"] == rows["other:right"]["median_ms"] / rows["vitreg:ours"]["median_ms"] > 1
+
+
+@pytest.mark.parametrize("case", [TINY, TINY_BACKWARD], ids=str)
+def test_a_wrong_answer_shows(race, case):
+    rows = {row["variant"]: row for row in race(case)}
+    wanted = {"output"} if case.mode == "forward" else {"output", "grad_query", "grad_key", "grad_value"}
+    for row in rows.values():
+        assert row["errors"] is None or row["errors"].keys() == wanted
+    assert all(error["passed"] for error in rows["vitreg:ours"]["errors"].values())
+    assert all(error["max"] > 0 and error["eager_max"] > 0 for error in rows["vitreg:ours"]["errors"].values())
+    if case.dtype == "fp32":  # 1% is within bf16's own rounding
+        assert not rows["vitreg:wrong"]["errors"]["output"]["passed"]
+
+
+def test_a_wrong_gradient_shows(ceilings):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            grad = grad.clone()
+            grad[:, :, 1] *= 1.5  # the key's
+            return grad
+
+    wrong = peers.Peer("wrong", lambda qkv: peers.eager(Wrong.apply(qkv)))
+    (row,) = attention.race(TINY_BACKWARD, [wrong], ceilings, CPU, budget_s=0.0)
+    assert {name for name, error in row["errors"].items() if not error["passed"]} == {"grad_key"}
+
+
+def test_nan_breaks_the_rule_and_not_the_run(ceilings, machine, tmp_path):
+    broken = peers.Peer("broken", lambda qkv: torch.nan * peers.eager(qkv))
+    rows = attention.race(TINY_BACKWARD, [broken], ceilings, CPU, budget_s=0.0)
+    (row,) = Writer(tmp_path / "run.json", "quick", machine).extend(rows)
+    assert not any(error["passed"] for error in row["errors"].values())
+    assert row["errors"]["grad_key"]["max"] > 1e300
+
+
+def test_the_contenders_are_all_backends_and_at_least_four_agree():
+    contenders = peers.peers()
+    names = [peer.name for peer in contenders]
+    assert names[: len(BACKENDS)] == [f"vitreg:{backend.NAME}" for backend in BACKENDS]
+    assert {"torch:math", "torch:flash", "torch:efficient", "torch:cudnn", "eager"} <= set(names)
+    qkv, grad_output = attention.inputs_of(Case(1, 2, 54, "fp32", "forward+backward"), CPU)()
+    wanted = attention.job(peers.eager, qkv, grad_output)
+    answers = {peer.name: peers.attempt(peer, attention.job, qkv, grad_output) for peer in contenders}
+    for answer in answers.values():
+        if isinstance(answer, str):
+            assert answer
+        else:
+            torch.testing.assert_close(answer, wanted)
+    raced = {name for name, answer in answers.items() if not isinstance(answer, str)}
+    assert {"vitreg:sdpa", "vitreg:reference", "torch:math", "torch:flash", "eager"} <= raced
+
+
+def test_bf16_may_be_widened_so_its_ceiling_is_the_faster_product(ceilings):
+    assert (ceilings.peak_gflops("fp32"), ceilings.peak_gflops("bf16")) == (100.0, 100.0)
+    gpu = roofline.Roofline({"fp32": 10.0, "bf16": 90.0}, 5.0)
+    assert (gpu.peak_gflops("fp32"), gpu.peak_gflops("bf16")) == (10.0, 90.0)
+    assert gpu.raised_to(ceilings) == roofline.Roofline({"fp32": 100.0, "bf16": 90.0}, 20.0)
+
+
+def test_a_cut_race_goes_on_where_it_stopped(tmp_path, monkeypatch, machine, ceilings, contenders):
+    monkeypatch.setattr(timing, "last_level_cache", lambda device: 2**12)
+    todo = [TINY, Case(2, 2, 7, "bf16", "forward", head_dim=16), Case(1, 1, 9, "fp32", "forward", head_dim=16)]
+    monkeypatch.setattr(attention, "cases", lambda size, device: todo)
+    monkeypatch.setattr(attention, "peers", lambda: contenders)
+    monkeypatch.setattr(attention, "_BUDGET_S", {"quick": 0.0})
+    monkeypatch.setattr(roofline, "measure", lambda device: ceilings)
+    raced = []
+    race = attention.race
+    monkeypatch.setattr(attention, "race", lambda case, *rest: raced.append(case) or race(case, *rest))
+    path = tmp_path / "run.json"
+    progress = []
+
+    def rows_of_run():
+        return attention.run("quick", Writer(path, "quick", machine), lambda *p: progress.append(p), CPU)
+
+    for row in rows_of_run():
+        if (row["kind"], row.get("dtype"), row.get("variant")) == ("attention", "bf16", "vitreg:ours"):
+            break  # in the middle of the second case, whose rows are all saved by now
+    assert raced == todo[:2]
+
+    raced.clear()
+    progress.clear()
+    rows = [row for row in rows_of_run() if row["kind"] == "attention"]
+    assert raced == todo[2:]
+    assert len(rows) == len(todo) * len(contenders)
+    assert progress == [*((i, 3, str(case)) for i, case in enumerate(todo)), (3, 3, "")]
+    assert [row for row in Writer(path, "quick", machine).rows if row["kind"] == "attention"] == rows
+
+
+def test_machine_says_where_a_figure_is_from():
+    described = machine_module.describe(CPU)
+    assert described["device"] == described["processor"] != ""
+    assert described["packages"]["torch"] == torch.__version__
+    assert described["threads"] == torch.get_num_threads()
+
+
+def test_machine_knows_the_commit_and_whether_it_is_all(tmp_path, monkeypatch):
+    def described():
+        return tuple(machine_module.describe(CPU)[field] for field in ("commit", "dirty"))
+
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setattr(machine_module, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert described() == ("unknown", False)
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    commit, dirty = described()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    assert not dirty
+    (tmp_path / "new.py").touch()
+    assert described() == (commit, True)
+
+
+def test_overhead_is_measured_with_and_without_gradients(tmp_path, machine, monkeypatch):
+    monkeypatch.setattr(overhead, "_BUDGET_S", 0.05)
+    writer = Writer(tmp_path / "run.json", "quick", machine)
+    rows = list(overhead.run(writer))
+    assert [row["requires_grad"] for row in rows] == [False, True]
+    assert all(0 < row["overhead_us"] == row["ours_us"] - row["raw_us"] for row in rows)
+    assert list(overhead.run(writer)) == rows == writer.rows

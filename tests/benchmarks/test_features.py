@@ -1,0 +1,131 @@
+"""The real-model part on a tiny model: its rows, its maps, its resumption, and that a wrong backend is caught."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import features, model_report, results
+from benchmarks.pretrained import Pretrained, grey_patches, with_registers
+from benchmarks.results import Writer
+from benchmarks.vit import ViT
+from vitreg_kernels.ops.attention.backends import sdpa
+
+for package in ("skimage", "sklearn"):
+    pytest.importorskip(package, reason="the photographs come inside scikit-image and scikit-learn")
+
+
+def tiny_model() -> Pretrained:
+    """C = 32, H = 2, 2 blocks, patches of 14 px at 3 x 3 positions, random weights."""
+    generator = torch.Generator().manual_seed(0)
+    dim, hidden = 32, 64
+    shapes = {
+        "patch_embed.weight": (dim, 3, 14, 14),
+        "patch_embed.bias": (dim,),
+        "cls_token": (1, 1, dim),
+        "pos_embed": (1, 9, dim),
+        "norm.weight": (dim,),
+        "norm.bias": (dim,),
+    }
+    for i in range(2):
+        for module, (rows, columns) in {
+            "attn.qkv": (3 * dim, dim),
+            "attn.proj": (dim, dim),
+            "mlp.fc1": (hidden, dim),
+            "mlp.fc2": (dim, hidden),
+        }.items():
+            shapes |= {f"blocks.{i}.{module}.weight": (rows, columns), f"blocks.{i}.{module}.bias": (rows,)}
+        for n in (1, 2):
+            shapes |= {f"blocks.{i}.norm{n}.weight": (dim,), f"blocks.{i}.norm{n}.bias": (dim,)}
+            shapes[f"blocks.{i}.ls{n}.gamma"] = (dim,)
+    weights = {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    return Pretrained("a tiny ViT", 2, weights, antialias=False)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(features, "_IMAGES", {"quick": {56: 2}})
+    monkeypatch.setattr(features, "_TIMING_BUDGET_S", {"quick": 0.01})
+
+
+@pytest.fixture
+def run(small, tmp_path, machine):
+    """Runs a model; the rows, and what the progress was. A second call goes on from the first's file."""
+
+    def run(model) -> tuple[list, list]:
+        steps = []
+        writer = Writer(tmp_path / "run.json", "quick", machine)
+        rows = features.run("quick", writer, lambda *step: steps.append(step), model, torch.device("cpu"))
+        return list(rows), steps
+
+    return run
+
+
+def test_rows_of_a_model_without_registers(run, tmp_path):
+    rows, steps = run(tiny_model())
+    assert [row["kind"] for row in rows] == ["registers"] * 3 + ["norms"] * 2 + ["features"] * 4
+    assert rows == results.load(tmp_path / "run.json")
+    assert [row["used"] for row in rows[:3]] == [True, False, False]
+    for row in rows[5:]:
+        assert (row["tokens"], row["prefix_tokens"], row["images"], row["batch"]) == (21, 5, 2, 1)
+        assert all(error["passed"] for error in row["errors"].values())
+    assert [(row["backend"], row["default"]) for row in rows[5:]] == [("sdpa", True), ("reference", False)] * 2
+    assert [step[:2] for step in steps] == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_registers_of_its_own_are_kept(run):
+    model = tiny_model()
+    own = with_registers(model, torch.randn(1, 2, 32))
+    rows, _ = run(own)
+    assert {row["kind"] for row in rows} == {"norms", "features"}
+    assert rows[-1]["prefix_tokens"] == 3
+    assert features.attention_maps(own, ("cat",), 56).model == "a tiny ViT"
+
+
+def test_a_cut_run_is_gone_on_with(run, monkeypatch):
+    first, _ = run(tiny_model())
+    monkeypatch.setattr(features, "ViT", None)  # built, it would raise
+    again, _ = run(tiny_model())
+    assert again == first
+
+
+def test_a_wrong_backend_breaks_the_rule(run, monkeypatch):
+    forward = sdpa.forward
+
+    def slightly_wrong(inputs):
+        result = forward(inputs)
+        return result._replace(output=result.output * (1 + 1e-4))
+
+    monkeypatch.setattr(sdpa, "forward", slightly_wrong)
+    rows, _ = run(tiny_model())
+    verdicts = {(r["backend"], r["dtype"]): r["errors"]["features"]["passed"] for r in rows if r["kind"] == "features"}
+    assert not verdicts["sdpa", "fp32"]
+    assert verdicts["reference", "fp32"]
+    assert "FAIL 1" in model_report.table(rows)
+
+
+def test_the_table_has_every_row_and_fits_a_terminal(run):
+    rows, _ = run(tiny_model())
+    table = model_report.table(rows)
+    assert table.count("FAIL") == 1  # in the legend
+    assert max(map(len, table.splitlines())) <= 100
+    for words in ("sdpa*", "reference", "fp32", "bf16", "grey patches*", "copies of CLS", "astronaut", "cat"):
+        assert words in table
+
+
+@torch.inference_mode()
+def test_maps_are_the_prefix_rows_over_the_patch_grid():
+    model = tiny_model()
+    maps = features.attention_maps(model, ("cat", "coffee"), 56)
+    assert maps.model == "a tiny ViT, given 4 here"
+    assert maps.images.shape == (2, 3, 56, 56)
+    assert maps.attention.shape == (2, 5, 4, 4)
+
+    # The last block's attention once more, by hand.
+    vit = ViT(with_registers(model, grey_patches(model)))
+    seen = []
+    vit.blocks[-1].attn.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    vit(features.photographs.normalize(maps.images))
+    query, key, _ = seen[0].unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    probabilities = (query[:, :, :5] @ key.transpose(-1, -2) / 4).softmax(-1).mean(1)
+    torch.testing.assert_close(maps.attention.flatten(2), probabilities[:, :, 5:] * 21)

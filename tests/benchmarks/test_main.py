@@ -1,0 +1,120 @@
+"""The driver: what it writes, prints and answers, with the parts that measure made small."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from test_features import tiny_model
+
+from benchmarks import attention, features, overhead, results
+from benchmarks.shapes import Case
+from vitreg_kernels.ops.attention.backends import sdpa
+
+for package in ("matplotlib", "skimage", "sklearn", "tqdm"):
+    pytest.importorskip(package, reason="the benchmark's own packages: pip install 'vitreg_kernels[bench]'")
+
+from benchmarks import __main__ as driver  # noqa: E402
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, machine):
+    """The whole driver on a tiny model and one small race; the path of its result file."""
+    path = tmp_path / "results" / "run.json"
+    monkeypatch.setattr(features, "_IMAGES", {"quick": {56: 2}})
+    monkeypatch.setattr(features, "_TIMING_BUDGET_S", {"quick": 0.01})
+    monkeypatch.setattr(attention, "_BUDGET_S", {"quick": 0.01})
+    monkeypatch.setattr(attention, "cases", lambda *_: iter([Case(1, 2, 54, "fp32", "forward")]))
+    monkeypatch.setattr(overhead, "_BUDGET_S", 0.01)
+    monkeypatch.setattr(driver.results, "default_path", lambda *_: path)
+    monkeypatch.setattr(driver.pretrained, "load", lambda name: tiny_model())
+    monkeypatch.setattr(driver.machine, "describe", lambda device: machine)
+    monkeypatch.setattr(driver.machine, "default_device", lambda: torch.device("cpu"))
+    return path
+
+
+def run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    return driver.main()
+
+
+def kinds(path) -> set[str]:
+    return {row["kind"] for row in results.load(path)}
+
+
+def test_the_main_job(small, monkeypatch, capsys):
+    assert run(monkeypatch) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "1/3",
+        "2/3",
+        "3/3",
+        "1/4 registers at 56 px",
+        "1/1 N=54 fp32 forward",
+        "grey patches*",
+        "torch:math",
+    ):
+        assert words in printed
+    assert "results are as accurate as the rule asks" in printed
+    assert small.with_suffix(".png").stat().st_size > 0
+    assert kinds(small) == {"registers", "norms", "features", "roofline", "attention", "overhead"}
+
+
+def test_a_wrong_backend_is_named_and_the_status_is_1(small, monkeypatch, capsys):
+    forward = sdpa.forward
+
+    def slightly_wrong(inputs):
+        result = forward(inputs)
+        return result._replace(output=result.output * (1 + 1e-4))
+
+    monkeypatch.setattr(sdpa, "forward", slightly_wrong)
+    assert run(monkeypatch) == 1
+    told = capsys.readouterr().err
+    assert "sdpa at N = 21 in fp32, a tiny ViT: features is" in told
+    assert "vitreg:sdpa at N = 54 in fp32, forward: output is" in told
+    assert "reference" not in told
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda model: model._replace(weights={**model.weights, "extra": torch.zeros(1)}), "has ['extra'] besides"),
+        (lambda model: (_ for _ in ()).throw(ConnectionError("no hub")), "no hub"),
+    ],
+    ids=["another architecture", "unreachable"],
+)
+def test_a_model_that_cannot_be_used_is_one_sentence_and_status_2(small, monkeypatch, capsys, change, sentence):
+    monkeypatch.setattr(driver.pretrained, "load", lambda name: change(tiny_model()))
+    assert run(monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert told.count("\n") == 1
+    assert not small.exists()
+
+
+class Cut(Exception):
+    """What stands for Ctrl-C."""
+
+
+def cut(*_):
+    raise Cut
+
+
+def test_a_cut_run_is_gone_on_with_unless_fresh(small, monkeypatch, capsys):
+    save = driver.picture.save
+    monkeypatch.setattr(driver.picture, "save", cut)
+    with pytest.raises(Cut):
+        run(monkeypatch)
+
+    monkeypatch.setattr(attention, "race", cut)
+    with pytest.raises(Cut):  # in the picture again, with no new race
+        run(monkeypatch)
+    assert "of a cut run" in capsys.readouterr().out
+    assert "attention" in kinds(small)
+
+    monkeypatch.setattr(driver.picture, "save", save)
+    with pytest.raises(Cut):
+        run(monkeypatch, "--fresh")
+    assert not small.with_suffix(".png").exists()
+    assert kinds(small) == {"registers", "norms", "features", "roofline"}

@@ -1,0 +1,105 @@
+"""The table fits a terminal and hides nothing; the bars stand where they should."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from benchmarks import report
+from benchmarks.shapes import Case
+
+
+@pytest.fixture
+def rows(race, machine, ceilings, monkeypatch):
+    monkeypatch.setattr(report, "LENGTHS", {7: "tiny", 9: "small"})
+    rows = [{"kind": "roofline", **ceilings._asdict(), "machine": machine}, {"kind": "from another module"}]
+    for tokens in (7, 9):
+        for dtype in ("fp32", "bf16"):
+            rows += race(Case(1, 2, tokens, dtype, "forward", head_dim=16))
+    slow = {"requires_grad": True, "ours_us": 40.0, "overhead_us": 32.0}
+    fast = {"requires_grad": False, "ours_us": 30.0, "overhead_us": 22.0}
+    overhead = {"kind": "overhead", "shape": [1, 1, 16, 16], "raw_us": 8.0, "goal_us": 25.0, "samples": 9}
+    return [*rows, *({**overhead, **figures, "machine": machine} for figures in (fast, slow))]
+
+
+def test_table_fits_a_terminal_whatever_the_figures(rows):
+    raced = next(row for row in rows if row.get("variant") == "vitreg:ours")
+    raced |= {"median_ms": 123456.7, "p20_ms": 123456.7, "p80_ms": 123456.7, "gflops": 987654.3, "gbps": 0.001234567}
+    raced |= {"peak_fraction": 12.345, "speedup": 1234.5}
+    refused = next(row for row in rows if row.get("variant") == "vitreg:knows")
+    refused["reason"] = "very " * 100 + "sorry"
+    assert max(map(len, report.table(rows).splitlines())) <= 100
+
+
+def test_table_groups_by_length_and_names_units(rows):
+    text = report.table(rows)
+    assert text.index("N = 7 (tiny") < text.index("N = 9 (small")
+    assert text.count("N = ") == 2
+    assert text.count("vitreg:ours") == 4
+    for heading in ("median ms", "p20-p80 ms", "GFLOP/s", "% peak", "GB/s"):
+        assert heading in text
+    assert "fp32 100, bf16 10; copy 20 GB/s" in text
+    assert "commit 0123456789ab\n" in text
+
+
+def test_table_reports_refused_contenders_in_their_own_words(rows):
+    text = report.table(rows)
+    assert "vitreg:knows      every case: runs on the moon only" in text
+    assert "other:raises      every case: RuntimeError: no kernel for this\n" in text
+
+
+def test_a_contender_refused_in_some_cases_only_is_both_raced_and_reported(rows):
+    raced = next(row for row in rows if row.get("variant") == "other:right")
+    raced["reason"] = "out of memory"
+    text = report.table(rows)
+    assert "other:right       1 of 4 cases: out of memory" in text
+    assert text.count("other:right ") == 4
+
+
+def test_table_marks_a_broken_accuracy_rule(rows):
+    lines = report.table(rows).splitlines()
+    wrong = [line for line in lines if "vitreg:wrong" in line]
+    assert sum(line.endswith("FAIL") for line in wrong) >= 2  # both lengths in fp32
+    assert not any(line.endswith("FAIL") for line in lines if "vitreg:ours" in line)
+
+
+def test_a_failed_gradient_is_not_hidden_by_a_good_output():
+    good = {"max": 9.0, "mean": 1.0, "eager_max": 1.0, "eager_mean": 1.0, "passed": True}
+    bad = {"max": 3.0, "mean": 1.0, "eager_max": 1.0, "eager_mean": 1.0, "passed": False}
+    assert report._worst({"output": good, "grad_key": bad}) is bad
+
+
+def test_table_shows_the_overhead_against_its_goal(rows):
+    without, with_gradients = report.table(rows).splitlines()[-2:]
+    assert without.split() == ["without", "gradients", "30.0", "-", "8.0", "=", "22.0"]
+    assert with_gradients.endswith("= 32.0  ABOVE THE GOAL")
+
+
+def test_table_of_a_cut_run_with_nothing_raced_yet(rows):
+    assert "ceilings" in report.table(rows[:1])
+    assert report.table([]) == ""
+
+
+def test_bars(rows):
+    figures = pytest.importorskip("matplotlib.figure")
+    figure = figures.Figure()
+    panels = figure.subplots(2)
+    for axes, dtype in zip(panels, ("fp32", "bf16"), strict=True):
+        report.draw_bars(axes, rows, dtype, "forward")
+    first, second = ({c.get_label(): c for c in axes.containers if c.get_label() in _raced(rows)} for axes in panels)
+    assert list(first) == list(second) == ["vitreg:ours", "vitreg:wrong", "other:right"]
+    assert panels[0].get_legend_handles_labels()[1] == ["measured peak", *first]
+    for name in first:
+        assert first[name][0].get_facecolor() == second[name][0].get_facecolor()
+        shown = [bar.get_height() for bar in first[name]]
+        assert shown == [r["gflops"] for r in rows if r.get("variant") == name and r["dtype"] == "fp32"]
+    assert len({bars[0].get_facecolor() for bars in first.values()}) == 3
+    # Bars of one length touch and do not overlap.
+    edges = [(bars[0].get_x(), bars[0].get_x() + bars[0].get_width()) for bars in first.values()]
+    assert all(left[1] == pytest.approx(right[0]) for left, right in itertools.pairwise(edges))
+    assert [tick.get_text() for tick in panels[0].get_xticklabels()] == ["7", "9"]
+
+
+def _raced(rows):
+    return {row["variant"] for row in rows if row["kind"] == "attention" and row["reason"] is None}

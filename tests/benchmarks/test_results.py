@@ -1,0 +1,153 @@
+"""The schema refuses bad rows; a cut run keeps its rows and goes on; nothing else is mistaken for one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import results
+from benchmarks.results import Writer
+from benchmarks.shapes import Case
+
+
+@pytest.fixture
+def row(machine):
+    return {
+        "kind": "overhead",
+        "requires_grad": False,
+        "shape": [1, 1, 16, 16],
+        "raw_us": 8.0,
+        "ours_us": 30,
+        "overhead_us": 22.0,
+        "goal_us": 25.0,
+        "samples": 100,
+        "machine": machine,
+    }
+
+
+@pytest.fixture
+def bare(row):
+    """As a caller gives it: the writer adds the machine."""
+    return {name: value for name, value in row.items() if name != "machine"}
+
+
+def test_good_rows_are_valid(row, race):
+    results.validate(row)
+    for mode in ("forward", "forward+backward"):
+        for raced in race(Case(1, 2, 7, "fp32", mode, head_dim=16)):
+            results.validate(raced)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "dance"}, "kind must be one of .*attention.*, not 'dance'"),
+        ({"raw_us": float("nan")}, "overhead.raw_us must be a finite number, not nan"),
+        ({"raw_us": "8"}, "overhead.raw_us must be a finite number, not '8'"),
+        ({"raw_us": None}, "overhead.raw_us must be a finite number, not None"),
+        ({"raw_us": True}, "overhead.raw_us must be a finite number, not True"),
+        ({"samples": 1.5}, "overhead.samples must be int, not 1.5"),
+        ({"samples": True}, "overhead.samples must be int, not True"),
+        ({"requires_grad": 0}, "overhead.requires_grad must be bool, not 0"),
+        ({"shape": [1, "1"]}, r"overhead.shape\[1\] must be int"),
+        ({"shape": 4}, "overhead.shape must be a list"),
+        ({"machine": {}}, "overhead.machine lacks .*'commit'"),
+        ({"extra": 1}, r"overhead lacks \[\] and has unknown \['extra'\]"),
+    ],
+)
+def test_bad_rows_are_refused(row, change, message):
+    with pytest.raises(ValueError, match=message):
+        results.validate(row | change)
+
+
+def test_a_missing_field_is_refused(row):
+    del row["samples"]
+    with pytest.raises(ValueError, match=r"overhead lacks \['samples'\]"):
+        results.validate(row)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "fp8"}, "attention.dtype must be one of .*, not 'fp8'"),
+        ({"errors": {"output": {"max": 1.0}}}, "attention.errors.output lacks .*'eager_max'"),
+        ({"reason": 3}, "attention.reason must be str"),
+    ],
+)
+def test_bad_attention_rows_are_refused(race, change, message):
+    good = race(Case(1, 2, 7, "fp32", "forward", head_dim=16))[0]
+    with pytest.raises(ValueError, match=message):
+        results.validate(good | change)
+
+
+def test_a_cut_run_is_resumed(tmp_path, machine, bare, row):
+    path = tmp_path / "new" / "run.json"
+    Writer(path, "quick", machine).extend([bare])
+    again = Writer(path, "quick", machine)
+    assert again.rows == [row]
+    assert again.resumed == 1
+    again.extend([bare | {"requires_grad": True}])
+    assert results.load(path) == [row, row | {"requires_grad": True}]
+    assert again.find(kind="overhead", requires_grad=True) == [row | {"requires_grad": True}]
+
+
+@pytest.mark.parametrize("change", ["finished", "commit", "size", "dirty"])
+def test_any_other_file_is_begun_anew(tmp_path, machine, bare, change):
+    path = tmp_path / "run.json"
+    dirty = {**machine, "dirty": True}
+    first = Writer(path, "quick", dirty if change == "dirty" else machine)
+    first.extend([bare])
+    if change == "finished":
+        first.finish()
+    other = {"commit": {**machine, "commit": "fedcba"}, "dirty": dirty}.get(change, machine)
+    again = Writer(path, "full" if change == "size" else "quick", other)
+    assert again.rows == []
+    again.extend([bare])
+    assert len(results.load(path)) == 1
+
+
+def test_a_bad_row_among_good_ones_changes_nothing(tmp_path, machine, bare, row):
+    path = tmp_path / "run.json"
+    writer = Writer(path, "quick", machine)
+    writer.extend([bare])
+    with pytest.raises(ValueError, match="samples"):
+        writer.extend([bare, bare | {"samples": None}])
+    assert writer.rows == results.load(path) == [row]
+
+
+def test_a_cut_while_saving_leaves_the_file_before_it(tmp_path, machine, bare, row, monkeypatch):
+    path = tmp_path / "run.json"
+    writer = Writer(path, "quick", machine)
+    writer.extend([bare])
+
+    def cut(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results.os, "replace", cut)
+    with pytest.raises(KeyboardInterrupt):
+        writer.extend([bare])
+    assert results.load(path) == [row]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 0}', '{"schema": 1, "size": "quick", "rows": []}'])
+def test_a_file_that_is_none_is_refused(tmp_path, machine, text):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"run.json is not a result file .* delete it"):
+        results.load(path)
+    with pytest.raises(ValueError, match="not a result file"):
+        Writer(path, "quick", machine)
+    assert path.read_text() == text
+
+
+def test_a_bad_row_in_a_file_is_refused(tmp_path, row):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"schema": 1, "size": "quick", "complete": True, "rows": [row | {"samples": -0.5}]}))
+    with pytest.raises(ValueError, match="samples"):
+        results.load(path)
+
+
+def test_the_default_path_names_the_device_the_day_and_the_size(machine):
+    assert results.default_path("full", machine).parent == results.FOLDER
+    assert results.default_path("full", machine).match("some-cpu-2-ghz-????-??-??-full.json")

@@ -1,0 +1,106 @@
+"""Masks: what is masked has no say, and queries without any key give zeros."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import MASKS, PLAIN_BACKENDS, Spec, make_mask, make_qkv, views
+
+from vitreg_kernels.functional import register_attention
+from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
+
+every_backend = pytest.mark.parametrize("backend", PLAIN_BACKENDS)
+
+
+def double(**changes):
+    return Spec(dtype=torch.float64, **changes)
+
+
+def gradients(qkv, mask, backend, upstream):
+    """Of qkv, and of the mask if it is differentiable."""
+    qkv = qkv.detach().requires_grad_()
+    leaves = [qkv, mask] if mask.requires_grad else [qkv]
+    return torch.autograd.grad(register_attention(*views(qkv), attn_mask=mask, backend=backend), leaves, upstream)
+
+
+@every_backend
+def test_masked_keys_are_as_good_as_absent(backend):
+    qkv = make_qkv(double(batch=1))
+    keep = torch.rand(21) > 0.4
+    padded, padded_statistics = register_attention(
+        *views(qkv), attn_mask=keep[None, None, None], outputs=("lse", "received_attention"), backend=backend
+    )
+    query, key, value = views(qkv)
+    logits = query @ key[:, :, keep].transpose(-2, -1) * 16**-0.5
+    torch.testing.assert_close(padded, logits.softmax(-1) @ value[:, :, keep])
+    torch.testing.assert_close(padded_statistics.lse, logits.logsumexp(-1))
+    assert (padded_statistics.received_attention[..., ~keep] == 0).all()
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "shape",
+    [(21, 21), (1, 21), (21, 1), (2, 21, 21), (3, 1, 1, 21), (1, 2, 21, 1), (3, 2, 21, 21), (1, 1), (3, 1, 1, 1)],
+)
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_any_shape_that_broadcasts(backend, shape, kind):
+    qkv = make_qkv(double(batch=3))
+    mask = torch.rand(shape) > 0.3 if kind == "bool" else torch.randn(shape, dtype=torch.float64)
+    options = {"num_prefix_tokens": 5, "outputs": OUTPUT_NAMES, "backend": backend}
+    actual = register_attention(*views(qkv), attn_mask=mask, **options)
+    full = mask.expand(3, 2, 21, 21).contiguous()
+    expected = register_attention(*views(qkv), attn_mask=full, **options)
+    torch.testing.assert_close(actual, expected)
+
+
+@every_backend
+def test_bool_is_additive_of_infinity(backend):
+    spec = double(batch=3, mask="bool")
+    qkv, keep = make_qkv(spec), make_mask(spec)
+    added = torch.zeros(keep.shape, dtype=torch.float64).masked_fill(~keep, -torch.inf)
+    options = {"num_prefix_tokens": 5, "outputs": OUTPUT_NAMES, "backend": backend}
+    torch.testing.assert_close(
+        register_attention(*views(qkv), attn_mask=keep, **options),
+        register_attention(*views(qkv), attn_mask=added, **options),
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+def test_queries_without_a_key(backend, dtype, kind):
+    """Zeros, and zero gradients; nothing is ever NaN."""
+    spec = Spec(batch=3, dtype=dtype, mask=kind)
+    qkv, mask = make_qkv(spec), make_mask(spec)
+    if kind.startswith("additive"):
+        mask[..., 0, :] = -torch.inf
+        alone = mask.expand(3, 2, 21, 21).eq(-torch.inf).all(-1)
+    else:
+        mask[..., 0, :] = False
+        alone = ~mask.expand(3, 2, 21, 21).any(-1)
+    assert alone.any()
+    output = register_attention(*views(qkv), attn_mask=mask, backend=backend)
+    assert (output[alone] == 0).all()
+    (gradient,) = gradients(qkv, mask, backend, torch.randn_like(output))
+    grad_query = views(gradient)[0]
+    assert (grad_query[alone] == 0).all()
+    assert output.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(21, 21), (3, 1, 1, 21), (1, 2, 21, 1), (3, 2, 21, 21)])
+def test_gradient_of_an_additive_mask(backend, shape):
+    """Summed to the mask's own shape; zero for a query without a key."""
+    qkv = make_qkv(double(batch=3))
+    mask = torch.randn(shape, dtype=torch.float64)
+    mask[..., 0, :] = -torch.inf
+    upstream = torch.randn(3, 2, 21, 16, dtype=torch.float64)
+    _, grad_mask = gradients(qkv, mask.requires_grad_(), backend, upstream)
+
+    leaf = mask.detach().masked_fill(mask == -torch.inf, -1e4).requires_grad_()
+    query, key, value = views(qkv)
+    plain = (query @ key.transpose(-2, -1) / 4 + leaf).softmax(-1)
+    dead = (mask == -torch.inf).expand(3, 2, 21, 21).all(-1, keepdim=True)
+    (expected,) = torch.autograd.grad((plain @ value).masked_fill(dead, 0.0), leaf, upstream)
+    torch.testing.assert_close(grad_mask, expected)

@@ -1,0 +1,140 @@
+"""Every backend usable here against fp64, by the one accuracy rule: output, gradients, statistics.
+
+``TRITON_INTERPRET=1 pytest tests/test_parity.py`` adds the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import LAYOUTS, VIT_TOKENS, Spec, assert_parity, make_options, make_qkv, run, specs, views
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vitreg_kernels._runtime.triton_mode import INTERPRETING
+from vitreg_kernels.check import Yardstick, usable_backends
+from vitreg_kernels.functional import register_attention, register_attention_qkv
+from vitreg_kernels.ops.attention.backends import BACKENDS
+from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
+
+# The reference is what the others are held against; test_reference.py holds it against a formula of its own.
+USABLE = [backend for backend in BACKENDS if backend.NAME in usable_backends("cpu") and backend.NAME != "reference"]
+
+every_backend = pytest.mark.parametrize("backend", USABLE, ids=lambda backend: backend.NAME)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+def test_there_is_something_to_test():
+    assert ({"triton", "sdpa"} if INTERPRETING else {"sdpa"}) <= {backend.NAME for backend in USABLE}
+
+
+@every_backend
+@settings(max_examples=10 if INTERPRETING else 100)
+@given(data=st.data())
+def test_any_call(backend, data):
+    dtypes = tuple(dtype for dtype in backend.REQUIREMENTS.dtypes if dtype != torch.float64)
+    spec = data.draw(specs(backend.REQUIREMENTS._replace(dtypes=dtypes), degenerate=False))
+    assert_parity(spec, backend.NAME, draws=4 if INTERPRETING else 10)
+
+
+@every_backend
+@settings(max_examples=120)
+@given(data=st.data())
+def test_any_call_in_double(backend, data):
+    """fp64 has no eager error to be measured by; there a backend agrees with the reference outright."""
+    if torch.float64 not in backend.REQUIREMENTS.dtypes:
+        pytest.skip("not declared")
+    spec = data.draw(specs(backend.REQUIREMENTS._replace(dtypes=(torch.float64,)), degenerate=True))
+    yardstick = Yardstick(make_qkv(spec), **make_options(spec))
+    torch.testing.assert_close(run(yardstick, backend.NAME), yardstick.exact, rtol=1e-12, atol=1e-12)
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("tokens", VIT_TOKENS)
+def test_shapes_of_vits(backend, dtype, tokens):
+    if dtype not in backend.REQUIREMENTS.dtypes:
+        pytest.skip("not declared")
+    heads = 3 if tokens < 1000 else 1
+    assert_parity(Spec(batch=1, heads=heads, tokens=tokens, head_dim=64, dtype=dtype), backend.NAME)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("massive", [0, 1, 2], ids=["query", "key", "value"])
+def test_massive_activations(backend, dtype, massive):
+    """One token of norm 500 among tokens of norm 20.
+
+    In query and key at once it would overflow the fp16 logits of the eager formula, which is no yardstick then.
+    """
+    if dtype not in backend.REQUIREMENTS.dtypes:
+        pytest.skip("not declared")
+    qkv = make_qkv(Spec(batch=2 if INTERPRETING else 12, tokens=69, head_dim=64))
+    qkv *= 20 / qkv.norm(dim=-1, keepdim=True)
+    qkv[:, 41, massive] *= 25
+    errors = Yardstick(qkv.to(dtype), num_prefix_tokens=5, outputs=OUTPUT_NAMES).errors(backend.NAME)
+    assert not [f"{name}: {accuracy}" for name, accuracy in errors.items() if not accuracy.passed]
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_logits_that_overflow_the_dtype(backend, dtype):
+    """Query and key of one token along one direction, norm 500: a raw product of 250000, which fp16 cannot hold."""
+    if dtype not in backend.REQUIREMENTS.dtypes:
+        pytest.skip("not declared")
+    qkv = make_qkv(Spec(tokens=69, head_dim=64))
+    qkv[:, 41, :2] = 62.5
+    yardstick = Yardstick(qkv.to(dtype), num_prefix_tokens=5, outputs=OUTPUT_NAMES)
+    results = run(yardstick, backend.NAME)
+    assert all(tensor.isfinite().all() for tensor in results.values())
+    names = ("output", "lse", "max_logit")
+    errors = yardstick.compare({name: results[name] for name in names})
+    assert not [f"{name}: {accuracy}" for name, accuracy in errors.items() if not accuracy.passed]
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(Spec(layout=layout) for layout in LAYOUTS),
+        Spec(mask="key_padding"),
+        Spec(rope="pairs"),
+        Spec(batch=1, lengths=(9, 12)),
+        Spec(batch=0),
+        Spec(heads=1),
+    ],
+    ids=str,
+)
+def test_layout_of_the_output(backend, spec):
+    """A ``[B, H, N, D]`` view of contiguous ``[B, N, H, D]`` memory, and ``[B, N, C]`` of the same numbers."""
+    qkv, options = make_qkv(spec), make_options(spec)
+    output, _ = register_attention(*views(qkv), **options, backend=backend.NAME)
+    assert output.transpose(1, 2).is_contiguous()
+    packed, _ = register_attention_qkv(qkv, **options, backend=backend.NAME)
+    assert packed.is_contiguous()
+    assert torch.equal(packed, output.transpose(1, 2).flatten(2))
+
+
+@every_backend
+def test_gradient_of_the_packed_projection(backend):
+    """The same numbers as the gradients of query, key and value, in qkv's shape."""
+    spec = Spec(rope="halves", mask="key_padding")
+    qkv = make_qkv(spec).requires_grad_()
+    options = make_options(spec)
+    gradient = torch.randn(2, 21, 32)
+    packed, _ = register_attention_qkv(qkv, **options, backend=backend.NAME)
+    output, _ = register_attention(*views(qkv), **options, backend=backend.NAME)
+    (actual,) = torch.autograd.grad(packed, qkv, gradient)
+    (expected,) = torch.autograd.grad(output.transpose(1, 2).flatten(2), qkv, gradient)
+    if hasattr(backend, "backward"):
+        assert actual.is_contiguous()
+    torch.testing.assert_close(actual, expected)
+
+
+@every_backend
+def test_bitwise_the_same_from_run_to_run(backend):
+    spec = Spec(batch=3, heads=3, tokens=69, rope="pairs", mask="key_padding")
+    yardstick = Yardstick(make_qkv(spec), **make_options(spec))
+    first, second = (run(yardstick, backend.NAME) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name

@@ -1,0 +1,32 @@
+"""A Triton launch as data: one description for a GPU, the interpreter and the offline compiler."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """One kernel launch, fully described.
+
+    Attributes:
+        kernel: a ``@triton.jit`` function.
+        grid: up to three program counts.
+        arguments: run-time arguments by parameter name (tensors, ints, floats, ``None`` for an absent tensor).
+        constants: ``tl.constexpr`` arguments by parameter name.
+        num_warps, num_stages: compiler options.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Tensor | int | float | None]
+    constants: dict[str, int | float | bool | str | None]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        """Launch on the arguments' device; a grid with no programs launches nothing."""
+        if 0 in self.grid:
+            return
+        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)

@@ -1,0 +1,116 @@
+"""The command line: ``vitreg`` or ``python -m vitreg_kernels``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import __version__
+from .check import Result, check, usable_backends
+from .ops.attention import features
+from .ops.attention.backends import BACKENDS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0 only if all is well."""
+    parser = argparse.ArgumentParser(prog="vitreg", description="Fused attention for ViTs with register tokens.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="this machine, and what each backend supports")
+    checking = commands.add_parser("check", help="accuracy of every backend usable on this machine, against fp64")
+    checking.add_argument("--backend", action="append", help="check this one only (may be repeated)")
+    checking.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "info":
+        print(info())
+        return 0
+    return _check(arguments.backend, arguments.device)
+
+
+def info() -> str:
+    """Versions, devices, and the support table made from the backends' declarations."""
+    lines = [
+        f"vitreg_kernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "xformers")),
+        f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        f"GPU: {_gpu()}",
+        "native kernels: none in this version",
+        "",
+        support_table(),
+    ]
+    return "\n".join(lines)
+
+
+def support_table() -> str:
+    """What each attention backend serves: a Markdown table made from ``REQUIREMENTS``."""
+    rows = [("attention", *(b.NAME for b in BACKENDS))]
+    needs = [b.REQUIREMENTS for b in BACKENDS]
+    rows.append(("devices", *(" ".join(n.devices) for n in needs)))
+    rows.append(("dtypes", *(" ".join(_short(d) for d in n.dtypes) for n in needs)))
+    rows.append(("head dims", *("any" if n.head_dims[1] > 2**16 else "{}-{}".format(*n.head_dims) for n in needs)))
+    rows += [(feature, *("yes" if feature in n.features else "no" for n in needs)) for feature in features.ALL]
+    return _table(rows)
+
+
+def _check(names: list[str] | None, device: str) -> int:
+    known = [b.NAME for b in BACKENDS]
+    unknown = [n for n in names or () if n not in known]
+    if unknown:
+        print(f"unknown backend {unknown[0]!r}: expected one of {', '.join(known)}", file=sys.stderr)
+        return 2
+    backends = tuple(names or usable_backends(device))
+    print(
+        f"accuracy of {', '.join(backends)} on {device} against fp64: the output's errors, and the worst tensor of all"
+    )
+    columns = "{:<9} {:<38} {:<8} {:>9} {:>9} {:>9} {:>9}  {}"
+    print(columns.format("backend", "case", "dtype", "max", "eager", "mean", "eager", "error of bound, verdict"))
+    served = [result for result in map(_shown(columns), check(backends, device)) if result.errors]
+    failed = sum(bool(result.failed) for result in served)
+    print(f"{len(served) - failed} passed, {failed} failed")
+    return 1 if failed or not served else 0
+
+
+def _shown(columns: str) -> Callable[[Result], Result]:
+    """Prints a result as a line of the table and hands it on."""
+
+    def show(result: Result) -> Result:
+        head = result.backend, result.case, _short(result.dtype)
+        if not result.errors:
+            print(columns.format(*head, "", "", "", "", "not served: " + "; ".join(result.reasons)), flush=True)
+            return result
+        output = result.errors["output"]
+        numbers = output.max_error, output.eager_max_error, output.mean_error, output.eager_mean_error
+        tensor, strain = max(((t, a.strain) for t, a in result.errors.items()), key=lambda pair: pair[1])
+        verdict = f"FAIL: {', '.join(result.failed)}" if result.failed else "pass"
+        line = f"{strain:5.0%} {tensor}, {verdict}"
+        print(columns.format(*head, *(f"{n:.2e}" for n in numbers), line), flush=True)
+        return result
+
+    return show
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

@@ -1,0 +1,150 @@
+"""Multi-head self-attention over ``[CLS | registers | patches]``, with timm's and DINOv2's parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .._runtime import dispatch
+from ..layout import TokenLayout
+from ..ops.attention.backends import BACKENDS
+
+if TYPE_CHECKING:
+    from ..ops.attention.types import AttentionOutputs, Rope
+
+
+class RegisterAttention(nn.Module):
+    """Self-attention of a Vision Transformer block, in place of timm's ``Attention`` or DINOv2's ``MemEffAttention``.
+
+    Their state dicts load with no renaming; give ``qkv_bias``, ``qk_norm`` and ``proj_bias`` as the model has them
+    (timm and DINOv2 models mostly set ``qkv_bias=True``, the default here).
+
+    Args:
+        dim: C, channels in and out; a multiple of ``num_heads``.
+        num_heads: H.
+        num_registers, num_cls_tokens: the prefix in front of the patches, what ``rope`` leaves alone and
+            ``"prefix_attention"`` reports; the plain output does not depend on them.
+        qkv_bias, proj_bias: whether the two projections have a bias.
+        qk_norm: normalise queries and keys by head with ``norm_layer``.
+        attn_drop: dropout of attention weights, in training mode only.
+        proj_drop: dropout of the output, in training mode only.
+        norm_layer: called ``norm_layer(head_dim, device=, dtype=)``.
+        backend: attention backend; ``None`` takes the fastest that supports the call.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: if ``dim`` or ``num_heads`` is not a positive int, ``dim`` is no multiple of ``num_heads``, or no
+            backend has the name.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_registers: int = 4,
+        num_cls_tokens: int = 1,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("num_heads", num_heads)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, not {value!r}")
+        if dim % num_heads:
+            raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
+        if backend is not None:
+            dispatch.find(BACKENDS, backend)  # a misspelt name fails here and not in the middle of a training step
+        factory = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.layout = TokenLayout(num_registers=num_registers, num_cls_tokens=num_cls_tokens)
+        self.backend = backend
+        self.qk_norm = qk_norm
+
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        rope: Rope | None = None,
+        *,
+        outputs: Sequence[str] = (),
+        is_causal: bool = False,
+    ) -> Tensor | tuple[Tensor, AttentionOutputs]:
+        """Attend.
+
+        Args:
+            x: ``[B, N, C]``, CLS tokens first, then registers, then patches.
+            attn_mask: broadcastable to ``[B, H, N, N]``; bool (True takes part) or additive. Padded keys are
+                ``[B, 1, 1, N]``.
+            rope: rotation of the patch tokens.
+            outputs: statistics to return, names of the fields of ``AttentionOutputs``. ``"token_norms"`` is of the
+                attention output before ``proj``.
+            is_causal: timm's blocks pass it; only False is served.
+
+        Returns:
+            ``[B, N, C]``, or ``(that, AttentionOutputs)`` if ``outputs`` names any.
+
+        Raises:
+            ValueError: if ``x`` has another rank, other channels or fewer tokens than the prefix, or ``is_causal``.
+        """
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x must be [B, N, {self.dim}], not of shape {tuple(x.shape)}")
+        prefix = self.layout.num_prefix_tokens
+        if x.shape[1] < prefix:
+            raise ValueError(
+                f"x has {x.shape[1]} tokens, fewer than the {self.layout.num_cls_tokens} CLS and "
+                f"{self.layout.num_registers} register tokens of this module; set num_cls_tokens and num_registers"
+            )
+        if is_causal:
+            raise ValueError(
+                "is_causal=True is not served; give a lower-triangular bool attn_mask of shape [1, 1, N, N]"
+            )
+
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        options = {
+            "num_prefix_tokens": prefix,
+            "attn_mask": attn_mask,
+            "dropout_p": self.attn_drop.p if self.training else 0.0,
+            "rope": rope,
+            "outputs": outputs,
+            "backend": self.backend,
+        }
+        if self.qk_norm:
+            query, key, value = qkv.unbind(2)
+            # A norm may answer in another dtype than its input's, as under autocast.
+            query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+            query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+            result = functional.register_attention(query, key, value, **options)
+            attended, statistics = result if outputs else (result, None)
+            attended = attended.transpose(1, 2).flatten(2)
+        else:
+            result = functional.register_attention_qkv(qkv, **options)
+            attended, statistics = result if outputs else (result, None)
+        attended = self.proj_drop(self.proj(attended))
+        return (attended, statistics) if outputs else attended
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, num_heads={self.num_heads}, num_registers={self.layout.num_registers}, "
+            f"num_cls_tokens={self.layout.num_cls_tokens}, backend={self.backend!r}"
+        )

@@ -1,0 +1,180 @@
+"""The public functions: validate, cast as autocast asks, select a backend, run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._runtime import dispatch
+from . import autograd, features
+from .backends import BACKENDS
+from .types import AttentionInputs, AttentionOutputs, AttentionResult, Rope
+from .validation import autocast, autocast_enabled, described, validated
+
+
+def register_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_prefix_tokens: int = 0,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    rope: Rope | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    outputs: Sequence[str] = (),
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, AttentionOutputs]:
+    """Self-attention over ``[CLS | registers | patches]``, with the statistics asked for.
+
+    ``softmax(query @ key^T * scale + mask) @ value`` (Vaswani et al., arXiv 1706.03762, eq. 1) with
+    ``torch.nn.functional.scaled_dot_product_attention``'s argument names. Accumulates in fp32; never holds N x N except
+    in the ``reference`` backend. Differentiable in query, key and value (and in an additive mask where the backend
+    supports it). Under autocast fp32 inputs are cast to the autocast dtype.
+
+    Args:
+        query, key, value: ``[B, H, N, D]``, one shape, dtype (fp32, fp16, bf16 or fp64) and device; any strides, so
+            views of a packed qkv are read in place. With ``cu_seqlens``, B is 1 and N the sum of all images' tokens.
+        num_prefix_tokens: P, the CLS and register tokens that lead every image. Read by ``rope`` and
+            ``"prefix_attention"``.
+        attn_mask: bool (True takes part) or of the query's dtype (added to the logits), broadcastable to
+            ``[B, H, N, N]``; a key-padding mask is bool ``[B, 1, 1, N]``. A query all of whose keys are masked gives
+            zeros.
+        dropout_p: probability of dropping an attention weight, in [0, 1). Applies whenever it is not 0.
+        scale: factor on the logits; 1 / sqrt(D) by default.
+        rope: rotation of the patch tokens of query and key.
+        cu_seqlens: int32 ``[S + 1]`` on the query's device: the first token of each packed image, and the end. Its
+            values are checked where that takes no device synchronisation, or where ``max_seqlen`` is left out.
+        max_seqlen: longest packed image; saves a synchronisation on a GPU.
+        outputs: any of ``"lse"``, ``"prefix_attention"``, ``"received_attention"``, ``"max_logit"``,
+            ``"token_norms"``; see ``AttentionOutputs``.
+        backend: a backend's name, which then runs or raises; ``None`` takes the first that may be a default.
+
+    Returns:
+        ``[B, H, N, D]``, a view of contiguous ``[B, N, H, D]`` memory; with ``outputs``, that and an
+        ``AttentionOutputs``.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together; nothing has run then.
+        UnsupportedError: if the named backend, or every backend, cannot serve the call.
+    """
+    inputs = validated(
+        query,
+        key,
+        value,
+        num_prefix_tokens=num_prefix_tokens,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        scale=scale,
+        rope=rope,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        outputs=outputs,
+    )
+    result = _run(inputs, backend)
+    return (result.output, result.statistics) if inputs.outputs else result.output
+
+
+def register_attention_qkv(
+    qkv: Tensor,
+    *,
+    num_prefix_tokens: int = 0,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    rope: Rope | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    outputs: Sequence[str] = (),
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, AttentionOutputs]:
+    """``register_attention`` of a packed projection, read in place; its gradient comes back packed.
+
+    Args:
+        qkv: ``[B, N, 3, H, D]``, any strides: what ``linear(x).unflatten(-1, (3, H, D))`` gives.
+        num_prefix_tokens, attn_mask, dropout_p, scale, rope, cu_seqlens, max_seqlen, outputs, backend: as in
+            ``register_attention``.
+
+    Returns:
+        ``[B, N, C]`` with C = H * D; with ``outputs``, that and an ``AttentionOutputs``.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as ``register_attention``.
+    """
+    if not isinstance(qkv, Tensor) or qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must be a [B, N, 3, H, D] tensor, got {described(qkv)}")
+    (qkv,) = autocast(qkv)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    inputs = validated(
+        query,
+        key,
+        value,
+        num_prefix_tokens=num_prefix_tokens,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        scale=scale,
+        rope=rope,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        outputs=outputs,
+    )
+    result = _run(inputs, backend, qkv)
+    output = result.output.transpose(1, 2).flatten(2)
+    return (output, result.statistics) if inputs.outputs else output
+
+
+def explain(
+    query: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    num_prefix_tokens: int = 0,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    rope: Rope | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    outputs: Sequence[str] = (),
+    backend: str | None = None,
+) -> dispatch.Explanation:
+    """Which backend ``register_attention`` would take for these arguments, and why not each of the others.
+
+    Runs nothing. Key and value default to the query; printing the result gives a line a backend.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together.
+    """
+    inputs = validated(
+        query,
+        query if key is None else key,
+        query if value is None else value,
+        num_prefix_tokens=num_prefix_tokens,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        scale=scale,
+        rope=rope,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        outputs=outputs,
+    )
+    return dispatch.explain(BACKENDS, features.request_of(inputs), backend)
+
+
+def _run(inputs: AttentionInputs, name: str | None, qkv: Tensor | None = None) -> AttentionResult:
+    """Select and run. ``qkv`` is the packed tensor that query, key and value are views of, if there is one."""
+    device = inputs.query.device.type
+    if autocast_enabled(device):
+        # The inputs are cast; inside, fp32 is meant where it is written.
+        with torch.autocast(device, enabled=False):
+            return _run(inputs, name, qkv)
+    backend = dispatch.select(BACKENDS, features.request_of(inputs), name)
+    if not hasattr(backend, "backward"):
+        return backend.forward(inputs)
+    if qkv is None:
+        return autograd.attend(inputs, backend.NAME)
+    return autograd.attend_qkv(qkv, inputs, backend.NAME)

@@ -1,0 +1,154 @@
+"""Kernels behind opaque ops, joined to autograd.
+
+``attend`` and ``attend_qkv`` run a backend that has a ``backward`` of its own. What autograd sees is one node whose
+forward and backward are the torch.library ops of ``schema.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._runtime import dispatch
+from . import schema, statistics
+from .backends import BACKENDS
+from .types import OUTPUT_NAMES, AttentionInputs, AttentionOutputs, AttentionResult, Rope, empty_output
+
+# The tensors and scalars of a call after query, key and value, in the order of the schemas.
+_Call = tuple[Tensor | None, Tensor | None, Tensor | None, bool, Tensor | None, int, int, float]
+
+
+def attend(inputs: AttentionInputs, backend: str) -> AttentionResult:
+    """Attention of separate query, key and value by a named backend; differentiable in all three."""
+    qkv = (inputs.query, inputs.key, inputs.value)
+    return _run(_Attention, torch.ops.vitreg.attention_forward, qkv, inputs, backend)
+
+
+def attend_qkv(qkv: Tensor, inputs: AttentionInputs, backend: str) -> AttentionResult:
+    """The same of packed ``[B, N, 3, H, D]``, of which ``inputs`` holds views; its gradient comes back packed."""
+    return _run(_AttentionQKV, _forward_qkv, (qkv,), inputs, backend)
+
+
+def _run(function: type, forward: Any, tensors: tuple, inputs: AttentionInputs, backend: str) -> AttentionResult:
+    call, outputs = _call_of(inputs), list(inputs.outputs)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        # The backward needs the log-sum-exp, whether or not it was asked for.
+        outputs += [] if "lse" in outputs else ["lse"]
+        output, *computed = function.apply(*tensors, *call, outputs, backend)
+    else:
+        output, *computed = forward(*tensors, *call, outputs, backend)
+    by_name = dict(zip(OUTPUT_NAMES, computed, strict=True))
+    return AttentionResult(output, AttentionOutputs(**{name: by_name[name] for name in inputs.outputs}))
+
+
+def _call_of(inputs: AttentionInputs) -> _Call:
+    cos, sin, interleaved = inputs.rope or (None, None, False)
+    return (
+        inputs.attn_mask,
+        cos,
+        sin,
+        interleaved,
+        inputs.cu_seqlens,
+        inputs.max_seqlen,
+        inputs.num_prefix_tokens,
+        inputs.scale,
+    )
+
+
+def _inputs_of(query: Tensor, key: Tensor, value: Tensor, call: _Call, outputs: list[str]) -> AttentionInputs:
+    mask, cos, sin, interleaved, cu_seqlens, max_seqlen, num_prefix_tokens, scale = call
+    return AttentionInputs(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        scale=scale,
+        num_prefix_tokens=num_prefix_tokens,
+        rope=None if cos is None else Rope(cos, sin, interleaved),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        outputs=tuple(outputs),
+    )
+
+
+def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``[B, N, 3, H, D]`` -> query, key and value as ``[B, H, N, D]`` views."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _forward_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return torch.ops.vitreg.attention_forward(*_unpack(qkv), *rest)
+
+
+class _Attention(torch.autograd.Function):
+    forward = staticmethod(torch.ops.vitreg.attention_forward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _save(ctx, inputs, output, tensors=3)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        return (*_gradient(ctx, torch.ops.vitreg.attention_backward, grad_output), *(None,) * 10)
+
+
+class _AttentionQKV(torch.autograd.Function):
+    forward = staticmethod(_forward_qkv)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _save(ctx, inputs, output, tensors=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        return (_gradient(ctx, torch.ops.vitreg.attention_backward_qkv, grad_output), *(None,) * 10)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple, *, tensors: int) -> None:
+    call, ctx.backend = inputs[tensors:-2], inputs[-1]
+    mask, cos, sin, ctx.interleaved, cu_seqlens, *ctx.scalars = call
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:tensors], mask, cos, sin, cu_seqlens, *output[:2])
+
+
+def _gradient(ctx: Any, op: Any, grad_output: Tensor | None) -> Any:
+    *tensors, mask, cos, sin, cu_seqlens, output, lse = ctx.saved_tensors
+    call = (mask, cos, sin, ctx.interleaved, cu_seqlens, *ctx.scalars)
+    return op(grad_output, *tensors, *call, output, lse, ctx.backend)
+
+
+def _forward_impl(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *call, outputs, backend = rest
+    inputs = _inputs_of(query, key, value, tuple(call), outputs)
+    output, computed = dispatch.find(BACKENDS, backend).forward(inputs)
+    return output, *(query.new_empty(0, dtype=torch.float32) if x is None else x for x in computed)
+
+
+def _backward_impl(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    gradients = empty_output(query), empty_output(key), empty_output(value)
+    _backward_into(gradients, grad_output, (query, key, value), rest)
+    return gradients
+
+
+def _backward_qkv_impl(grad_output: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+    gradient = qkv.new_empty(qkv.shape)
+    _backward_into(_unpack(gradient), grad_output, _unpack(qkv), rest)
+    return gradient
+
+
+def _backward_into(gradients: tuple, grad_output: Tensor, qkv: tuple, rest: tuple) -> None:
+    *call, output, lse, backend = rest
+    inputs = _inputs_of(*qkv, tuple(call), [])
+    dispatch.find(BACKENDS, backend).backward(inputs, output, lse, grad_output, *gradients)
+
+
+for _name, _impl in (
+    ("attention_forward", _forward_impl),
+    ("attention_backward", _backward_impl),
+    ("attention_backward_qkv", _backward_qkv_impl),
+    ("attention_statistics", statistics.blockwise),
+):
+    schema.LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")

@@ -1,0 +1,81 @@
+"""torch's scaled_dot_product_attention: whichever of its own backends torch picks for the call.
+
+Serves dropout and additive masks too. Rotation is done before it in torch, packed images run as batches of one length,
+and the statistics come from ``statistics.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...._runtime.dispatch import Request, Requirements, unmet
+from .. import features, statistics
+from ..packing import as_batch, runs_of_equal_length
+from ..rope import rotate_query_and_key
+from ..types import AttentionInputs, AttentionResult
+
+NAME = "sdpa"
+REQUIREMENTS = Requirements(
+    devices=("cpu", "cuda", "mps", "xpu"),
+    dtypes=(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    head_dims=(1, 2**31 - 1),
+    features=tuple(f for f in features.ALL if f != features.PACKING_COMPILED),
+)
+
+
+def not_supported_reasons(request: Request) -> list[str]:
+    return unmet(REQUIREMENTS, request)
+
+
+def not_default_reasons(request: Request) -> list[str]:
+    return []
+
+
+def forward(inputs: AttentionInputs) -> AttentionResult:
+    inputs = rotate_query_and_key(inputs)
+    if inputs.cu_seqlens is not None:
+        output = _packed(inputs)
+    elif inputs.attn_mask is not None:
+        output = _masked(inputs)
+    else:
+        output = _attend(inputs.query, inputs.key, inputs.value, None, inputs)
+    output = _token_major(output)
+    return AttentionResult(output, statistics.of_output(inputs, output))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, inputs: AttentionInputs) -> Tensor:
+    return functional.scaled_dot_product_attention(query, key, value, mask, inputs.dropout_p, scale=inputs.scale)
+
+
+def _masked(inputs: AttentionInputs) -> Tensor:
+    """A query without a single key gets zeros, and zero gradients: torch's kernels differ there, down to NaN.
+
+    It attends to everything instead and its output is then blanked, so no kernel ever meets such a row.
+    """
+    mask = inputs.attn_mask
+    is_bool = mask.dtype == torch.bool
+    lonely = ~mask.any(-1, keepdim=True) if is_bool else (mask == -torch.inf).all(-1, keepdim=True)
+    mask = mask | lonely if is_bool else mask.masked_fill(lonely, 0.0)
+    return _attend(inputs.query, inputs.key, inputs.value, mask, inputs).masked_fill(lonely, 0.0)
+
+
+def _packed(inputs: AttentionInputs) -> Tensor:
+    outputs = []
+    for run in runs_of_equal_length(inputs.cu_seqlens):
+        query, key, value = (as_batch(x, *run) for x in (inputs.query, inputs.key, inputs.value))
+        output = _attend(query, key, value, None, inputs)  # [images, H, length, D]
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0).transpose(1, 2)
+
+
+def _token_major(output: Tensor) -> Tensor:
+    """The contract's layout: a ``[B, H, N, D]`` view of contiguous ``[B, N, H, D]`` memory.
+
+    torch's kernels lay the output out like the query, so views of a packed projection need no copy here.
+    """
+    _, heads, _, head_dim = output.shape
+    if output.stride()[1:] == (head_dim, heads * head_dim, 1):
+        return output
+    return output.transpose(1, 2).contiguous().transpose(1, 2)

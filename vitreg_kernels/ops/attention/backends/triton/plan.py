@@ -1,0 +1,121 @@
+"""How a call is cut into programs and tiles; needs no triton and reads no tensor data.
+
+Every kernel owns tiles of `block_m` tokens and sweeps tiles of `block_n` tokens, and both axes are the tokens of an
+image. Triton tiles are powers of two, lengths of ViTs are not, so the swept axis ends in a *tail*: whatever a whole
+number of `block_n` leaves, rounded up to 16 and made of halves, quarters... of `block_n`. 201 tokens cost 208, 1374
+cost 1376. Where the patches alone fill tiles (256 or 1024 patches after a few prefix tokens), the prefix takes a
+16-wide tile of its own on both axes and the patches start aligned: 261 = 5 + 256 costs 272 on the swept axis and, with
+a 16-row program for the prefix, 272 on the owned one.
+
+Only the class of the tail is compiled in, never the length, so there are at most `block_n / 16 + 1` variants however
+many lengths a model meets. Packed images have lengths known on the device only; they take full tiles and one masked
+tile of `block_n`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....._runtime import tuning
+from ...types import AttentionInputs, Rope
+
+_PREFIX_TILE = 16  # the narrowest tile tl.dot takes
+_PATCH_ALIGNMENT = 64
+
+
+class Work(NamedTuple):
+    """What all kernels launch with.
+
+    Attributes:
+        num_tiles: owned tiles an image.
+        images: number of images.
+        grid: one program for each owned tile of each head of each image.
+        arguments: the run-time arguments every kernel has.
+        constants: the compile-time arguments every kernel has.
+        num_warps, num_stages: compiler options.
+    """
+
+    num_tiles: int
+    images: int
+    grid: tuple[int, ...]
+    arguments: dict[str, Tensor | int | float | None]
+    constants: dict[str, int | float | bool | str | None]
+    num_warps: int
+    num_stages: int
+
+
+def of(inputs: AttentionInputs, kernel: tuning.AttentionKernel, arch: int) -> Work:
+    """The work of one kernel for a call on an architecture (compute capability times ten)."""
+    batch, heads, tokens, head_dim = inputs.query.shape
+    packed = inputs.cu_seqlens is not None
+    longest = inputs.max_seqlen if packed else tokens
+    tiles = tuning.attention_tiles(kernel, arch, inputs.query.dtype, head_dim, longest)
+    num_tiles, prefix, tail = _cut(longest, inputs.num_prefix_tokens, tiles, packed)
+    images = inputs.cu_seqlens.shape[0] - 1 if packed else batch
+    arguments = {
+        "cu_seqlens": inputs.cu_seqlens,
+        **_mask_arguments(inputs),
+        **_rope_arguments(inputs.rope),
+        "num_tiles": num_tiles,
+        "num_heads": heads,
+        "num_tokens": tokens,
+        "num_prefix": inputs.num_prefix_tokens,
+        "scale": inputs.scale,
+    }
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": tuning.padded_head_dim(head_dim),
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "TAIL": tail,
+        "PREFIX": prefix,
+        "INTERLEAVED": inputs.rope is not None and inputs.rope.interleaved,
+        # fp32 products are exact unless the user allowed tf32 for torch's own; ignored for half precision.
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+    }
+    grid = (num_tiles * heads * images,)
+    return Work(num_tiles, images, grid, arguments, constants, tiles.num_warps, tiles.num_stages)
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of ``[B, H, N, D]`` tensors as kernel arguments: ``query_stride_b``, ``query_stride_h``..."""
+    return {
+        f"{name}_stride_{axis}": s for name, x in tensors.items() for axis, s in zip("bhnd", x.stride(), strict=True)
+    }
+
+
+def _cut(tokens: int, prefix_tokens: int, tiles: tuning.Tiles, packed: bool) -> tuple[int, int, int]:
+    """Owned tiles an image, width of the prefix's own tile (0 for none) and width of the tail."""
+    if packed:
+        return _ceil_div(tokens, tiles.block_m), 0, tiles.block_n
+    patches = tokens - prefix_tokens
+    if 0 < prefix_tokens < _PREFIX_TILE and patches > 0 and patches % _PATCH_ALIGNMENT == 0:
+        return 1 + _ceil_div(patches, tiles.block_m), _PREFIX_TILE, patches % tiles.block_n
+    return _ceil_div(tokens, tiles.block_m), 0, _ceil_div(tokens % tiles.block_n, 16) * 16
+
+
+def _mask_arguments(inputs: AttentionInputs) -> dict[str, Tensor | int | None]:
+    """The key-padding mask ``[B or 1, 1, 1, N or 1]`` as bytes ``[B, N]``."""
+    if inputs.attn_mask is None:
+        return {"key_mask": None, "mask_stride_b": 0, "mask_stride_n": 0}
+    batch, _, tokens, _ = inputs.query.shape
+    mask = inputs.attn_mask[:, 0, 0].expand(batch, tokens).view(torch.uint8)
+    return {"key_mask": mask, "mask_stride_b": mask.stride(0), "mask_stride_n": mask.stride(1)}
+
+
+def _rope_arguments(rope: Rope | None) -> dict[str, Tensor | int | None]:
+    """cos and sin ``[B, M, D]`` or ``[M, D]`` with common strides, as tables made together have anyway."""
+    if rope is None:
+        return {"cos": None, "sin": None, "rope_stride_b": 0, "rope_stride_m": 0}
+    cos, sin = rope.cos, rope.sin
+    if cos.stride() != sin.stride() or cos.stride(-1) != 1:
+        cos, sin = torch.stack((cos, sin)).unbind()
+    batched = cos.ndim == 3 and cos.shape[0] > 1
+    return {"cos": cos, "sin": sin, "rope_stride_b": cos.stride(0) if batched else 0, "rope_stride_m": cos.stride(-2)}
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,291 @@
+"""What every attention kernel here is built from: where a program works, how it loads tokens, how it walks an axis.
+
+A program *owns* one tile of BLOCK_M tokens of one image and head and *sweeps* all tokens of that image on the other
+axis in tiles of BLOCK_N. So a kernel states two things only: what happens to the owned tile before and after the
+sweep, and one `step` that folds a swept tile into the state. How both axes are cut is decided in `plan.py`.
+
+Each kernel keeps what does not change in a NamedTuple `ctx`, which has at least `place`, BLOCK_M, BLOCK_N, TAIL and
+PREFIX. It is always handed on as an argument: triton turns the constants of a tuple that is assigned to a name into
+run-time values.
+
+Shapes in comments: M owned tokens, W swept tokens, BLOCK_D channels (D padded to a power of two).
+"""
+
+# ruff: noqa: ANN001, ANN201  (what a kernel takes is traced, not annotated; shapes stand in comments)
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# A running maximum starts here and not at -inf, so that a difference of two maxima is never NaN. Far below any logit
+# of finite half-precision inputs, and far enough from overflow to be multiplied by any sensible scale.
+FLOOR = tl.constexpr(-1.0e30)
+
+
+class Place(NamedTuple):
+    """The image and head of a program. Packed images share batch row 0 and begin at token `start` of it."""
+
+    image: Any
+    head: Any
+    batch: Any
+    start: Any
+    num_tokens: Any
+    num_prefix: Any
+
+
+class Rows(NamedTuple):
+    """Tokens of one image and head in memory: the address of token 0, channel 0, and both strides."""
+
+    pointer: Any
+    row_stride: Any
+    channel_stride: Any
+
+
+class Rope(NamedTuple):
+    """Rotation of one image's patches: `cos` and `sin` point at its first patch's row; None where nothing rotates."""
+
+    cos: Any
+    sin: Any
+    row_stride: Any
+    num_prefix: Any
+    INTERLEAVED: Any
+
+
+@triton.jit
+def locate(num_tiles, num_heads, num_tokens, num_prefix, cu_seqlens):
+    """Tile and Place of this program. Tiles of one head are neighbours, so that they meet its tokens in the L2."""
+    pid = tl.program_id(0)
+    head = (pid // num_tiles % num_heads).to(tl.int64)
+    image = (pid // num_tiles // num_heads).to(tl.int64)
+    if cu_seqlens is None:
+        place = Place(image, head, image, image * 0, num_tokens, num_prefix)
+    else:
+        start = tl.load(cu_seqlens + image)
+        length = tl.load(cu_seqlens + image + 1) - start
+        place = Place(image, head, image * 0, start.to(tl.int64), length, num_prefix)
+    return pid % num_tiles, place
+
+
+@triton.jit
+def rows_of(pointer, place, stride_b, stride_h, stride_n, stride_d):
+    """This program's image and head of a [B, H, N, D] tensor. `place` is 64-bit, hence so are the products."""
+    offset = place.batch * stride_b + place.head * stride_h + place.start * stride_n
+    return Rows(pointer + offset, stride_n, stride_d)
+
+
+@triton.jit
+def statistic_of(pointer, place, num_heads, total_tokens):
+    """Address of token 0 of this program's image and head in a contiguous [B, H, N] statistic."""
+    return pointer + (place.batch * num_heads + place.head) * total_tokens + place.start
+
+
+@triton.jit
+def rope_of(cos, sin, place, stride_b, stride_m, INTERLEAVED: tl.constexpr):
+    """This image's rotation in [B, M, D], or in [sum of M, D], where the prefixes of the images before are left out."""
+    if cos is None:
+        return Rope(None, None, 0, 0, INTERLEAVED)
+    else:
+        offset = place.batch * stride_b + tl.maximum(place.start - place.image * place.num_prefix, 0) * stride_m
+        return Rope(cos + offset, sin + offset, stride_m, place.num_prefix, INTERLEAVED)
+
+
+@triton.jit
+def own(body: tl.constexpr, ctx, tile):
+    """Run `body(ctx, first, end, WIDTH)` on the owned tile: tokens from first to end, in a tile of WIDTH."""
+    if ctx.PREFIX:
+        if tile == 0:
+            body(ctx, tile, ctx.place.num_prefix, ctx.PREFIX)
+        else:
+            body(ctx, ctx.place.num_prefix + (tile - 1) * ctx.BLOCK_M, ctx.place.num_tokens, ctx.BLOCK_M)
+    elif tile * ctx.BLOCK_M < ctx.place.num_tokens:  # packed: the grid fits the longest image
+        body(ctx, tile * ctx.BLOCK_M, ctx.place.num_tokens, ctx.BLOCK_M)
+
+
+@triton.jit
+def sweep(step: tl.constexpr, state, owned, ctx):
+    """Fold `state = step(state, owned, ctx, first, end, WIDTH, MASKED)` over all tokens of the image.
+
+    The prefix comes first if it has a tile of its own, then full tiles, then the TAIL as halves, quarters... of
+    BLOCK_N, of which only the last can reach beyond `end`.
+    """
+    first = 0
+    end = ctx.place.num_tokens
+    if ctx.PREFIX:
+        state = step(state, owned, ctx, first, ctx.place.num_prefix, ctx.PREFIX, True)
+        first = ctx.place.num_prefix
+    full_end = end
+    if ctx.TAIL:
+        full_end = first + (end - first - 1) // ctx.BLOCK_N * ctx.BLOCK_N
+    for tile in range(first, full_end, ctx.BLOCK_N):
+        state = step(state, owned, ctx, tile, end, ctx.BLOCK_N, False)
+    for halving in tl.static_range(5):
+        if ctx.TAIL & (ctx.BLOCK_N >> halving):
+            state = step(
+                state, owned, ctx, full_end, end, ctx.BLOCK_N >> halving, ctx.TAIL % (ctx.BLOCK_N >> halving) == 0
+            )
+            full_end += ctx.BLOCK_N >> halving
+    return state
+
+
+@triton.jit
+def addresses(rows: Rows, tokens, channels):
+    """[W, C] addresses, 64-bit in both axes because either can have the largest stride of a tensor."""
+    row_offsets = tokens.to(tl.int64)[:, None] * rows.row_stride
+    return rows.pointer + row_offsets + channels.to(tl.int64)[None, :] * rows.channel_stride
+
+
+@triton.jit
+def load_channels(rows, tokens, end, channels, LIMIT: tl.constexpr, MASKED: tl.constexpr):
+    """[W, C] tile of the given channels; zero for tokens beyond `end` and in the padding of the channels."""
+    if MASKED or channels.shape[0] > LIMIT:
+        inside = (tokens < end)[:, None] & (tl.arange(0, channels.shape[0]) < LIMIT)[None, :]
+        tile = tl.load(addresses(rows, tokens, channels), mask=inside, other=0.0)
+    else:
+        tile = tl.load(addresses(rows, tokens, channels))
+    return tile
+
+
+@triton.jit
+def load_tokens(rows, tokens, end, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """[W, BLOCK_D] tile, channels in memory order."""
+    return load_channels(rows, tokens, end, tl.arange(0, BLOCK_D), D, MASKED)
+
+
+@triton.jit
+def load_rotated(rows, rope, tokens, end, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """[W, BLOCK_D] tile of queries or keys, its patches rotated by fp32 arithmetic.
+
+    A rotated tile has the first members of all pairs in its left half and the second ones in its right half. Logits do
+    not care about the order of channels; `store_gradient` puts it back.
+    """
+    if rope.cos is None:
+        tile = load_tokens(rows, tokens, end, D, BLOCK_D, MASKED)
+    else:
+        x1, x2 = load_pairs(rows, tokens, end, D, BLOCK_D, rope.INTERLEAVED, MASKED)
+        cos1, cos2, sin1, sin2 = load_rotation(rope, tokens, end, D, BLOCK_D)
+        y1 = x1.to(tl.float32) * cos1 - x2.to(tl.float32) * sin1
+        y2 = x2.to(tl.float32) * cos2 + x1.to(tl.float32) * sin2
+        pairs = tl.join(y1.to(x1.dtype), y2.to(x1.dtype))  # [W, BLOCK_D / 2, 2]
+        tile = tl.reshape(tl.permute(pairs, (0, 2, 1)), (tokens.shape[0], BLOCK_D))
+    return tile
+
+
+@triton.jit
+def load_pairs(
+    rows, tokens, end, D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr
+):
+    """First and second members of the channel pairs, each [W, BLOCK_D / 2], read in memory order."""
+    if INTERLEAVED:
+        tile = load_tokens(rows, tokens, end, D, BLOCK_D, MASKED)
+        x1, x2 = tl.split(tl.reshape(tile, (tokens.shape[0], BLOCK_D // 2, 2)))
+    else:
+        pair = tl.arange(0, BLOCK_D // 2)
+        x1 = load_channels(rows, tokens, end, pair, D // 2, MASKED)
+        x2 = load_channels(rows, tokens, end, pair + D // 2, D // 2, MASKED)
+    return x1, x2
+
+
+@triton.jit
+def load_rotation(rope, tokens, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """cos and sin, in fp32, of the first and second members of the pairs; 1 and 0 for the prefix."""
+    patches = tl.maximum(tokens - rope.num_prefix, 0)
+    num_patches = end - rope.num_prefix
+    cos1, cos2 = load_pairs(
+        Rows(rope.cos, rope.row_stride, 1), patches, num_patches, D, BLOCK_D, rope.INTERLEAVED, True
+    )
+    sin1, sin2 = load_pairs(
+        Rows(rope.sin, rope.row_stride, 1), patches, num_patches, D, BLOCK_D, rope.INTERLEAVED, True
+    )
+    rotates = (tokens >= rope.num_prefix)[:, None]
+    return (
+        tl.where(rotates, cos1.to(tl.float32), 1.0),
+        tl.where(rotates, cos2.to(tl.float32), 1.0),
+        tl.where(rotates, sin1.to(tl.float32), 0.0),
+        tl.where(rotates, sin2.to(tl.float32), 0.0),
+    )
+
+
+@triton.jit
+def store_channels(rows, tile, tokens, end, channels, LIMIT: tl.constexpr):
+    """Store the first LIMIT columns of a [W, C] tile to the given channels, except tokens beyond `end`."""
+    inside = (tokens < end)[:, None] & (tl.arange(0, channels.shape[0]) < LIMIT)[None, :]
+    tl.store(addresses(rows, tokens, channels), tile.to(rows.pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_tokens(rows, tile, tokens, end, D: tl.constexpr):
+    """Store a [W, BLOCK_D] tile whose channels are in memory order."""
+    store_channels(rows, tile, tokens, end, tl.arange(0, tile.shape[1]), D)
+
+
+@triton.jit
+def store_gradient(rows, rope, gradient, tokens, end, D: tl.constexpr):
+    """Store the gradient of a tile that `load_rotated` gave: times the transposed rotation, channels put back."""
+    if rope.cos is None:
+        store_tokens(rows, gradient, tokens, end, D)
+    else:
+        W: tl.constexpr = gradient.shape[0]
+        BLOCK_D: tl.constexpr = gradient.shape[1]
+        dy1, dy2 = tl.split(tl.permute(tl.reshape(gradient, (W, 2, BLOCK_D // 2)), (0, 2, 1)))
+        cos1, cos2, sin1, sin2 = load_rotation(rope, tokens, end, D, BLOCK_D)
+        dx1 = dy1 * cos1 + dy2 * sin2
+        dx2 = dy2 * cos2 - dy1 * sin1
+        if rope.INTERLEAVED:
+            store_tokens(rows, tl.reshape(tl.join(dx1, dx2), (W, BLOCK_D)), tokens, end, D)
+        else:
+            pair = tl.arange(0, BLOCK_D // 2)
+            store_channels(rows, dx1, tokens, end, pair, D // 2)
+            store_channels(rows, dx2, tokens, end, pair + D // 2, D // 2)
+
+
+@triton.jit
+def takes_part(key_mask, mask_stride, tokens, end):
+    """[W] which keys exist and are not masked."""
+    inside = tokens < end
+    if key_mask is not None:
+        inside = inside & (tl.load(key_mask + tokens.to(tl.int64) * mask_stride, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def exponent_scale(scale):
+    """Factor from raw logits to exponents of two, positive.
+
+    A negative scale is a sign on the owned tile (`signed`); a zero one becomes so small that no logit shows, because
+    0 * -inf would turn a masked logit into NaN.
+    """
+    return tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
+
+
+@triton.jit
+def signed(tile, scale):
+    """The owned tile of queries or keys with the sign of the scale: exact, unlike the scale itself."""
+    return tl.where(scale < 0, -tile, tile)
+
+
+@triton.jit
+def base_2(lse):
+    """A log-sum-exp in base 2; +inf, which makes every probability 0, for queries that see no key."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def load_lse(lse, tokens, end):
+    """[W] log-sum-exp in base 2; +inf for queries that do not exist or see no key."""
+    return base_2(tl.load(lse + tokens, mask=tokens < end, other=float("inf")))
+
+
+@triton.jit
+def probabilities(logits, lse, scale):
+    """exp(|scale| * logits - lse), of logits whose owned side is `signed` and an lse in base 2.
+
+    The product is not rounded by itself: at logits in the thousands that would be an error of 1e-4 in each probability.
+    The rounding of the lse is as large, but one factor for all keys of a query; whoever needs better multiplies by the
+    query's *normalizer*: 1 / the sum of these probabilities.
+    """
+    return tl.exp2(tl.fma(logits, exponent_scale(scale), -lse))
