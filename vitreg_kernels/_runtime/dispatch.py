@@ -57,6 +57,7 @@ class Backend(Protocol):
     """One way to compute an op."""
 
     NAME: str
+    OPAQUE: bool
     REQUIREMENTS: Requirements
 
     def not_supported_reasons(self, request: Request) -> list[str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..._runtime import dispatch
 from . import autograd, features
 from .backends import BACKENDS
 from .types import AttentionInputs, AttentionOutputs, AttentionResult, Rope
-from .validation import autocast, autocast_enabled, described, validated
+from .validation import autocast, described, validated
 
 
 def register_attention(
@@ -167,13 +166,8 @@ def explain(
 
 def _run(inputs: AttentionInputs, name: str | None, qkv: Tensor | None = None) -> AttentionResult:
     """Select and run. ``qkv`` is the packed tensor that query, key and value are views of, if there is one."""
-    device = inputs.query.device.type
-    if autocast_enabled(device):
-        # The inputs are cast; inside, fp32 is meant where it is written.
-        with torch.autocast(device, enabled=False):
-            return _run(inputs, name, qkv)
     backend = dispatch.select(BACKENDS, features.request_of(inputs), name)
-    if not hasattr(backend, "backward"):
+    if not backend.OPAQUE:
         return backend.forward(inputs)
     if qkv is None:
         return autograd.attend(inputs, backend.NAME)

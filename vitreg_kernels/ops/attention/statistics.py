@@ -13,6 +13,8 @@ from .types import AttentionInputs, AttentionOutputs
 
 LOGIT_STATISTICS = ("lse", "prefix_attention", "received_attention", "max_logit")
 
+_NONE_ASKED_FOR = AttentionOutputs()
+
 # Logits held at once: 2**22 fp32 values are 16 MiB, near a CPU's last-level cache and enough rows to fill a GPU.
 _LOGITS_AT_ONCE = 2**22
 
@@ -20,7 +22,7 @@ _LOGITS_AT_ONCE = 2**22
 def of_output(inputs: AttentionInputs, output: Tensor) -> AttentionOutputs:
     """Statistics of a call whose rotation is already carried out (``inputs.rope`` is None) and of its output."""
     if not inputs.outputs:
-        return AttentionOutputs()
+        return _NONE_ASKED_FOR
     asked = dict.fromkeys(inputs.outputs)
     if "token_norms" in asked:
         dtype = torch.promote_types(output.dtype, torch.float32)
@@ -55,19 +57,29 @@ def blockwise(
 
     What ``outputs`` does not name comes back with no elements.
     """
-    if cu_seqlens is None:
-        statistics = _of_batch(query, key, attn_mask, num_prefix_tokens, scale, outputs)
-    else:
-        runs = []
-        for run in runs_of_equal_length(cu_seqlens):
-            *by_token, max_logit = _of_batch(
-                as_batch(query, *run), as_batch(key, *run), None, num_prefix_tokens, scale, outputs
-            )
-            # [images, H, ..., N] -> [1, H, ..., images x N]: the pack's own token axis
-            runs.append((*(x.movedim(0, -2).flatten(-2).unsqueeze(0) for x in by_token), max_logit))
-        lse, prefix, received, max_logit = zip(*runs, strict=True)
-        statistics = torch.cat(lse, -1), torch.cat(prefix, -1), torch.cat(received, -1), torch.cat(max_logit)
+    with torch.autocast(query.device.type, enabled=False):  # fp32 is meant where it is written
+        statistics = _of_call(query, key, attn_mask, cu_seqlens, num_prefix_tokens, scale, outputs)
     return tuple(x if name in outputs else x.new_empty(0) for name, x in zip(LOGIT_STATISTICS, statistics, strict=True))
+
+
+def _of_call(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    prefix: int,
+    scale: float,
+    outputs: list[str],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if cu_seqlens is None:
+        return _of_batch(query, key, attn_mask, prefix, scale, outputs)
+    runs = []
+    for run in runs_of_equal_length(cu_seqlens):
+        *by_token, max_logit = _of_batch(as_batch(query, *run), as_batch(key, *run), None, prefix, scale, outputs)
+        # [images, H, ..., N] -> [1, H, ..., images x N]: the pack's own token axis
+        runs.append((*(x.movedim(0, -2).flatten(-2).unsqueeze(0) for x in by_token), max_logit))
+    lse, prefix_attention, received, max_logit = zip(*runs, strict=True)
+    return torch.cat(lse, -1), torch.cat(prefix_attention, -1), torch.cat(received, -1), torch.cat(max_logit)
 
 
 def _of_batch(

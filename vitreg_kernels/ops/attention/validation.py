@@ -8,21 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .types import OUTPUT_NAMES, AttentionInputs, Rope
 
-_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
+_INTS = (int, torch.SymInt)
+_NUMBERS = (float, torch.SymFloat, *_INTS)
 _WITH_AUTOCAST = tuple(d for d in ("cuda", "cpu", "mps", "xpu") if torch.amp.is_autocast_available(d))
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def autocast_enabled(device: str) -> bool:
-    """Whether autocast is on for a device type; a type that knows no autocast, such as meta, has it off."""
-    return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -30,10 +26,10 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
     torch's autocast knows nothing of opaque ops, so the cast is made here.
     """
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not autocast_enabled(first.device.type):
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else None
+    if device not in _WITH_AUTOCAST or not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(device)
     castable = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
 
@@ -58,10 +54,21 @@ def validated(
         TypeError, ValueError: for arguments that do not fit together.
     """
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
-    _check_qkv(query, key, value)
-    tokens, head_dim = query.shape[2:]
+    if not (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and query.ndim == 4
+        and _alike(query, key)
+        and _alike(query, value)
+        and query.dtype in _DTYPES
+    ):
+        _refuse_qkv(query, key, value)
+    _, heads, tokens, head_dim = query.shape
+    if not (heads and tokens and head_dim):
+        raise ValueError(f"there must be at least one head, token and channel, got query {described(query)}")
 
-    if not isinstance(num_prefix_tokens, int | torch.SymInt) or not 0 <= num_prefix_tokens <= tokens:
+    if not isinstance(num_prefix_tokens, _INTS) or not 0 <= num_prefix_tokens <= tokens:
         raise ValueError(f"num_prefix_tokens must be an int from 0 to the {tokens} tokens, got {num_prefix_tokens!r}")
     if not isinstance(dropout_p, _NUMBERS) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be a number of at least 0 and below 1, got {dropout_p!r}")
@@ -101,22 +108,21 @@ def described(x: Any) -> str:
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
 
 
-def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _refuse_qkv(query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
+    """Says which condition on query, key and value failed; the way that every call takes only learns that one did."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.ndim != 4:
             raise ValueError(f"{name} must be a [batch, heads, tokens, head dim] tensor, got {described(x)}")
-    shape, dtype, device = query.shape, query.dtype, query.device
-    if not (
-        shape == key.shape == value.shape and dtype is key.dtype is value.dtype and device == key.device == value.device
-    ):
+    if not (_alike(query, key) and _alike(query, value)):
         raise ValueError(
             "query, key and value must have one shape, dtype and device (self-attention, as many key as query heads), "
             f"got {described(query)}, {described(key)} and {described(value)}"
         )
-    if dtype not in _DTYPES:
-        raise TypeError(f"query, key and value must be fp32, fp16, bf16 or fp64, got {described(query)}")
-    if 0 in shape[1:]:
-        raise ValueError(f"there must be at least one head, token and channel, got query {described(query)}")
+    raise TypeError(f"query, key and value must be fp32, fp16, bf16 or fp64, got {described(query)}")
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.dtype is y.dtype and x.device == y.device
 
 
 def _checked_outputs(outputs: Sequence[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from .. import features, reference
 from ..types import AttentionInputs, AttentionResult
 
 NAME = "reference"
+OPAQUE = False
 REQUIREMENTS = Requirements(
     devices=("cpu", "cuda", "mps", "xpu"),
     dtypes=(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -26,4 +27,5 @@ def not_default_reasons(request: Request) -> list[str]:
 
 
 def forward(inputs: AttentionInputs) -> AttentionResult:
-    return reference.attention(inputs)
+    with torch.autocast(inputs.query.device.type, enabled=False):  # fp32 is meant where the specification says it
+        return reference.attention(inputs)

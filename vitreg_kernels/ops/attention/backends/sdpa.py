@@ -17,6 +17,7 @@ from ..rope import rotate_query_and_key
 from ..types import AttentionInputs, AttentionResult
 
 NAME = "sdpa"
+OPAQUE = False
 REQUIREMENTS = Requirements(
     devices=("cpu", "cuda", "mps", "xpu"),
     dtypes=(torch.float64, torch.float32, torch.float16, torch.bfloat16),

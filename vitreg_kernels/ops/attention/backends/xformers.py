@@ -14,6 +14,7 @@ from ..rope import rotate_query_and_key
 from ..types import AttentionInputs, AttentionResult
 
 NAME = "xformers"
+OPAQUE = False
 REQUIREMENTS = Requirements(
     devices=("cuda",),
     dtypes=(torch.float32, torch.float16, torch.bfloat16),

@@ -15,6 +15,7 @@ from ...types import AttentionInputs, AttentionOutputs, AttentionResult, empty_o
 from . import plan
 
 NAME = "triton"
+OPAQUE = True
 REQUIREMENTS = Requirements(
     # In Triton's interpreter the kernels run on CPU tensors; it holds bf16 as raw bits and computes garbage with it.
     devices=("cpu",) if triton_mode.INTERPRETING else ("cuda",),
