@@ -76,6 +76,38 @@ def test_check_fails_when_a_backend_is_wrong(broken, named, monkeypatch, capsys)
     assert all(named in line for line in failing if "fp32" in line)
 
 
+def without_statistics(result):
+    return result._replace(statistics=type(result.statistics)())
+
+
+def statistics_in_half(result):
+    return result._replace(statistics=type(result.statistics)(*(x.half() for x in result.statistics)))
+
+
+def raising(result):
+    raise RuntimeError("an illegal memory access")
+
+
+@pytest.mark.usefixtures("few_cases")
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [(without_statistics, "were asked for"), (statistics_in_half, "dtype"), (raising, "an illegal memory access")],
+)
+def test_check_fails_when_a_backend_does_not_answer_as_asked(broken, said, monkeypatch, capsys) -> None:
+    right = sdpa.forward
+    monkeypatch.setattr(sdpa, "forward", lambda inputs: broken(right(inputs)))
+    assert cli.main(["check", "--device", "cpu", "--backend", "sdpa"]) == 1
+    shown = capsys.readouterr().out
+    assert "0 passed, 6 failed" in shown
+    assert said in shown
+
+
+@pytest.mark.parametrize("device", ["tape", "meta", *(() if torch.cuda.is_available() else ("cuda",))])
+def test_check_refuses_a_device_that_is_not_there(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "--device", device]) == 2
+    assert f"cannot check on device '{device}'" in capsys.readouterr().err
+
+
 def test_check_refuses_an_unknown_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "--backend", "flash"]) == 2
     assert "unknown backend 'flash'" in capsys.readouterr().err

@@ -71,7 +71,7 @@ CASES = [
     case(
         "unknown output", ValueError, ["unknown output 'entropy'", "'lse'", "'token_norms'"], outputs=("lse", "entropy")
     ),
-    case("output as text", TypeError, ["sequence of names", "'lse'", '("lse",)'], outputs="lse"),
+    case("output as text", TypeError, ["tuple of names", "'lse'", '("lse",)'], outputs="lse"),
     case("unknown backend", ValueError, ["unknown backend 'cudnn'", "'sdpa'", "'reference'"], backend="cudnn"),
     case("backend that cannot", UnsupportedError, ["backend 'xformers'", "cuda", "not on cpu"], backend="xformers"),
     # masks
@@ -94,11 +94,11 @@ CASES = [
     case("sum too large", ValueError, ["the 10 packed tokens", "[0, 4, 11]"], PACK, cu_seqlens=bounds(0, 4, 11)),
     case("not from 0", ValueError, ["rise from 0", "[1, 4, 10]"], PACK, cu_seqlens=bounds(1, 4, 10)),
     case("falling", ValueError, ["rise from 0", "[0, 7, 4, 10]"], PACK, cu_seqlens=bounds(0, 7, 4, 10)),
-    case("empty image", ValueError, ["at least one token", "[0, 4, 4, 10]"], PACK, cu_seqlens=bounds(0, 4, 4, 10)),
+    case("empty image", ValueError, ["rise from 0", "[0, 4, 4, 10]"], PACK, cu_seqlens=bounds(0, 4, 4, 10)),
     case(
         "image within its prefix",
         ValueError,
-        ["num_prefix_tokens=5", "[0, 4, 10]"],
+        ["5 prefix tokens", "one 4 tokens", "lower num_prefix_tokens"],
         PACK,
         cu_seqlens=bounds(0, 4, 10),
         num_prefix_tokens=5,

@@ -36,8 +36,9 @@ class Result(NamedTuple):
 
     Attributes:
         backend, case, dtype: what ran.
-        errors: by tensor (the output, gradients, statistics); empty if the backend does not serve the case.
-        reasons: why it does not.
+        errors: by tensor (the output, gradients, statistics); empty if there are none.
+        reasons: why the backend does not serve the case.
+        crash: what it raised although it said that it serves the case.
     """
 
     backend: str
@@ -45,11 +46,13 @@ class Result(NamedTuple):
     dtype: torch.dtype
     errors: dict[str, Accuracy]
     reasons: list[str]
+    crash: str
 
     @property
     def failed(self) -> list[str]:
-        """The tensors that break the accuracy rule."""
-        return [name for name, accuracy in self.errors.items() if not accuracy.passed]
+        """The tensors that break the accuracy rule, or what the backend raised."""
+        broken = [name for name, accuracy in self.errors.items() if not accuracy.passed]
+        return [*broken, *filter(None, [self.crash])]
 
 
 class Yardstick:
@@ -81,7 +84,10 @@ class Yardstick:
         Raises:
             UnsupportedError: if the backend cannot serve the call.
         """
-        return self.compare(_run(backend, self.qkv, self.grad_output, self.options))
+        tensors = _run(backend, self.qkv, self.grad_output, self.options)
+        if tensors.keys() != self.exact.keys():
+            raise ValueError(f"{backend} gave {sorted(tensors)} where {sorted(self.exact)} were asked for")
+        return self.compare(tensors)
 
     def compare(self, tensors: dict[str, Tensor]) -> dict[str, Accuracy]:
         """Errors of any of ``output``, ``grad_query``, ``grad_key``, ``grad_value`` and the statistics asked for."""
@@ -109,7 +115,13 @@ def check(backends: tuple[str, ...], device: str) -> Iterator[Result]:
             yardstick = Yardstick(case.qkv, outputs=OUTPUT_NAMES, **case.options)
             for backend in backends:
                 reasons = _reasons(backend, query, key, value, **case.options)
-                yield Result(backend, case.name, dtype, {} if reasons else yardstick.errors(backend), reasons)
+                errors, crash = {}, ""
+                if not reasons:
+                    try:
+                        errors = yardstick.errors(backend)
+                    except Exception as error:  # whatever a kernel raises, the other backends are still to be checked
+                        crash = f"{type(error).__name__}: {error}"
+                yield Result(backend, case.name, dtype, errors, reasons, crash)
 
 
 def usable_backends(device: str) -> tuple[str, ...]:
@@ -172,6 +184,11 @@ def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield Case(
         "201 tokens, padded, one image wholly", qkv(2, 201), {"num_prefix_tokens": 5, "attn_mask": keep.to(device)}
     )
+
+    scattered = torch.rand(2, 2, 201, 201, generator=generator) > 0.3
+    bias = torch.randn(1, 2, 201, 201, generator=generator).to(device, dtype)
+    for name, mask in (("boolean mask", scattered.to(device)), ("additive mask", bias)):
+        yield Case(f"201 tokens, {name}", qkv(2, 201), {"num_prefix_tokens": 5, "attn_mask": mask})
 
     angles = torch.rand(256, 32, generator=generator) * 6.28
     half = torch.cat((angles, angles), -1).to(device)

@@ -62,13 +62,18 @@ def _check(names: list[str] | None, device: str) -> int:
     if unknown:
         print(f"unknown backend {unknown[0]!r}: expected one of {', '.join(known)}", file=sys.stderr)
         return 2
-    backends = tuple(names or usable_backends(device))
+    try:
+        backends = tuple(names or usable_backends(device))
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that it does not know or have
+        print(f"cannot check on device {device!r}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     print(
         f"accuracy of {', '.join(backends)} on {device} against fp64: the output's errors, and the worst tensor of all"
     )
     columns = "{:<9} {:<38} {:<8} {:>9} {:>9} {:>9} {:>9}  {}"
     print(columns.format("backend", "case", "dtype", "max", "eager", "mean", "eager", "error of bound, verdict"))
-    served = [result for result in map(_shown(columns), check(backends, device)) if result.errors]
+    served = [result for result in map(_shown(columns), check(backends, device)) if not result.reasons]
     failed = sum(bool(result.failed) for result in served)
     print(f"{len(served) - failed} passed, {failed} failed")
     return 1 if failed or not served else 0
@@ -80,7 +85,8 @@ def _shown(columns: str) -> Callable[[Result], Result]:
     def show(result: Result) -> Result:
         head = result.backend, result.case, _short(result.dtype)
         if not result.errors:
-            print(columns.format(*head, "", "", "", "", "not served: " + "; ".join(result.reasons)), flush=True)
+            verdict = f"FAIL: {result.crash}" if result.crash else f"not served: {'; '.join(result.reasons)}"
+            print(columns.format(*head, "", "", "", "", verdict), flush=True)
             return result
         output = result.errors["output"]
         numbers = output.max_error, output.eager_max_error, output.mean_error, output.eager_mean_error

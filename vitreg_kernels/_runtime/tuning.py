@@ -64,18 +64,19 @@ def attention_tiles(kernel: AttentionKernel, arch: int, dtype: torch.dtype, head
     if measured is not None:
         return Tiles(**measured)
     wide = block_d > 64
-    # Before wgmma (sm_90) all operands of a product lie in registers, and tiles that fit later architectures spill.
-    cramped = wide or arch < 90
+    # Without wgmma or tcgen05 all operands of a product lie in registers, and tiles that fit sm_90 and sm_100 spill.
+    small = arch < 90 or arch >= 120
+    cramped = wide or small
     if bits == 32:
         # Exact fp32 products run on the FMA pipe, which takes whole rows of its operands into registers.
         return Tiles(32, 16, 8, 1) if wide else Tiles(64, 32, 8, 1)
     if kernel == "statistics" or (kernel == "forward" and num_tokens <= 64 and not wide):
         return Tiles(64, 64, 4, 2)
     if kernel == "forward":
-        # Every owned tile reads all keys and values out of the L2; a tall one halves that. From sm_100 on eight warps
+        # Every owned tile reads all keys and values out of the L2; a tall one halves that. On sm_100 eight warps
         # leave a thread 128 registers, which spill once every statistic is asked for.
-        return Tiles(128, 32 if wide and arch < 90 else 64, 8 if arch < 100 else 4, 2)
-    return Tiles(64, 32 if cramped else 64, 8 if wide and arch < 90 else 4, 2)
+        return Tiles(128, 32 if wide and small else 64, 4 if 100 <= arch < 120 else 8, 2)
+    return Tiles(64, 32 if cramped else 64, 8 if wide and small else 4, 2)
 
 
 @functools.cache

@@ -48,7 +48,9 @@ def register_attention(
         rope: rotation of the patch tokens of query and key.
         cu_seqlens: int32 ``[S + 1]`` on the query's device: the first token of each packed image, and the end. Its
             values are checked where that takes no device synchronisation, or where ``max_seqlen`` is left out.
-        max_seqlen: longest packed image; saves a synchronisation on a GPU.
+            Elsewhere they must be right: a kernel reads and writes where they say.
+        max_seqlen: longest packed image, or more; without it ``cu_seqlens`` is read on the host, which waits for a GPU.
+            (Backends other than ``triton`` read it there anyway.)
         outputs: any of ``"lse"``, ``"prefix_attention"``, ``"received_attention"``, ``"max_logit"``,
             ``"token_norms"``; see ``AttentionOutputs``.
         backend: a backend's name, which then runs or raises; ``None`` takes the first that may be a default.

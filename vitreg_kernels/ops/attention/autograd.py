@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from ..._runtime import dispatch
 from . import schema, statistics
@@ -38,6 +40,8 @@ def _run(function: type, forward: Any, tensors: tuple, inputs: AttentionInputs, 
         outputs += [] if "lse" in outputs else ["lse"]
         output, *computed = function.apply(*tensors, *call, outputs, backend)
     else:
+        if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(f"backend {backend!r} has no forward-mode derivative; take backend='sdpa'")
         output, *computed = forward(*tensors, *call, outputs, backend)
     by_name = dict(zip(OUTPUT_NAMES, computed, strict=True))
     return AttentionResult(output, AttentionOutputs(**{name: by_name[name] for name in inputs.outputs}))
@@ -90,7 +94,10 @@ class _Attention(torch.autograd.Function):
         _save(ctx, inputs, output, tensors=3)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 13
         return (*_gradient(ctx, torch.ops.vitreg.attention_backward, grad_output), *(None,) * 10)
 
 
@@ -102,7 +109,10 @@ class _AttentionQKV(torch.autograd.Function):
         _save(ctx, inputs, output, tensors=1)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 11
         return (_gradient(ctx, torch.ops.vitreg.attention_backward_qkv, grad_output), *(None,) * 10)
 
 
@@ -114,7 +124,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple, *, tensors: int) -> None:
     ctx.save_for_backward(*inputs[:tensors], mask, cos, sin, cu_seqlens, *output[:2])
 
 
-def _gradient(ctx: Any, op: Any, grad_output: Tensor | None) -> Any:
+def _gradient(ctx: Any, op: Any, grad_output: Tensor) -> Any:
     *tensors, mask, cos, sin, cu_seqlens, output, lse = ctx.saved_tensors
     call = (mask, cos, sin, ctx.interleaved, cu_seqlens, *ctx.scalars)
     return op(grad_output, *tensors, *call, output, lse, ctx.backend)

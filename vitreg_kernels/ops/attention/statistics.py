@@ -74,7 +74,7 @@ def _of_call(
     if cu_seqlens is None:
         return _of_batch(query, key, attn_mask, prefix, scale, outputs)
     runs = []
-    for run in runs_of_equal_length(cu_seqlens):
+    for run in runs_of_equal_length(cu_seqlens, query.shape[2]):
         *by_token, max_logit = _of_batch(as_batch(query, *run), as_batch(key, *run), None, prefix, scale, outputs)
         # [images, H, ..., N] -> [1, H, ..., images x N]: the pack's own token axis
         runs.append((*(x.movedim(0, -2).flatten(-2).unsqueeze(0) for x in by_token), max_logit))

@@ -48,8 +48,8 @@ class AttentionOutputs(NamedTuple):
             masked.
         prefix_attention: ``[B, H, P, N]``, attention probabilities of the CLS and register queries over all tokens
             (packed: column n belongs to the prefix of n's own image).
-        received_attention: ``[B, H, N]``, attention each key receives, averaged over the queries of its image; sums
-            to 1 over the keys of an image.
+        received_attention: ``[B, H, N]``, attention each key receives, averaged over the queries of its image
+            (padding among them); sums to 1 over the keys of an image, less the share of queries that see no key.
         max_logit: ``[B, H]`` (packed: ``[S, H]``), the largest scaled logit that is not masked; -inf if all are.
         token_norms: ``[B, N]``, L2 norm of each output token over all heads and channels.
     """
@@ -103,8 +103,8 @@ class AttentionResult(NamedTuple):
 
 def empty_output(query: Tensor) -> Tensor:
     """Uninitialised output for a ``[B, H, N, D]`` query: such a view of contiguous ``[B, N, H, D]`` memory."""
-    batch, heads, tokens, head_dim = query.shape
-    return query.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+    _, heads, tokens, head_dim = query.shape
+    return query.new_empty_strided(query.shape, (tokens * heads * head_dim, head_dim, heads * head_dim, 1))
 
 
 def mask_kind(attn_mask: Tensor | None) -> MaskKind | None:

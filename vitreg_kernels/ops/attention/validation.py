@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from .packing import lengths
 from .types import OUTPUT_NAMES, AttentionInputs, Rope
 
 _INTS = (int, torch.SymInt)
@@ -76,7 +76,7 @@ def validated(
         scale = head_dim**-0.5
     elif not isinstance(scale, _NUMBERS) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}; leave it out for 1 / sqrt(head dim)")
-    if outputs:
+    if outputs != ():
         outputs = _checked_outputs(outputs)
     if attn_mask is not None:
         attn_mask = _checked_mask(attn_mask, query, cu_seqlens)
@@ -97,7 +97,7 @@ def validated(
         rope,
         cu_seqlens,
         max_seqlen or 0,
-        tuple(outputs),
+        outputs,
     )
 
 
@@ -126,8 +126,8 @@ def _alike(x: Tensor, y: Tensor) -> bool:
 
 
 def _checked_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(outputs, str):
-        raise TypeError(f'outputs must be a sequence of names, got the string {outputs!r}; write ("{outputs}",)')
+    if not isinstance(outputs, Sequence) or isinstance(outputs, str):
+        raise TypeError(f'outputs must be a tuple of names such as ("lse",), got {outputs!r}')
     for name in outputs:
         if name not in OUTPUT_NAMES:
             raise ValueError(f"unknown output {name!r}: expected any of {', '.join(map(repr, OUTPUT_NAMES))}")
@@ -170,22 +170,27 @@ def _checked_packing(
         raise ValueError(
             f"with cu_seqlens all images stand in one batch row, got a batch of {batch}; reshape to batch 1"
         )
+    if max_seqlen is not None and not isinstance(max_seqlen, _INTS):
+        raise TypeError(f"max_seqlen must be an int, got {max_seqlen!r}")
     if torch.compiler.is_compiling():
         # Values cannot be read while tracing; all tokens are a safe bound on the longest image.
-        return cu_seqlens.to(torch.int32), tokens if max_seqlen is None else max_seqlen
+        return _as_kernels_read_it(cu_seqlens), tokens if max_seqlen is None else max_seqlen
     if cu_seqlens.device.type == "cpu" or max_seqlen is None:
-        bounds = cu_seqlens.tolist()
-        lengths = [end - start for start, end in pairwise(bounds)]
-        if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < max(1, num_prefix_tokens):
+        each = lengths(cu_seqlens, tokens)
+        if min(each) < num_prefix_tokens:
             raise ValueError(
-                f"cu_seqlens must rise from 0 to the {tokens} packed tokens by at least one token and "
-                f"num_prefix_tokens={num_prefix_tokens} an image, got {bounds}"
+                f"every packed image must have its {num_prefix_tokens} prefix tokens, cu_seqlens gives one {min(each)} "
+                f"tokens; lower num_prefix_tokens or leave that image out"
             )
         if max_seqlen is None:
-            max_seqlen = max(lengths)
-        elif max_seqlen < max(lengths):
-            raise ValueError(f"max_seqlen is {max_seqlen} but the longest packed image has {max(lengths)} tokens")
-    return cu_seqlens.to(torch.int32), max_seqlen
+            max_seqlen = max(each)
+        elif max_seqlen < max(each):
+            raise ValueError(f"max_seqlen is {max_seqlen} but the longest packed image has {max(each)} tokens")
+    return _as_kernels_read_it(cu_seqlens), max_seqlen
+
+
+def _as_kernels_read_it(cu_seqlens: Tensor) -> Tensor:
+    return cu_seqlens.to(torch.int32).contiguous()
 
 
 def _check_rope(rope: Rope, query: Tensor, num_prefix_tokens: int, cu_seqlens: Tensor | None) -> None:

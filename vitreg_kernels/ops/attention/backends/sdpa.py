@@ -64,7 +64,7 @@ def _masked(inputs: AttentionInputs) -> Tensor:
 
 def _packed(inputs: AttentionInputs) -> Tensor:
     outputs = []
-    for run in runs_of_equal_length(inputs.cu_seqlens):
+    for run in runs_of_equal_length(inputs.cu_seqlens, inputs.query.shape[2]):
         query, key, value = (as_batch(x, *run) for x in (inputs.query, inputs.key, inputs.value))
         output = _attend(query, key, value, None, inputs)  # [images, H, length, D]
         outputs.append(output.transpose(1, 2).flatten(0, 1))

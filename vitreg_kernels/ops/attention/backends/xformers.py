@@ -5,7 +5,10 @@ Serves plain, rotated and packed calls with autograd of its own; statistics come
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+from torch import Tensor
 
 from ...._runtime.dispatch import Request, Requirements, unmet
 from .. import features, statistics
@@ -28,20 +31,27 @@ def not_supported_reasons(request: Request) -> list[str]:
     reasons = unmet(REQUIREMENTS, request)
     if request.head_dim % 8:
         reasons.append(f"takes head dims divisible by 8, not {request.head_dim}")
-    if request.device in REQUIREMENTS.devices:
-        reasons += _installation_faults()
-    return reasons
+    if torch.compiler.is_compiling():
+        reasons.append("cannot be traced by torch.compile")
+    return reasons or _refusal(request.dtype, request.head_dim)
 
 
 def not_default_reasons(request: Request) -> list[str]:
     return ["has not been measured against torch's own attention here; name it to use it"]
 
 
-def _installation_faults() -> list[str]:
+@cache
+def _refusal(dtype: torch.dtype, head_dim: int) -> list[str]:
+    """What xformers says to a call of a few tokens: one built for another torch, CUDA or GPU refuses that already."""
     try:
-        import xformers.ops  # noqa: F401
+        from xformers.ops import memory_efficient_attention
+
+        query = torch.zeros(1, 16, 1, head_dim, dtype=dtype, device="cuda")
+        memory_efficient_attention(query, query, query)
     except ImportError as error:
-        return [f"cannot be imported ({error}); install the extra vitreg_kernels[bench]"]
+        return [f"cannot be imported ({error}); pip install xformers"]
+    except (NotImplementedError, RuntimeError) as error:
+        return [f"refuses: {str(error).strip().splitlines()[0]}"]
     return []
 
 
@@ -51,8 +61,16 @@ def forward(inputs: AttentionInputs) -> AttentionResult:
     inputs = rotate_query_and_key(inputs)
     bias = None
     if inputs.cu_seqlens is not None:
-        bias = fmha.BlockDiagonalMask.from_seqlens(lengths(inputs.cu_seqlens), device=inputs.query.device)
-    query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
+        bias = fmha.BlockDiagonalMask.from_seqlens(
+            lengths(inputs.cu_seqlens, inputs.query.shape[2]), device=inputs.query.device
+        )
+    query, key, value = (_token_major(x) for x in (inputs.query, inputs.key, inputs.value))
     output = memory_efficient_attention(query, key, value, attn_bias=bias, scale=inputs.scale)
     output = output.contiguous().transpose(1, 2)
     return AttentionResult(output, statistics.of_output(inputs, output))
+
+
+def _token_major(x: Tensor) -> Tensor:
+    """``[B, N, H, D]`` with neighbouring channels side by side, which every xformers kernel asks for."""
+    x = x.transpose(1, 2)
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -92,7 +92,7 @@ def _attend_from_queries(ctx, first, end, WIDTH: tl.constexpr):
         tl.full([WIDTH], FLOOR, tl.float32),
     )
     acc, total, peak = sweep(_attend_to_keys, nothing, (signed(query, ctx.scale), scale), ctx)
-    sees_a_key = total > 0.0
+    sees_a_key = total != 0.0  # NaN does see keys, and shows
     acc = acc * (1.0 / tl.where(sees_a_key, total, 1.0))[:, None]
     store_tokens(ctx.output, acc, tokens, end, ctx.D)
     inside = tokens < end
@@ -107,8 +107,11 @@ def _attend_from_queries(ctx, first, end, WIDTH: tl.constexpr):
         tl.store(ctx.square_norm + tokens, tl.sum(acc * acc, 1), mask=inside)
     if ctx.max_logit is not None:
         logit = tl.where(inside & sees_a_key, peak * tl.abs(ctx.scale), float("-inf"))
-        # As the row of a matrix: triton 3.7 does not compile the reduction of a vector to a scalar here for sm_100.
-        tl.store(ctx.max_logit + tl.arange(0, 1), tl.max(tl.reshape(logit, (1, WIDTH)), 1))
+        # As rows of a matrix: triton 3.7 does not compile the reduction of a vector to a scalar here for sm_100. Plus
+        # 0, or NaN if a query's softmax is, which a maximum by itself passes over.
+        largest = tl.max(tl.reshape(logit, (1, WIDTH)), 1)
+        nothing_or_nan = 0.0 * tl.sum(tl.reshape(tl.where(inside, total, 0.0), (1, WIDTH)), 1)
+        tl.store(ctx.max_logit + tl.arange(0, 1), largest + nothing_or_nan)
 
 
 @triton.jit

@@ -74,7 +74,7 @@ def of(inputs: AttentionInputs, kernel: tuning.AttentionKernel, arch: int) -> Wo
         "PREFIX": prefix,
         "INTERLEAVED": inputs.rope is not None and inputs.rope.interleaved,
         # fp32 products are exact unless the user allowed tf32 for torch's own; ignored for half precision.
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
     }
     grid = (num_tiles * heads * images,)
     return Work(num_tiles, images, grid, arguments, constants, tiles.num_warps, tiles.num_stages)

@@ -286,6 +286,7 @@ def probabilities(logits, lse, scale):
 
     The product is not rounded by itself: at logits in the thousands that would be an error of 1e-4 in each probability.
     The rounding of the lse is as large, but one factor for all keys of a query; whoever needs better multiplies by the
-    query's *normalizer*: 1 / the sum of these probabilities.
+    query's *normalizer*: 1 / the sum of these probabilities. It fits as far as every kernel sums a logit's products in
+    the same order; a rounding of the logit itself is beyond it.
     """
     return tl.exp2(tl.fma(logits, exponent_scale(scale), -lse))
