@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine, roofline, timing
-from benchmarks.peers import Peer, Tensors, attempt, eager, peers
+from benchmarks.peers import Peer, Stopped, Tensors, attempt, eager, peers
 from benchmarks.results import Errors, Row, Writer, errors
 from benchmarks.roofline import Roofline
 from benchmarks.shapes import DTYPES, Case, Size, cases
@@ -26,12 +26,11 @@ def run(size: Size, writer: Writer, progress: Progress, device: torch.device | N
     """Races every contender over the cases of ``size`` and yields the rows, case by case, once they are written.
 
     The ceilings are measured again before each length, as the machine's clock may rise or a neighbour fall quiet, and
-    the highest so far counts. The rows of cases that ``writer`` already has (from a cut run) are yielded as they stand.
-    ``progress(done, total, label)`` is called before each case, and at the end with ``done == total``.
+    the highest that ``writer`` holds counts. The rows of cases that ``writer`` already has (from a cut run) are yielded
+    as they stand. ``progress(done, total, label)`` is called before each case, and at the end with ``done == total``.
     """
     device = device or machine.default_device()
     todo = list(cases(size, device))
-    ceilings: Roofline | None = None
     measured_at = 0
     for done, case in enumerate(todo):
         progress(done, len(todo), str(case))
@@ -40,36 +39,34 @@ def run(size: Size, writer: Writer, progress: Progress, device: torch.device | N
             yield from raced
             continue
         if case.tokens != measured_at:
-            measured_at, fresh = case.tokens, roofline.measure(device)
-            ceilings = fresh.raised_to(ceilings) if ceilings else fresh
-            yield from writer.extend([{"kind": "roofline", **ceilings._asdict()}])
-        yield from writer.extend(race(case, peers(), ceilings, device, _BUDGET_S[size]))
+            measured_at = case.tokens
+            yield from writer.extend([{"kind": "roofline", **roofline.measure(device)._asdict()}])
+        ceilings = roofline.highest(writer.rows)
+        yield from writer.extend(race(case, peers(size), ceilings, device, _BUDGET_S[size]))
     progress(len(todo), len(todo), "")
 
 
 def race(
     case: Case, contenders: Sequence[Peer], ceilings: Roofline, device: torch.device, budget_s: float
 ) -> list[Row]:
-    """One row for each contender, raced or refused, without its ``machine``."""
+    """One row for each contender, raced or not, without its ``machine``."""
     copies = timing.copies_past_cache(inputs_of(case, device), device)
     qkv, grad_output = copies[0]
-    accuracies: dict[str, dict[str, Errors]] = {}
-    reasons: dict[str, str] = {}
-    exact = job(eager, qkv[:1].double(), grad_output[:1].double())
-    rounded = job(eager, qkv[:1], grad_output[:1])
-    for peer in contenders:
-        result = attempt(peer, job, qkv, grad_output)
-        if isinstance(result, str):
-            reasons[peer.name] = result
-        else:
-            accuracies[peer.name] = errors_of(result, exact, rounded)
-        del result  # of a large case there is room for one only
+    few_qkv, few_grad_output = first_and_last(qkv), first_and_last(grad_output)
+    exact = job(eager, few_qkv.double(), few_grad_output.double())
+    rounded = job(eager, few_qkv, few_grad_output)
+
+    def check(attend: Callable[[Tensor], Tensor], qkv: Tensor, grad_output: Tensor) -> dict[str, Errors]:
+        return errors_of(job(attend, qkv, grad_output), exact, rounded)
+
+    outcomes = {peer.name: attempt(peer, check, qkv, grad_output) for peer in contenders}
+    stopped = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Stopped)}
 
     timings = timing.interleave(
         {
             peer.name: timing.Variant(lambda tensors, attend=peer.attend: job(attend, *tensors), peer.context)
             for peer in contenders
-            if peer.name in accuracies
+            if peer.name not in stopped
         },
         copies,
         device=device,
@@ -85,7 +82,8 @@ def race(
             "kind": "attention",
             "variant": peer.name,
             "ours": peer.ours,
-            "reason": reasons.get(peer.name),
+            "reason": None,
+            "failed": False,
             "dtype": case.dtype,
             "mode": case.mode,
             "batch": case.batch,
@@ -100,7 +98,9 @@ def race(
             "best_peer": best_peer,
             **dict.fromkeys(_MEASURED),
         }
-        if peer.name in timings:
+        if peer.name in stopped:
+            row |= stopped[peer.name]._asdict()
+        else:
             timed = timings[peer.name]
             gflops = case.flops / timed.median_ms / 1e6
             row |= {
@@ -112,7 +112,7 @@ def race(
                 "peak_fraction": gflops / peak_gflops,
                 "gbps": case.bytes / timed.median_ms / 1e6,
                 "speedup": peer_ms[best_peer] / timed.median_ms if best_peer else None,
-                "errors": accuracies[peer.name],
+                "errors": outcomes[peer.name],
             }
         rows.append(row)
     return rows
@@ -139,8 +139,16 @@ def job(attend: Callable[[Tensor], Tensor], qkv: Tensor, grad_output: Tensor) ->
 
 
 def errors_of(result: Tensors, exact: Tensors, rounded: Tensors) -> dict[str, Errors]:
-    """Errors of the first image; ``exact`` and ``rounded`` are its fp64 and its same-dtype eager result."""
+    """Errors of the first and the last image; ``exact`` and ``rounded`` are their fp64 and same-dtype eager results.
+
+    A kernel that mistakes one image for another is wrong there, and fp64 on a whole batch would take most of a run.
+    """
     return {
-        name: errors(accuracy.compare(tensor[:1], exact[name], rounded[name], terms=tensor.shape[1]))
+        name: errors(accuracy.compare(first_and_last(tensor), exact[name], rounded[name], terms=tensor.shape[1]))
         for name, tensor in result.items()
     }
+
+
+def first_and_last(batch: Tensor) -> Tensor:
+    """The first and the last image, which may be one, as a view ``[1 or 2, ...]``."""
+    return batch[:: max(len(batch) - 1, 1)]

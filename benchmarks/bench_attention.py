@@ -14,19 +14,19 @@ import torch
 
 from benchmarks import machine, timing
 from benchmarks.attention import inputs_of, job
-from benchmarks.peers import Peer, attempt, peers
+from benchmarks.peers import Peer, Stopped, attempt, peers
 from benchmarks.shapes import Case, cases
 
 DEVICE = machine.default_device()
 
 
-@pytest.mark.parametrize("peer", peers(), ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", peers("quick"), ids=lambda peer: peer.name)
 @pytest.mark.parametrize("case", list(cases("quick", DEVICE)), ids=str)
 def test_attention(case: Case, peer: Peer, benchmark) -> None:
     copies = timing.copies_past_cache(inputs_of(case, DEVICE), DEVICE)
     result = attempt(peer, job, *copies[0])
-    if isinstance(result, str):
-        pytest.skip(result)
+    if isinstance(result, Stopped):
+        (pytest.fail if result.failed else pytest.skip)(result.reason)
     turn = itertools.cycle(copies)
 
     def call() -> None:

@@ -1,4 +1,4 @@
-"""pytest-benchmark entry point: a call through the public function, and the raw backend call, on tiny tensors.
+"""pytest-benchmark entry point: a call through each public function, and the raw backend call, on tiny tensors.
 
 ``python -m benchmarks`` interleaves the two and reports the difference. Run with::
 
@@ -13,7 +13,9 @@ from benchmarks import overhead
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("who", ["ours", "raw"])
 @pytest.mark.parametrize("name", overhead.CALLS)
-def test_overhead(name: str, requires_grad: bool, benchmark) -> None:
-    benchmark.group = f"requires_grad={requires_grad}"
-    benchmark(overhead.CALLS[name], *overhead.tiny_tensors(requires_grad))
+def test_overhead(name: str, who: str, requires_grad: bool, benchmark) -> None:
+    call = overhead.CALLS[name]
+    benchmark.group = f"{name}, requires_grad={requires_grad}"
+    benchmark(getattr(call, who), *call.tensors(requires_grad))

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks import photographs, results, timing
 from benchmarks.attention import Progress
 from benchmarks.machine import Machine, default_device
+from benchmarks.peers import Stopped, guarded
 from benchmarks.pretrained import REGISTERS, Pretrained, grey_patches, with_registers
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import DTYPES, DType, Size
@@ -28,27 +29,33 @@ NUM_REGISTERS = 4
 # Side of the square images -> how many photographs. At 518 px N is 1374, the length DINOv2 is trained on last.
 _IMAGES: dict[Size, dict[int, int]] = {"quick": {224: 4}, "full": {224: 8, 518: 2}}
 _TIMING_BUDGET_S: dict[Size, float] = {"quick": 5.0, "full": 30.0}
+_MEASURED = ("median_ms", "p20_ms", "p80_ms", "samples", "speedup", "errors")
 
 
 class FeaturesRow(TypedDict):
-    """One backend in every block of one model: its errors over all features of all images, and its time."""
+    """One backend in every block of one model: its errors over all features of all images, and its time.
+
+    One that was taken to be usable and was not has ``None`` for everything measured.
+    """
 
     kind: Literal["features"]
     model: str
     backend: str
     default: bool  # what backend=None takes
+    reason: str | None  # why it did not run, in its own words; None if it did
+    failed: bool  # it broke; any other reason is a refusal
     dtype: DType
     image_size: int
     images: int  # whose features are compared
     tokens: int
     prefix_tokens: int
     batch: int  # images in a timed call
-    median_ms: float  # an image
-    p20_ms: float
-    p80_ms: float
-    samples: int
-    speedup: float  # the reference backend's median / this median
-    errors: dict[str, Errors]  # "features", after the final LayerNorm, and "prefix_attention", of the last block
+    median_ms: float | None  # an image
+    p20_ms: float | None
+    p80_ms: float | None
+    samples: int | None
+    speedup: float | None  # the reference backend's median / this median
+    errors: dict[str, Errors] | None  # "features", after the last LayerNorm; "prefix_attention", of the last block
     machine: Machine
 
 
@@ -174,40 +181,52 @@ def _features_rows(pretrained: Pretrained, images: Tensor, dtype: DType, budget_
     exact = _by("reference", ViT(pretrained).to(images.device, DTYPES[dtype]).double(), images.double())
     eager = _by("reference", vit, images)
     default, backends = usable_backends(vit, images)
+    terms = vit.blocks[0].mlp.fc2.in_features  # the longest sum of the network
+
+    def check(name: str) -> dict[str, Errors]:
+        actual = _by(name, vit, images) if name != "reference" else eager
+        return {
+            "features": _errors(actual.normalized, exact.normalized, eager.normalized, terms),
+            "prefix_attention": _errors(actual.prefix_attention, exact.prefix_attention, eager.prefix_attention, terms),
+        }
+
+    outcomes = {name: guarded(partial(check, name), ours=True) for name in backends}
+    raced = [name for name, outcome in outcomes.items() if not isinstance(outcome, Stopped)]
     # One image keeps a CPU busy; a GPU gets them all.
     timed = images if images.is_cuda else images[:1]
     timings = timing.interleave(
-        {name: timing.Variant(partial(_by, name, vit, prefix_attention=False)) for name in backends},
+        {name: timing.Variant(partial(_by, name, vit, prefix_attention=False)) for name in raced},
         [timed],  # no copies: every call reads all the weights, which are larger than a cache
         device=images.device,
         budget_s=budget_s,
     )
-    terms = vit.blocks[0].mlp.fc2.in_features  # the longest sum of the network
     rows = []
-    for name in backends:
-        actual = _by(name, vit, images) if name != "reference" else eager
-        median, p20, p80 = (ms / len(timed) for ms in timings[name][:3])
-        rows.append(
-            {
-                "backend": name,
-                "default": name == default,
-                "images": len(images),
-                "tokens": exact.tokens.shape[1],
-                "prefix_tokens": vit.layout.num_prefix_tokens,
-                "batch": len(timed),
+    for name, outcome in outcomes.items():
+        row = {
+            "backend": name,
+            "default": name == default,
+            "reason": None,
+            "failed": False,
+            "images": len(images),
+            "tokens": exact.tokens.shape[1],
+            "prefix_tokens": vit.layout.num_prefix_tokens,
+            "batch": len(timed),
+            **dict.fromkeys(_MEASURED),
+        }
+        if isinstance(outcome, Stopped):
+            row |= outcome._asdict()
+        else:
+            timed_by = timings[name]
+            median, p20, p80 = (ms / len(timed) for ms in timed_by[:3])
+            row |= {
                 "median_ms": median,
                 "p20_ms": p20,
                 "p80_ms": p80,
-                "samples": timings[name].samples,
-                "speedup": timings["reference"].median_ms / timings[name].median_ms,
-                "errors": {
-                    "features": _errors(actual.normalized, exact.normalized, eager.normalized, terms),
-                    "prefix_attention": _errors(
-                        actual.prefix_attention, exact.prefix_attention, eager.prefix_attention, terms
-                    ),
-                },
+                "samples": timed_by.samples,
+                "speedup": timings["reference"].median_ms / timed_by.median_ms,
+                "errors": outcome,
             }
-        )
+        rows.append(row)
     return rows
 
 

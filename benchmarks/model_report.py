@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from benchmarks.results import Errors, Row
@@ -37,6 +38,9 @@ def _features(rows: Sequence[Row]) -> list[str]:
 
 
 def _backend(row: Row) -> str:
+    if row["reason"] is not None:
+        text = f"  {row['backend']:<12}{'FAIL ' if row['failed'] else 'not run: '}{row['reason']}"
+        return textwrap.fill(text, 100, subsequent_indent=" " * 14, break_on_hyphens=False)
     return _FEATURES.format(
         row["backend"] + ("*" if row["default"] else ""),
         f"{row['median_ms']:.1f}",

@@ -1,47 +1,53 @@
-"""Eager overhead of the public function over the raw backend call, on tensors too small to hide it."""
+"""Eager overhead of the public functions over the raw backend call, on tensors too small to hide it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import timing
+from benchmarks import peers, timing
 from benchmarks.results import Row, Writer
 from vitreg_kernels import functional
 
 GOAL_US = 25.0
 SHAPE = (1, 1, 16, 16)
-CALLS: dict[str, Callable[..., Tensor]] = {
-    "raw": F.scaled_dot_product_attention,
-    "ours": functional.register_attention,
-}
 _REPETITIONS = 20  # calls a sample; one is too short for the clock
 _BUDGET_S = 1.0
 
 
+class Call(NamedTuple):
+    """A public function, the raw call that does the same job, and tensors that both take."""
+
+    ours: Callable[..., Tensor]
+    raw: Callable[..., Tensor]
+    tensors: Callable[[bool], list[Tensor]]
+
+
 def run(writer: Writer) -> Iterator[Row]:
-    """Measures on the CPU, without and with gradients; writes and yields one row each."""
-    for requires_grad in (False, True):
-        if writer.find(kind="overhead", requires_grad=requires_grad):
-            yield from writer.find(kind="overhead", requires_grad=requires_grad)
-        else:
-            yield from writer.extend([measure(requires_grad)])
+    """Measures each function on the CPU, without and with gradients; writes and yields one row each."""
+    for name in CALLS:
+        for requires_grad in (False, True):
+            measured = writer.find(kind="overhead", call=name, requires_grad=requires_grad)
+            yield from measured or writer.extend([measure(name, requires_grad)])
 
 
-def measure(requires_grad: bool) -> Row:
+def measure(name: str, requires_grad: bool) -> Row:
     """One row, without its ``machine``."""
+    call = CALLS[name]
     timings = timing.interleave(
-        {name: timing.Variant(_repeated(attend)) for name, attend in CALLS.items()},
-        [tiny_tensors(requires_grad)],
+        {"raw": timing.Variant(_repeated(call.raw)), "ours": timing.Variant(_repeated(call.ours))},
+        [call.tensors(requires_grad)],
         device=torch.device("cpu"),
         budget_s=_BUDGET_S,
     )
-    raw_us, ours_us = (1e3 * timings[name].median_ms / _REPETITIONS for name in ("raw", "ours"))
+    raw_us, ours_us = (1e3 * timings[who].median_ms / _REPETITIONS for who in ("raw", "ours"))
     return {
         "kind": "overhead",
+        "call": name,
         "requires_grad": requires_grad,
         "shape": list(SHAPE),
         "raw_us": raw_us,
@@ -52,15 +58,27 @@ def measure(requires_grad: bool) -> Row:
     }
 
 
-def tiny_tensors(requires_grad: bool) -> list[Tensor]:
+def query_key_value(requires_grad: bool) -> list[Tensor]:
     """Query, key and value ``[B, H, N, D]`` in the layout they have in a model: heads of a ``[B, N, C]`` projection."""
     batch, heads, tokens, head_dim = SHAPE
     return [x.transpose(1, 2).requires_grad_(requires_grad) for x in torch.randn(3, batch, tokens, heads, head_dim)]
 
 
+def packed(requires_grad: bool) -> list[Tensor]:
+    """One packed projection ``[B, N, 3, H, D]``, as the module hands it on."""
+    batch, heads, tokens, head_dim = SHAPE
+    return [torch.randn(batch, tokens, 3, heads, head_dim, requires_grad=requires_grad)]
+
+
+CALLS = {
+    "register_attention": Call(functional.register_attention, F.scaled_dot_product_attention, query_key_value),
+    "register_attention_qkv": Call(functional.register_attention_qkv, peers.sdpa, packed),
+}
+
+
 def _repeated(attend: Callable[..., Tensor]) -> Callable[[list[Tensor]], None]:
-    def call(query_key_value: list[Tensor]) -> None:
+    def call(tensors: list[Tensor]) -> None:
         for _ in range(_REPETITIONS):
-            attend(*query_key_value)
+            attend(*tensors)
 
     return call

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from benchmarks import roofline
 from benchmarks.results import Errors, Row
+from benchmarks.roofline import Roofline
 from benchmarks.shapes import DTYPES, LENGTHS, MODES, DType, Mode
 
 if TYPE_CHECKING:
@@ -19,9 +21,10 @@ _HEADINGS = _LINE.format(
     "", "median ms", "p20-p80 ms", "GFLOP/s", "% peak", "GB/s", "x peer", "max error", "eager's", ""
 ).rstrip()
 _LEGEND = (
-    "GFLOP/s and GB/s count useful work and traffic only. % peak: of the fastest matrix product that can serve the "
-    "dtype. x peer: time of the fastest contender that is not ours / this time. Errors: of the output, or the gradient "
-    "furthest from the eager formula's error, against fp64; FAIL breaks the accuracy rule."
+    "GFLOP/s and GB/s count useful work and traffic only. % peak: of the ceiling above of the fastest matrix product "
+    "that can serve the dtype. x peer: time of the fastest contender that is not ours / this time. Errors: of the "
+    "output, or the gradient furthest from the eager formula's error, against fp64 on the first and the last image; "
+    "FAIL breaks the accuracy rule."
 )
 _BAR_GROUP = 0.8  # of the distance between two lengths
 
@@ -34,10 +37,13 @@ def table(rows: Sequence[Row]) -> str:
     attention, rooflines, overheads = (
         [row for row in rows if row["kind"] == kind] for kind in ("attention", "roofline", "overhead")
     )
-    parts = [_ceilings(row) for row in rooflines[-1:]]
+    ceilings = roofline.highest(rooflines)
+    parts = [_header(rooflines[-1], ceilings)] if ceilings else []
     if attention:
         parts.append(textwrap.fill(_LEGEND, WIDTH))
-    parts += [_length([row for row in attention if row["tokens"] == n]) for n in _in_order(attention, "tokens")]
+    parts += [
+        _length([row for row in attention if row["tokens"] == n], ceilings) for n in _in_order(attention, "tokens")
+    ]
     refused = [row for row in attention if row["reason"] is not None]
     if refused:
         parts.append(_refusals(refused, attention))
@@ -47,7 +53,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw_bars(axes: Axes, rows: Sequence[Row], dtype: DType, mode: Mode) -> None:
-    """Draws GFLOP/s of every contender by length, with p20-p80 whiskers and the measured peak as a dashed line.
+    """Draws GFLOP/s of every contender by length, with p20-p80 whiskers and the run's peak as a dashed line.
 
     Given the whole run's ``rows``, a contender has one place and one colour in every panel: vitreg_kernels in reds, its
     peers in blues. The caller makes the figure and the legend (``axes.get_legend_handles_labels()``).
@@ -72,9 +78,9 @@ def draw_bars(axes: Axes, rows: Sequence[Row], dtype: DType, mode: Mode) -> None
             ]
             axes.bar(at, heights, width, color=colour, label=name, yerr=whiskers, error_kw={"elinewidth": 0.7})
             place += width
-    if panel:
-        peak = max(row["peak_gflops"] for row in panel)
-        axes.axhline(peak, color="grey", linestyle="--", linewidth=1, label="measured peak")
+    ceilings = roofline.highest(rows)
+    if panel and ceilings:
+        axes.axhline(ceilings.peak_gflops(dtype), color="grey", linestyle="--", linewidth=1, label="measured peak")
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
     axes.set(title=f"{dtype} {mode}", xlabel="tokens", ylabel="GFLOP/s")
 
@@ -84,21 +90,21 @@ def _in_order(rows: Sequence[Row], field: str) -> list:
     return list(dict.fromkeys(row[field] for row in rows))
 
 
-def _ceilings(row: Row) -> str:
+def _header(row: Row, ceilings: Roofline) -> str:
     machine, versions = row["machine"], row["machine"]["packages"]
     changes = " with changes" if machine["dirty"] else ""
-    products = ", ".join(f"{dtype} {_number(gflops)}" for dtype, gflops in row["product_gflops"].items())
+    products = ", ".join(f"{dtype} {_number(gflops)}" for dtype, gflops in ceilings.product_gflops.items())
     return "\n".join(
         (
             f"{machine['device']} ({machine['capability']}), {machine['threads']} threads, Python {machine['python']}",
             ", ".join(f"{name} {version}" for name, version in versions.items()),
             f"commit {machine['commit'][:12]}{changes}",
-            f"ceilings: matrix product GFLOP/s {products}; copy {_number(row['copy_gbps'])} GB/s",
+            f"ceilings: matrix product GFLOP/s {products}; copy {_number(ceilings.copy_gbps)} GB/s",
         )
     )
 
 
-def _length(rows: Sequence[Row]) -> str:
+def _length(rows: Sequence[Row], ceilings: Roofline) -> str:
     """All races of one length."""
     first = rows[0]
     lines = [
@@ -110,18 +116,19 @@ def _length(rows: Sequence[Row]) -> str:
         for mode in MODES:
             raced = [r for r in rows if (r["dtype"], r["mode"], r["reason"]) == (dtype, mode, None)]
             if raced:
-                lines += [f" {dtype} {mode}, {_number(raced[0]['flops'] / 1e9)} GFLOP", *map(_figures, raced)]
+                lines.append(f" {dtype} {mode}, {_number(raced[0]['flops'] / 1e9)} GFLOP")
+                lines += [_figures(row, ceilings.peak_gflops(dtype)) for row in raced]
     return "\n".join(lines)
 
 
-def _figures(row: Row) -> str:
+def _figures(row: Row, peak_gflops: float) -> str:
     error = _worst(row["errors"])
     return _LINE.format(
         row["variant"],
         _number(row["median_ms"]),
         f"{_number(row['p20_ms'])}-{_number(row['p80_ms'])}",
         _number(row["gflops"]),
-        f"{row['peak_fraction']:.1%}",
+        f"{row['gflops'] / peak_gflops:.1%}",
         _number(row["gbps"]),
         "" if row["speedup"] is None else f"{row['speedup']:.2f}",
         f"{error['max']:.1e}",
@@ -137,24 +144,28 @@ def _worst(errors: dict[str, Errors]) -> Errors:
 
 def _refusals(refused: Sequence[Row], attention: Sequence[Row]) -> str:
     """Who was not raced, in how many of the cases, and the first sentence of what each said."""
-    counts = Counter((row["variant"], row["reason"].split(". ")[0].rstrip(".")) for row in refused)
+    counts = Counter((row["variant"], row["failed"], _first_sentence(row["reason"])) for row in refused)
     lines = ["not raced:"]
-    for (name, reason), count in counts.items():
+    for (name, failed, reason), count in counts.items():
         of = sum(row["variant"] == name for row in attention)
         cases = "every case" if count == of else f"{count} of {of} cases"
-        text = f"  {name:<18}{cases}: {reason}"
+        text = f"  {name:<18}{cases}: {'FAIL ' if failed else ''}{reason}"
         lines.append(textwrap.fill(text, WIDTH, subsequent_indent=" " * 20, break_on_hyphens=False))
     return "\n".join(lines)
 
 
+def _first_sentence(reason: str) -> str:
+    """Or line: what follows may name the shapes, and differ from case to case."""
+    return reason.partition("\n")[0].split(". ")[0].rstrip(".:")
+
+
 def _overheads(rows: Sequence[Row]) -> str:
-    lines = [f"register_attention over the raw backend call, µs a call (goal: {rows[0]['goal_us']:.0f} more)"]
+    lines = [f"our functions over the raw backend call, µs a call (goal: {rows[0]['goal_us']:.0f} more)"]
     for row in rows:
         gradients = "with gradients" if row["requires_grad"] else "without gradients"
         verdict = "" if row["overhead_us"] <= row["goal_us"] else "  ABOVE THE GOAL"
-        lines.append(
-            f"  {gradients:<18}{row['ours_us']:>10.1f} - {row['raw_us']:.1f} = {row['overhead_us']:.1f}{verdict}"
-        )
+        figures = f"{row['ours_us']:>8.1f} - {row['raw_us']:.1f} = {row['overhead_us']:.1f}"
+        lines.append(f"  {row['call']:<24}{gradients:<18}{figures}{verdict}")
     return "\n".join(lines)
 
 

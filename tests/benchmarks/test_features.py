@@ -9,6 +9,7 @@ from benchmarks import features, model_report, results
 from benchmarks.pretrained import Pretrained, grey_patches, with_registers
 from benchmarks.results import Writer
 from benchmarks.vit import ViT
+from vitreg_kernels import UnsupportedError
 from vitreg_kernels.ops.attention.backends import sdpa
 
 for package in ("skimage", "sklearn"):
@@ -54,7 +55,7 @@ def run(small, tmp_path, machine):
 
     def run(model) -> tuple[list, list]:
         steps = []
-        writer = Writer(tmp_path / "run.json", "quick", machine)
+        writer = Writer(tmp_path / "run.json", "quick", "a model", machine)
         rows = features.run("quick", writer, lambda *step: steps.append(step), model, torch.device("cpu"))
         return list(rows), steps
 
@@ -102,6 +103,33 @@ def test_a_wrong_backend_breaks_the_rule(run, monkeypatch):
     assert not verdicts["sdpa", "fp32"]
     assert verdicts["reference", "fp32"]
     assert "FAIL 1" in model_report.table(rows)
+
+
+@pytest.mark.parametrize(
+    ("error", "failed", "shown"),
+    [
+        (UnsupportedError("was not built for this"), False, "sdpa        not run: was not built"),
+        (IndexError("out of its bounds"), True, "sdpa        FAIL IndexError: out of"),
+    ],
+    ids=["refuses", "crashes"],
+)
+def test_a_backend_that_turns_out_unusable_has_a_row_with_its_reason(run, monkeypatch, error, failed, shown):
+    by = features._by
+
+    def fails(backend, vit, images, **options):
+        if backend == "sdpa":
+            raise error
+        return by(backend, vit, images, **options)
+
+    monkeypatch.setattr(features, "_by", fails)
+    rows, _ = run(tiny_model())
+    rows = [row for row in rows if row["kind"] == "features"]
+    assert [(row["backend"], row["failed"]) for row in rows] == [("sdpa", failed), ("reference", False)] * 2
+    for row in rows[::2]:
+        assert str(error) in row["reason"]
+        assert all(row[field] is None for field in features._MEASURED)
+    assert all(row["errors"] and row["reason"] is None for row in rows[1::2])
+    assert shown in model_report.table(rows)
 
 
 def test_the_table_has_every_row_and_fits_a_terminal(run):

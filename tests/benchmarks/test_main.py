@@ -76,6 +76,37 @@ def test_a_wrong_backend_is_named_and_the_status_is_1(small, monkeypatch, capsys
     assert "reference" not in told
 
 
+def test_a_crash_of_ours_is_named_and_the_status_is_1(small, monkeypatch, capsys):
+    def crash(inputs):
+        raise IndexError("out of its bounds")
+
+    attend = attention.race
+    monkeypatch.setattr(
+        attention, "race", lambda *arguments: monkeypatch.setattr(sdpa, "forward", crash) or attend(*arguments)
+    )
+    monkeypatch.setattr(overhead, "run", lambda writer: [])  # it calls the default backend, which is the broken one
+    assert run(monkeypatch) == 1
+    told = capsys.readouterr()
+    assert "vitreg:sdpa at N = 54 in fp32, forward: IndexError: out of its bounds" in told.err
+    assert "vitreg:sdpa       every case: FAIL IndexError: out of its bounds" in told.out
+
+
+def test_nothing_checked_is_one_sentence_and_status_1(capsys):
+    assert driver._verdict([{"kind": "attention", "ours": True, "failed": False, "errors": None}]) == 1
+    assert "No result was checked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["not json", '{"schema": 1, "size": "quick", "complete": true, "rows": []}'])
+def test_a_file_of_another_version_in_the_way_is_one_sentence_and_status_2(small, monkeypatch, capsys, text):
+    small.parent.mkdir()
+    small.write_text(text)
+    assert run(monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert "is not a result file of this version" in told
+    assert told.count("\n") == 1
+    assert small.read_text() == text
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -116,5 +147,7 @@ def test_a_cut_run_is_gone_on_with_unless_fresh(small, monkeypatch, capsys):
     monkeypatch.setattr(driver.picture, "save", save)
     with pytest.raises(Cut):
         run(monkeypatch, "--fresh")
-    assert not small.with_suffix(".png").exists()
-    assert kinds(small) == {"registers", "norms", "features", "roofline"}
+    begun = small.with_stem("run-2")
+    assert not begun.with_suffix(".png").exists()
+    assert kinds(begun) == {"registers", "norms", "features", "roofline"}
+    assert "attention" in kinds(small)

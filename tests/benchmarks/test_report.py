@@ -17,8 +17,8 @@ def rows(race, machine, ceilings, monkeypatch):
     for tokens in (7, 9):
         for dtype in ("fp32", "bf16"):
             rows += race(Case(1, 2, tokens, dtype, "forward", head_dim=16))
-    slow = {"requires_grad": True, "ours_us": 40.0, "overhead_us": 32.0}
-    fast = {"requires_grad": False, "ours_us": 30.0, "overhead_us": 22.0}
+    slow = {"call": "register_attention_qkv", "requires_grad": True, "ours_us": 40.0, "overhead_us": 32.0}
+    fast = {"call": "register_attention", "requires_grad": False, "ours_us": 30.0, "overhead_us": 22.0}
     overhead = {"kind": "overhead", "shape": [1, 1, 16, 16], "raw_us": 8.0, "goal_us": 25.0, "samples": 9}
     return [*rows, *({**overhead, **figures, "machine": machine} for figures in (fast, slow))]
 
@@ -43,9 +43,20 @@ def test_table_groups_by_length_and_names_units(rows):
     assert "commit 0123456789ab\n" in text
 
 
+def test_shares_are_of_the_highest_ceilings_of_the_run_which_the_header_shows(rows, machine):
+    """Whenever they were measured: the first rows were written when 100 GFLOP/s was the highest known."""
+    later = {"kind": "roofline", "product_gflops": {"fp32": 400.0, "bf16": 5.0}, "copy_gbps": 10.0, "machine": machine}
+    next(row for row in rows if row.get("variant") == "vitreg:ours")["gflops"] = 60.0
+    text = report.table([*rows, later])
+    assert "fp32 400, bf16 10; copy 20 GB/s" in text
+    line = next(line for line in text.splitlines() if "vitreg:ours" in line)
+    assert line.split()[3:5] == ["60", "15.0%"]
+
+
 def test_table_reports_refused_contenders_in_their_own_words(rows):
     text = report.table(rows)
     assert "vitreg:knows      every case: runs on the moon only" in text
+    assert "vitreg:crashes    every case: FAIL IndexError: out of its own bounds" in text
     assert "other:raises      every case: RuntimeError: no kernel for this\n" in text
 
 
@@ -72,7 +83,8 @@ def test_a_failed_gradient_is_not_hidden_by_a_good_output():
 
 def test_table_shows_the_overhead_against_its_goal(rows):
     without, with_gradients = report.table(rows).splitlines()[-2:]
-    assert without.split() == ["without", "gradients", "30.0", "-", "8.0", "=", "22.0"]
+    assert without.split() == ["register_attention", "without", "gradients", "30.0", "-", "8.0", "=", "22.0"]
+    assert with_gradients.split()[:3] == ["register_attention_qkv", "with", "gradients"]
     assert with_gradients.endswith("= 32.0  ABOVE THE GOAL")
 
 

@@ -15,6 +15,7 @@ from benchmarks.shapes import Case
 def row(machine):
     return {
         "kind": "overhead",
+        "call": "register_attention",
         "requires_grad": False,
         "shape": [1, 1, 16, 16],
         "raw_us": 8.0,
@@ -83,8 +84,8 @@ def test_bad_attention_rows_are_refused(race, change, message):
 
 def test_a_cut_run_is_resumed(tmp_path, machine, bare, row):
     path = tmp_path / "new" / "run.json"
-    Writer(path, "quick", machine).extend([bare])
-    again = Writer(path, "quick", machine)
+    Writer(path, "quick", "a model", machine).extend([bare])
+    again = Writer(path, "quick", "a model", machine)
     assert again.rows == [row]
     assert again.resumed == 1
     again.extend([bare | {"requires_grad": True}])
@@ -92,24 +93,39 @@ def test_a_cut_run_is_resumed(tmp_path, machine, bare, row):
     assert again.find(kind="overhead", requires_grad=True) == [row | {"requires_grad": True}]
 
 
-@pytest.mark.parametrize("change", ["finished", "commit", "size", "dirty"])
-def test_any_other_file_is_begun_anew(tmp_path, machine, bare, change):
+@pytest.mark.parametrize("change", ["finished", "commit", "size", "model", "dirty", "fresh"])
+def test_any_other_file_is_left_as_it_is(tmp_path, machine, bare, change):
     path = tmp_path / "run.json"
     dirty = {**machine, "dirty": True}
-    first = Writer(path, "quick", dirty if change == "dirty" else machine)
+    first = Writer(path, "quick", "a model", dirty if change == "dirty" else machine)
     first.extend([bare])
     if change == "finished":
         first.finish()
     other = {"commit": {**machine, "commit": "fedcba"}, "dirty": dirty}.get(change, machine)
-    again = Writer(path, "full" if change == "size" else "quick", other)
-    assert again.rows == []
-    again.extend([bare])
-    assert len(results.load(path)) == 1
+    size, model = "full" if change == "size" else "quick", "another" if change == "model" else "a model"
+    left = path.read_text()
+    for number in (2, 3):
+        again = Writer(path, size, model, other, fresh=change == "fresh")
+        assert (again.path.name, again.rows, again.resumed) == (f"run-{number}.json", [], 0)
+        again.extend([bare])
+        again.finish()
+        assert len(results.load(again.path)) == 1
+    assert path.read_text() == left
+
+
+def test_a_cut_run_behind_a_finished_one_is_resumed(tmp_path, machine, bare, row):
+    path = tmp_path / "run.json"
+    finished = Writer(path, "quick", "a model", machine)
+    finished.extend([bare])
+    finished.finish()
+    Writer(path, "quick", "a model", machine).extend([bare])
+    again = Writer(path, "quick", "a model", machine)
+    assert (again.path.name, again.rows) == ("run-2.json", [row])
 
 
 def test_a_bad_row_among_good_ones_changes_nothing(tmp_path, machine, bare, row):
     path = tmp_path / "run.json"
-    writer = Writer(path, "quick", machine)
+    writer = Writer(path, "quick", "a model", machine)
     writer.extend([bare])
     with pytest.raises(ValueError, match="samples"):
         writer.extend([bare, bare | {"samples": None}])
@@ -118,7 +134,7 @@ def test_a_bad_row_among_good_ones_changes_nothing(tmp_path, machine, bare, row)
 
 def test_a_cut_while_saving_leaves_the_file_before_it(tmp_path, machine, bare, row, monkeypatch):
     path = tmp_path / "run.json"
-    writer = Writer(path, "quick", machine)
+    writer = Writer(path, "quick", "a model", machine)
     writer.extend([bare])
 
     def cut(*arguments):
@@ -130,20 +146,21 @@ def test_a_cut_while_saving_leaves_the_file_before_it(tmp_path, machine, bare, r
     assert results.load(path) == [row]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 0}', '{"schema": 1, "size": "quick", "rows": []}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 2, "size": "quick", "rows": []}'])
 def test_a_file_that_is_none_is_refused(tmp_path, machine, text):
     path = tmp_path / "run.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"run.json is not a result file .* delete it"):
         results.load(path)
     with pytest.raises(ValueError, match="not a result file"):
-        Writer(path, "quick", machine)
+        Writer(path, "quick", "a model", machine)
     assert path.read_text() == text
 
 
 def test_a_bad_row_in_a_file_is_refused(tmp_path, row):
     path = tmp_path / "run.json"
-    path.write_text(json.dumps({"schema": 1, "size": "quick", "complete": True, "rows": [row | {"samples": -0.5}]}))
+    document = {"schema": results.SCHEMA, "size": "quick", "model": "a model", "complete": True}
+    path.write_text(json.dumps({**document, "rows": [row | {"samples": -0.5}]}))
     with pytest.raises(ValueError, match="samples"):
         results.load(path)
 

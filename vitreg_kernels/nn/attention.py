@@ -37,8 +37,8 @@ class RegisterAttention(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: if ``dim`` or ``num_heads`` is not a positive int, ``dim`` is no multiple of ``num_heads``, or no
-            backend has the name.
+        ValueError: if ``dim`` or ``num_heads`` is not a positive int, ``dim`` is no multiple of ``num_heads``,
+            ``attn_drop`` is not a probability below 1, or no backend has the name.
     """
 
     def __init__(
@@ -60,10 +60,12 @@ class RegisterAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("num_heads", num_heads)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive int, not {value!r}")
         if dim % num_heads:
             raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
+        if not 0.0 <= attn_drop < 1.0:
+            raise ValueError(f"attn_drop must be at least 0 and below 1, not {attn_drop}")
         if backend is not None:
             dispatch.find(BACKENDS, backend)  # a misspelt name fails here and not in the middle of a training step
         factory = {"device": device, "dtype": dtype}
