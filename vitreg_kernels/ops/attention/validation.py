@@ -16,8 +16,8 @@ from .packing import lengths
 from .types import OUTPUT_NAMES, AttentionInputs, Rope
 
 _INTS = (int, torch.SymInt)
+_WITH_AUTOCAST = tuple(d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d))
 _NUMBERS = (float, torch.SymFloat, *_INTS)
-_WITH_AUTOCAST = tuple(d for d in ("cuda", "cpu", "mps", "xpu") if torch.amp.is_autocast_available(d))
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -58,13 +58,14 @@ def validated(
         isinstance(query, Tensor)
         and isinstance(key, Tensor)
         and isinstance(value, Tensor)
-        and query.ndim == 4
-        and _alike(query, key)
-        and _alike(query, value)
-        and query.dtype in _DTYPES
+        and len(shape := query.shape) == 4
+        and shape == key.shape == value.shape
+        and (dtype := query.dtype) is key.dtype is value.dtype
+        and query.device == key.device == value.device
+        and dtype in _DTYPES
     ):
         _refuse_qkv(query, key, value)
-    _, heads, tokens, head_dim = query.shape
+    _, heads, tokens, head_dim = shape
     if not (heads and tokens and head_dim):
         raise ValueError(f"there must be at least one head, token and channel, got query {described(query)}")
 
@@ -113,16 +114,12 @@ def _refuse_qkv(query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.ndim != 4:
             raise ValueError(f"{name} must be a [batch, heads, tokens, head dim] tensor, got {described(x)}")
-    if not (_alike(query, key) and _alike(query, value)):
+    if any(x.shape != query.shape or x.dtype != query.dtype or x.device != query.device for x in (key, value)):
         raise ValueError(
             "query, key and value must have one shape, dtype and device (self-attention, as many key as query heads), "
             f"got {described(query)}, {described(key)} and {described(value)}"
         )
     raise TypeError(f"query, key and value must be fp32, fp16, bf16 or fp64, got {described(query)}")
-
-
-def _alike(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and x.dtype is y.dtype and x.device == y.device
 
 
 def _checked_outputs(outputs: Sequence[str]) -> tuple[str, ...]:

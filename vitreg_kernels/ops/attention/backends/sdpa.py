@@ -35,7 +35,8 @@ def not_default_reasons(request: Request) -> list[str]:
 
 
 def forward(inputs: AttentionInputs) -> AttentionResult:
-    inputs = rotate_query_and_key(inputs)
+    if inputs.rope is not None:
+        inputs = rotate_query_and_key(inputs)
     if inputs.cu_seqlens is not None:
         output = _packed(inputs)
     elif inputs.attn_mask is not None:

@@ -58,7 +58,8 @@ def _refusal(dtype: torch.dtype, head_dim: int) -> list[str]:
 def forward(inputs: AttentionInputs) -> AttentionResult:
     from xformers.ops import fmha, memory_efficient_attention
 
-    inputs = rotate_query_and_key(inputs)
+    if inputs.rope is not None:
+        inputs = rotate_query_and_key(inputs)
     bias = None
     if inputs.cu_seqlens is not None:
         bias = fmha.BlockDiagonalMask.from_seqlens(
