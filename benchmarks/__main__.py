@@ -7,6 +7,7 @@ to judge; and with 2 if the model or the result file cannot be read.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,10 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     print(f"vitreg_kernels benchmark, size {arguments.size}, on {here['device']}")
-    print(f"Results go to {writer.path}" + (f", from row {writer.resumed + 1} of a cut run" if writer.resumed else ""))
+    print(
+        f"Results go to {os.path.relpath(writer.path)}"
+        + (f", from row {writer.resumed + 1} of a cut run" if writer.resumed else "")
+    )
 
     print(f"\n1/3 A real model: reading {arguments.model}")
     try:
@@ -59,7 +63,7 @@ def main() -> int:
     picture_path = writer.path.with_suffix(".png")
     picture.save(picture_path, writer.rows, maps)
     writer.finish()
-    print(f"    {writer.path}\n    {picture_path}")
+    print(f"    {os.path.relpath(writer.path)}\n    {os.path.relpath(picture_path)}")
     return _verdict(writer.rows)
 
 

@@ -9,7 +9,7 @@ from .types import AttentionInputs, Rope
 
 
 def rotate_query_and_key(inputs: AttentionInputs) -> AttentionInputs:
-    """The same call, which has a ``rope``, with its rotation carried out: query and key rotated in fp32 and rounded once, no ``rope`` left."""
+    """A call that has a ``rope`` with the rotation carried out: query and key rotated in fp32 and rounded once."""
     rope, prefix = inputs.rope, inputs.num_prefix_tokens
     if inputs.cu_seqlens is None:
         query, key = (
