@@ -110,7 +110,7 @@ def test_importing_loads_no_optional_library() -> None:
 
 
 def test_importing_adds_little_to_torch() -> None:
-    """Less than 100 ms of processor time over torch's own import: the best of three processes, lest others' work count."""
+    """Less than 100 ms of processor time over torch's own import: best of three processes, lest others' work count."""
     code = "import torch, time; t = time.process_time(); import vitreg_kernels; print(time.process_time() - t)"
     assert min(float(run(code)) for _ in range(3)) < 0.1
 
