@@ -123,3 +123,9 @@ def test_a_yardstick_sees_every_tensor(name):
     assert all(accuracy.passed for accuracy in yardstick.compare(results).values())
     results[name] = results[name] * 1.02
     assert [n for n, accuracy in yardstick.compare(results).items() if not accuracy.passed] == [name]
+
+
+def test_a_result_beyond_the_dtype_allows_nothing():
+    """Neither eager nor rounding is finite then; an infinite bound would let everything pass."""
+    exact = torch.full((4,), 1e6, dtype=torch.float64)
+    assert not compare(torch.zeros(4).half(), exact, exact.half(), terms=1).passed

@@ -78,10 +78,12 @@ def compare(actual: Tensor, exact: Tensor, eager: Tensor, *, terms: int, scale_o
     exact = exact.detach().double()
     max_error, mean_error = _errors(actual, exact)
     eager_max, eager_mean = _errors(eager, exact)
-    # Judged as eager; shown as it is, with its inf or NaN.
+    # What is shown is the eager error itself, with its inf or NaN; what is judged by is finite.
     yardstick_max, yardstick_mean = eager_max, eager_mean
     if not math.isfinite(eager_max):
         yardstick_max, yardstick_mean = _errors(exact.to(eager.dtype), exact)
+    if not math.isfinite(yardstick_max):
+        yardstick_max = yardstick_mean = 0.0  # a result beyond the dtype's range allows nothing
     magnitude = (exact if scale_of is None else scale_of).detach().double().abs()
     magnitude = magnitude[magnitude.isfinite()]
     eps = torch.finfo(torch.float32 if actual.dtype != torch.float64 else torch.float64).eps * math.sqrt(terms)
