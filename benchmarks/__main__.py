@@ -29,9 +29,10 @@ def main() -> int:
     arguments = _parser().parse_args()
     device = machine.default_device()
     here = machine.describe(device)
-    path = results.default_path(arguments.size, here)
+    path = results.default_path(here, f"-{arguments.size}")
+    asked = {"command": "bench", "size": arguments.size, "model": arguments.model}
     try:
-        writer = Writer(path, arguments.size, arguments.model, here, fresh=arguments.fresh)
+        writer = Writer(path, asked, here, fresh=arguments.fresh)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

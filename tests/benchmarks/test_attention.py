@@ -18,6 +18,8 @@ from benchmarks.results import Writer
 from benchmarks.shapes import Case
 from vitreg_kernels.ops.attention.backends import BACKENDS
 
+RUN = {"command": "bench", "size": "quick", "model": "a model"}
+
 CPU = torch.device("cpu")
 TINY = Case(2, 2, 7, "fp32", "forward", head_dim=16)
 TINY_BACKWARD = Case(2, 2, 7, "bf16", "forward+backward", head_dim=16)
@@ -126,7 +128,7 @@ def test_a_result_that_cannot_be_compared_is_our_failure(ceilings):
 def test_nan_breaks_the_rule_and_not_the_run(ceilings, machine, tmp_path):
     broken = peers.Peer("broken", lambda qkv: torch.nan * peers.eager(qkv))
     rows = attention.race(TINY_BACKWARD, [broken], ceilings, CPU, budget_s=0.0)
-    (row,) = Writer(tmp_path / "run.json", "quick", "a model", machine).extend(rows)
+    (row,) = Writer(tmp_path / "run.json", RUN, machine).extend(rows)
     assert not any(error["passed"] for error in row["errors"].values())
     assert row["errors"]["grad_key"]["max"] > 1e300
 
@@ -175,7 +177,7 @@ def test_a_cut_race_goes_on_where_it_stopped(tmp_path, monkeypatch, machine, cei
     progress = []
 
     def rows_of_run():
-        return attention.run("quick", Writer(path, "quick", "a model", machine), lambda *p: progress.append(p), CPU)
+        return attention.run("quick", Writer(path, RUN, machine), lambda *p: progress.append(p), CPU)
 
     for row in rows_of_run():
         if (row["kind"], row.get("dtype"), row.get("variant")) == ("attention", "bf16", "vitreg:ours"):
@@ -189,7 +191,7 @@ def test_a_cut_race_goes_on_where_it_stopped(tmp_path, monkeypatch, machine, cei
     assert len(rows) == len(todo) * len(contenders)
     assert {(row["peak_gflops"], row["peak_gbps"]) for row in rows} == {(100.0, 20.0)}
     assert progress == [*((i, 3, str(case)) for i, case in enumerate(todo)), (3, 3, "")]
-    assert [row for row in Writer(path, "quick", "a model", machine).rows if row["kind"] == "attention"] == rows
+    assert [row for row in Writer(path, RUN, machine).rows if row["kind"] == "attention"] == rows
 
 
 def test_machine_says_where_a_figure_is_from():
@@ -243,7 +245,7 @@ def test_xformers_gets_and_gives_token_major_tensors(monkeypatch):
 
 def test_overhead_is_measured_with_and_without_gradients(tmp_path, machine, monkeypatch):
     monkeypatch.setattr(overhead, "_BUDGET_S", 0.05)
-    writer = Writer(tmp_path / "run.json", "quick", "a model", machine)
+    writer = Writer(tmp_path / "run.json", RUN, machine)
     rows = list(overhead.run(writer))
     functions = ("register_attention", "register_attention_qkv")
     assert [(row["call"], row["requires_grad"]) for row in rows] == list(itertools.product(functions, (False, True)))

@@ -12,6 +12,8 @@ from benchmarks.vit import ViT
 from vitreg_kernels import UnsupportedError
 from vitreg_kernels.ops.attention.backends import sdpa
 
+RUN = {"command": "bench", "size": "quick", "model": "a model"}
+
 for package in ("skimage", "sklearn"):
     pytest.importorskip(package, reason="the photographs come inside scikit-image and scikit-learn")
 
@@ -55,7 +57,7 @@ def run(small, tmp_path, machine):
 
     def run(model) -> tuple[list, list]:
         steps = []
-        writer = Writer(tmp_path / "run.json", "quick", "a model", machine)
+        writer = Writer(tmp_path / "run.json", RUN, machine)
         rows = features.run("quick", writer, lambda *step: steps.append(step), model, torch.device("cpu"))
         return list(rows), steps
 

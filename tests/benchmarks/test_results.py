@@ -10,6 +10,8 @@ from benchmarks import results
 from benchmarks.results import Writer
 from benchmarks.shapes import Case
 
+RUN = {"command": "bench", "size": "quick", "model": "a model"}
+
 
 @pytest.fixture
 def row(machine):
@@ -84,8 +86,8 @@ def test_bad_attention_rows_are_refused(race, change, message):
 
 def test_a_cut_run_is_resumed(tmp_path, machine, bare, row):
     path = tmp_path / "new" / "run.json"
-    Writer(path, "quick", "a model", machine).extend([bare])
-    again = Writer(path, "quick", "a model", machine)
+    Writer(path, RUN, machine).extend([bare])
+    again = Writer(path, RUN, machine)
     assert again.rows == [row]
     assert again.resumed == 1
     again.extend([bare | {"requires_grad": True}])
@@ -97,15 +99,15 @@ def test_a_cut_run_is_resumed(tmp_path, machine, bare, row):
 def test_any_other_file_is_left_as_it_is(tmp_path, machine, bare, change):
     path = tmp_path / "run.json"
     dirty = {**machine, "dirty": True}
-    first = Writer(path, "quick", "a model", dirty if change == "dirty" else machine)
+    first = Writer(path, RUN, dirty if change == "dirty" else machine)
     first.extend([bare])
     if change == "finished":
         first.finish()
     other = {"commit": {**machine, "commit": "fedcba"}, "dirty": dirty}.get(change, machine)
-    size, model = "full" if change == "size" else "quick", "another" if change == "model" else "a model"
+    asked = RUN | ({change: "another"} if change in RUN else {})
     left = path.read_text()
     for number in (2, 3):
-        again = Writer(path, size, model, other, fresh=change == "fresh")
+        again = Writer(path, asked, other, fresh=change == "fresh")
         assert (again.path.name, again.rows, again.resumed) == (f"run-{number}.json", [], 0)
         again.extend([bare])
         again.finish()
@@ -115,17 +117,17 @@ def test_any_other_file_is_left_as_it_is(tmp_path, machine, bare, change):
 
 def test_a_cut_run_behind_a_finished_one_is_resumed(tmp_path, machine, bare, row):
     path = tmp_path / "run.json"
-    finished = Writer(path, "quick", "a model", machine)
+    finished = Writer(path, RUN, machine)
     finished.extend([bare])
     finished.finish()
-    Writer(path, "quick", "a model", machine).extend([bare])
-    again = Writer(path, "quick", "a model", machine)
+    Writer(path, RUN, machine).extend([bare])
+    again = Writer(path, RUN, machine)
     assert (again.path.name, again.rows) == ("run-2.json", [row])
 
 
 def test_a_bad_row_among_good_ones_changes_nothing(tmp_path, machine, bare, row):
     path = tmp_path / "run.json"
-    writer = Writer(path, "quick", "a model", machine)
+    writer = Writer(path, RUN, machine)
     writer.extend([bare])
     with pytest.raises(ValueError, match="samples"):
         writer.extend([bare, bare | {"samples": None}])
@@ -134,7 +136,7 @@ def test_a_bad_row_among_good_ones_changes_nothing(tmp_path, machine, bare, row)
 
 def test_a_cut_while_saving_leaves_the_file_before_it(tmp_path, machine, bare, row, monkeypatch):
     path = tmp_path / "run.json"
-    writer = Writer(path, "quick", "a model", machine)
+    writer = Writer(path, RUN, machine)
     writer.extend([bare])
 
     def cut(*arguments):
@@ -146,25 +148,26 @@ def test_a_cut_while_saving_leaves_the_file_before_it(tmp_path, machine, bare, r
     assert results.load(path) == [row]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 2, "size": "quick", "rows": []}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 3, "run": {}, "rows": []}'])
 def test_a_file_that_is_none_is_refused(tmp_path, machine, text):
     path = tmp_path / "run.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"run.json is not a result file .* delete it"):
         results.load(path)
     with pytest.raises(ValueError, match="not a result file"):
-        Writer(path, "quick", "a model", machine)
+        Writer(path, RUN, machine)
     assert path.read_text() == text
 
 
 def test_a_bad_row_in_a_file_is_refused(tmp_path, row):
     path = tmp_path / "run.json"
-    document = {"schema": results.SCHEMA, "size": "quick", "model": "a model", "complete": True}
+    document = {"schema": results.SCHEMA, "run": RUN, "complete": True}
     path.write_text(json.dumps({**document, "rows": [row | {"samples": -0.5}]}))
     with pytest.raises(ValueError, match="samples"):
         results.load(path)
 
 
-def test_the_default_path_names_the_device_the_day_and_the_size(machine):
-    assert results.default_path("full", machine).parent == results.FOLDER
-    assert results.default_path("full", machine).match("some-cpu-2-ghz-????-??-??-full.json")
+def test_the_default_path_names_the_device_the_day_and_the_ending(machine):
+    assert results.default_path(machine).parent == results.FOLDER
+    assert results.default_path(machine).match("some-cpu-2-ghz-????-??-??.json")
+    assert results.default_path(machine, "-full").match("some-cpu-2-ghz-????-??-??-full.json")
