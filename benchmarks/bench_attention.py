@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import machine, timing
-from benchmarks.attention import inputs_of, job
+from benchmarks.contest import inputs_of, job
 from benchmarks.peers import Peer, Stopped, attempt, peers
 from benchmarks.shapes import Case, cases
 

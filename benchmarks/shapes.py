@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 Size = Literal["quick", "full"]
-Mode = Literal["forward", "forward+backward"]
+Mode = Literal["forward", "backward", "forward+backward"]
 DType = Literal["fp32", "bf16"]
+Layout = Literal["packed", "separate", "multicrop"]  # see ``benchmarks.peers.layouts``
 
-MODES: tuple[Mode, ...] = get_args(Mode)
+MODES: tuple[Mode, ...] = ("forward", "forward+backward")  # of ``cases``
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRODUCTS: dict[Mode, int] = {"forward": 2, "backward": 5, "forward+backward": 7}  # of 2 N^2 D operations, a head
+_TENSORS: dict[Mode, int] = {"forward": 4, "backward": 8, "forward+backward": 12}  # of N D elements, a head
 HEAD_DIM = 64
 NUM_PREFIX_TOKENS = 5
 
@@ -41,7 +44,14 @@ _BATCH_AND_HEADS: dict[tuple[str, Size], dict[int, tuple[int, int]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One job: attention from packed ``[B, N, 3, H, D]`` to ``[B, N, H*D]``, as inside a ViT block."""
+    """One job: attention as inside a ViT block, in one of the layouts of ``benchmarks.peers.layouts``.
+
+    Attributes:
+        batch: images; in the multi-crop layout samples, of several images each.
+        heads, dtype, mode, head_dim, prefix_tokens, layout: what they say.
+        tokens: of an image; in the multi-crop layout of all images of a sample.
+        crops: (images, tokens an image) of a sample in the multi-crop layout.
+    """
 
     batch: int
     heads: int
@@ -50,12 +60,14 @@ class Case:
     mode: Mode
     head_dim: int = HEAD_DIM
     prefix_tokens: int = NUM_PREFIX_TOKENS
+    layout: Layout = "packed"
+    crops: tuple[tuple[int, int], ...] = ()
 
     @property
     def flops(self) -> int:
-        """Useful floating-point operations: 2 products of ``2 N^2 D`` a head forward, and 5 more backward."""
-        products = 2 if self.mode == "forward" else 7
-        return products * 2 * self.batch * self.heads * self.tokens**2 * self.head_dim
+        """Useful floating-point operations: 2 products of ``2 N^2 D`` a head forward, and 5 backward."""
+        pairs = sum(images * tokens**2 for images, tokens in self.crops or ((1, self.tokens),))
+        return PRODUCTS[self.mode] * 2 * self.batch * self.heads * pairs * self.head_dim
 
     @property
     def bytes(self) -> int:
@@ -64,11 +76,14 @@ class Case:
         Forward reads q, k, v and writes the output; backward reads q, k, v, the output and its gradient, and writes
         three gradients. The softmax statistics (under 2%) are left out.
         """
-        tensors = 4 if self.mode == "forward" else 12
-        return tensors * self.batch * self.tokens * self.heads * self.head_dim * DTYPES[self.dtype].itemsize
+        elements = self.batch * self.tokens * self.heads * self.head_dim
+        return _TENSORS[self.mode] * elements * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
-        return f"N={self.tokens} {self.dtype} {self.mode}"
+        crops = " + ".join(f"{images}x{tokens}" for images, tokens in self.crops)
+        layout = "" if self.layout == "packed" else f" {self.layout}"
+        head_dim = "" if self.head_dim == HEAD_DIM else f" D={self.head_dim}"
+        return f"N={crops or self.tokens} {self.dtype} {self.mode}{layout}{head_dim}"
 
 
 def cases(size: Size, device: torch.device) -> Iterator[Case]:

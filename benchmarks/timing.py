@@ -2,7 +2,8 @@
 
 In each round every variant runs once, in an order shuffled anew, so a change of clock, a busy neighbour or what the
 previous variant left in the cache falls on all of them alike. Each call gets another copy of the input, and the copies
-together are larger than the last-level cache, so nobody is served from it.
+together are larger than the last-level cache, so nobody is served from it. What a variant prepares outside the clock is
+flushed out of a GPU's cache, as the layers between a forward and its backward do.
 """
 
 from __future__ import annotations
@@ -26,10 +27,21 @@ _DEFAULT_CACHE = 32 * 2**20
 
 
 class Variant(NamedTuple):
-    """One contender. Entering and leaving ``context`` stays outside the clock."""
+    """One contender.
+
+    Attributes:
+        call: what is timed.
+        context: entered around each call, outside the clock.
+        prepare: makes the argument of ``call`` from an input, outside the clock.
+    """
 
     call: Callable[[Any], object]
     context: Callable[[], AbstractContextManager[object]] = nullcontext
+    prepare: Callable[[Any], Any] | None = None
+
+    def prepared(self, argument: Any) -> Any:
+        """What ``call`` takes."""
+        return argument if self.prepare is None else self.prepare(argument)
 
 
 class Timing(NamedTuple):
@@ -51,7 +63,7 @@ def interleave(
     contender does not take the samples of the others. Each has at least ``MIN_SAMPLES``, whatever they cost.
 
     Args:
-        variants: name -> contender; each is called with one of ``inputs``.
+        variants: name -> contender; each gets one of ``inputs``.
         inputs: copies of one input, see ``copies_past_cache``; used in turn, across variants.
         device: where the variants run. The CPU is timed with ``perf_counter``, a GPU with CUDA events.
         budget_s: seconds for all variants together, warm-up left out.
@@ -66,7 +78,7 @@ def interleave(
 
     for variant in variants.values():
         with variant.context():
-            variant.call(next_input())  # compiles, allocates, wakes the threads
+            variant.call(variant.prepared(next_input()))  # compiles, allocates, wakes the threads
 
     order = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in variants}
@@ -109,8 +121,9 @@ def _cpu_round(calls: Sequence[tuple[Variant, Any]]) -> list[float]:
     times = []
     for variant, argument in calls:
         with variant.context():
+            prepared = variant.prepared(argument)
             start = time.perf_counter()
-            variant.call(argument)
+            variant.call(prepared)
             times.append(1e3 * (time.perf_counter() - start))
     return times
 
@@ -120,10 +133,20 @@ def _cuda_round(calls: Sequence[tuple[Variant, Any]]) -> list[float]:
     for variant, argument in calls:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with variant.context():
+            prepared = variant.prepared(argument)
+            if variant.prepare is not None:
+                _flush_cache()
             torch.cuda._sleep(_SLEEP_CYCLES)
             start.record()
-            variant.call(argument)
+            variant.call(prepared)
             end.record()
+            del prepared  # or the next one would need its memory beside this one's
         events.append((start, end))
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in events]
+
+
+def _flush_cache() -> None:
+    """Reads more than the cache holds: lines that were written would be written back within the clock."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.empty(2 * last_level_cache(device) // 4, device=device).sum()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 import subprocess
-import sys
-import types
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, overhead, peers, roofline, shapes, timing
+from benchmarks import attention, contest, overhead, peers, roofline, shapes, timing
 from benchmarks import machine as machine_module
 from benchmarks.results import Writer
 from benchmarks.shapes import Case
@@ -26,7 +24,7 @@ TINY_BACKWARD = Case(2, 2, 7, "bf16", "forward+backward", head_dim=16)
 
 
 def test_forward_flops_are_those_of_the_products():
-    qkv, _ = attention.inputs_of(TINY, CPU)()
+    qkv, _ = contest.inputs_of(TINY, CPU)()
     with FlopCounterMode(display=False) as counter:
         peers.eager(qkv)
     assert TINY.flops == counter.get_total_flops() == 4 * 7 * 7 * 16 * 2 * 2
@@ -58,7 +56,7 @@ def test_every_contender_has_a_row_and_a_refused_one_its_reason(race, contenders
     for name, row in rows.items():
         stopped = name in ("vitreg:knows", "vitreg:crashes", "vitreg:declines", "other:raises")
         assert (row["reason"] is not None) is stopped
-        assert all((row[field] is None) is stopped for field in attention._MEASURED)
+        assert all((row[field] is None) is stopped for field in (*contest.MEASURED, "gflops", "peak_fraction"))
 
 
 def test_figures_follow_from_the_median(race):
@@ -115,7 +113,7 @@ def test_a_wrong_later_image_shows(ceilings, wrong):
 
 
 def test_a_batch_of_one_is_compared_once():
-    assert [len(attention.first_and_last(torch.zeros(n, 2))) for n in (1, 2, 5)] == [1, 2, 2]
+    assert [len(contest.first_and_last(TINY, torch.zeros(n, 2))) for n in (1, 2, 5)] == [1, 2, 2]
 
 
 def test_a_result_that_cannot_be_compared_is_our_failure(ceilings):
@@ -141,9 +139,9 @@ def test_the_contenders_are_all_backends_and_at_least_four_agree():
         names
     )
     assert [peer.name for peer in contenders if peer.ours] == names[: len(BACKENDS)]
-    qkv, grad_output = attention.inputs_of(Case(1, 2, 54, "fp32", "forward+backward"), CPU)()
-    wanted = attention.job(peers.eager, qkv, grad_output)
-    answers = {peer.name: peers.attempt(peer, attention.job, qkv, grad_output) for peer in contenders}
+    qkv, grad_output = contest.inputs_of(Case(1, 2, 54, "fp32", "forward+backward"), CPU)()
+    wanted = contest.job(peers.eager, qkv, grad_output)
+    answers = {peer.name: peers.attempt(peer, contest.job, qkv, grad_output) for peer in contenders}
     for answer in answers.values():
         if isinstance(answer, peers.Stopped):
             assert answer.reason
@@ -223,24 +221,10 @@ def test_machine_knows_the_commit_and_whether_it_is_all(tmp_path, monkeypatch):
 
 def test_flex_attention_is_compiled_in_the_full_size_only_and_forward_only_on_a_cpu():
     flex = {size: next(p for p in peers.peers(size) if p.name == "torch:flex") for size in ("quick", "full")}
-    qkv, _ = attention.inputs_of(TINY, CPU)()
+    qkv, _ = contest.inputs_of(TINY, CPU)()
     assert "the full size races it" in flex["quick"].refuses(qkv)
     assert flex["full"].refuses(qkv) is None
     assert "no backward" in flex["full"].refuses(qkv.requires_grad_())
-
-
-def test_xformers_gets_and_gives_token_major_tensors(monkeypatch):
-    """Its kernels need a GPU; what stands in for them has its signature and layout."""
-
-    def memory_efficient_attention(query, key, value):
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
-
-    ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
-    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
-    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-    qkv, _ = attention.inputs_of(TINY, CPU)()
-    torch.testing.assert_close(peers.xformers(qkv), peers.eager(qkv))
 
 
 def test_overhead_is_measured_with_and_without_gradients(tmp_path, machine, monkeypatch):

@@ -13,6 +13,7 @@ from benchmarks import timing
 from benchmarks.timing import MIN_SAMPLES, Variant
 
 CPU = torch.device("cpu")
+log: list[str] = []
 
 
 def test_every_round_runs_every_variant_once_and_in_changing_order():
@@ -63,6 +64,44 @@ def test_the_context_is_entered_for_each_call_and_stays_outside_the_clock():
     timings = timing.interleave(variants, [None], device=CPU, budget_s=0.0)
     assert ran_inside == [True] * (1 + MIN_SAMPLES)
     assert timings["a"].median_ms < 10
+
+
+def test_preparation_stays_outside_the_clock_and_its_result_is_what_is_called():
+    called = []
+
+    def prepare(number):
+        time.sleep(0.02)
+        return -number
+
+    variants = {"a": Variant(called.append, prepare=prepare)}
+    timings = timing.interleave(variants, [1, 2], device=CPU, budget_s=0.0)
+    assert sorted(called) == [-2, -2, -1, -1]
+    assert timings["a"].median_ms < 10
+
+
+@pytest.mark.parametrize("prepare", [None, lambda x: log.append("prepare")], ids=["plain", "prepared"])
+def test_on_a_gpu_preparation_and_flush_are_enqueued_before_the_clock_starts(monkeypatch, prepare):
+    """With stand-ins for torch.cuda that note in which order they are called."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def elapsed_time(self, end):
+            return 1.0
+
+    log.clear()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    monkeypatch.setattr(timing, "_flush_cache", lambda: log.append("flush"))
+    call = Variant(lambda x: log.append("call"), prepare=prepare)
+    assert timing._cuda_round([(call, 1)]) == [1.0]
+    before = [] if prepare is None else ["prepare", "flush"]
+    assert log == [*before, "sleep", "record", "call", "record", "synchronize"]
 
 
 def test_summary():

@@ -1,0 +1,191 @@
+"""Every backend and every peer on the shapes of ViTs in bf16, interleaved: the time of a head beside the roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Literal, TypedDict, get_args
+
+import torch
+
+from benchmarks import results, roofline, timing
+from benchmarks.contest import contest, inputs_of, runs_of
+from benchmarks.gpu.stage import Setup, lost
+from benchmarks.machine import Machine
+from benchmarks.peers import Pack, Peer, everyone, pack_of, vitreg
+from benchmarks.results import Errors, Row, Writer
+from benchmarks.roofline import Roofline
+from benchmarks.shapes import HEAD_DIM, Case, DType, Layout, Mode
+
+NAME = "race"
+SECONDS = 200.0
+
+_BUDGET_S = 0.8  # of timing a case; compiling FlexAttention, and us, takes most of the stage
+_UNIFORM: tuple[Layout, ...] = ("packed", "separate")
+# (batch, heads) by tokens, the most important first: 1024 heads fill a GPU, and of 54 tokens 4096.
+_SHAPES = {261: (64, 16), 201: (64, 16), 1029: (64, 16), 1374: (64, 16), 54: (256, 16)}
+_WIDE = {261: (128, 8), 201: (128, 8), 1029: (128, 8)}  # of head dim 128
+_CROPS = ((2, 261), (8, 54))  # a sample of DINOv2's training
+_SAMPLES = (64, 16)  # and heads
+
+
+class RaceRow(TypedDict):
+    """One contender in one case. One not raced has ``None`` for everything measured.
+
+    In the multi-crop layout ``batch`` counts samples of several images, and ``tokens`` are those of a sample.
+    """
+
+    kind: Literal["race"]
+    variant: str
+    ours: bool  # a backend of vitreg_kernels; the others are its peers
+    default: bool  # what backend=None takes
+    reason: str | None  # why it was not raced, in its own words; None if it was
+    failed: bool  # it is ours and broke; any other reason is a refusal
+    layout: Layout
+    mode: Mode
+    dtype: DType
+    batch: int
+    heads: int
+    tokens: int
+    prefix_tokens: int
+    head_dim: int
+    flops: int  # useful work
+    bytes: int  # useful traffic
+    median_ms: float | None
+    p20_ms: float | None
+    p80_ms: float | None
+    samples: int | None
+    ns_per_head: float | None  # at the median, of a (batch, head)
+    tflops: float | None  # TFLOP/s at the median
+    gbps: float | None  # GB/s at the median
+    roofline_ns: float | None  # of a (batch, head) at the run's highest ceilings by then; None without any
+    roofline_fraction: float | None  # roofline_ns / ns_per_head
+    best_peer: str | None  # the fastest peer of the case
+    speedup: float | None  # best peer's median / this median: above 1 is faster than every peer
+    errors: dict[str, Errors] | None  # of "output"; with a backward also "grad_query", "grad_key", "grad_value"
+    machine: Machine
+
+
+results.ROW_TYPES["race"] = RaceRow
+
+
+def run(setup: Setup, writer: Writer) -> Iterator[Row]:
+    """The cases that ``writer`` has no rows of, the most important first."""
+    cases = _cases(setup)
+    for number, case in enumerate(cases, 1):
+        if _rows(writer, case):
+            continue
+        if setup.expired:
+            return
+        print(f"    {number}/{len(cases)} {case}", end="", flush=True)
+        rows = writer.extend(race(case, setup, roofline.highest(writer.rows)))
+        print(_summary(rows), flush=True)
+        yield from rows
+        if lost(setup.device):
+            raise RuntimeError(f"the GPU cannot be used any more by this process, after {case}")
+        if setup.device.type == "cuda":
+            torch.cuda.empty_cache()  # a contender that holds N x N leaves blocks of no use to the next case
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """Backends of ours that broke, and their results that break the accuracy rule."""
+    sentences = []
+    for row in rows:
+        if row["kind"] != "race" or not row["ours"]:
+            continue
+        named = (
+            f"{row['variant']} at N = {row['tokens']}, D = {row['head_dim']} in {row['dtype']}, "
+            f"{row['layout']}, {row['mode']}"
+        )
+        if row["failed"]:
+            sentences.append(f"{named}: {' '.join(row['reason'].split())}")
+        sentences += [
+            f"{named}: {tensor} is {error['max']:.3g} off (mean {error['mean']:.3g}), "
+            f"the eager formula {error['eager_max']:.3g} (mean {error['eager_mean']:.3g})"
+            for tensor, error in (row["errors"] or {}).items()
+            if not error["passed"]
+        ]
+    return sentences
+
+
+def unfinished(setup: Setup, writer: Writer) -> int:
+    """Cases without rows."""
+    return sum(not _rows(writer, case) for case in _cases(setup))
+
+
+def race(case: Case, setup: Setup, ceilings: Roofline | None) -> list[Row]:
+    """One row for each contender, raced or not, without its ``machine``."""
+    device = setup.device
+    pack = pack_of(runs_of(case), device) if case.crops else None
+    make = inputs_of(case, device)
+    # In a rehearsal there is nothing to time, and a CPU's cache would take thousands of copies of so small an input.
+    copies = [make(), make()] if setup.dry else timing.copies_past_cache(make, device)
+    default = vitreg.default(pack, *copies[0][:-1])
+    heads = case.batch * case.heads
+    roofline_ns = None
+    if ceilings is not None:
+        roofline_ns = max(case.bytes / ceilings.copy_gbps, case.flops / ceilings.peak_gflops(case.dtype)) / heads
+    rows = []
+    for row in contest(case, _contenders(case, pack, setup), copies, 0.0 if setup.dry else _BUDGET_S):
+        median_ms = row["median_ms"]
+        ns_per_head = None if median_ms is None else 1e6 * median_ms / heads
+        rows.append(
+            {
+                "kind": "race",
+                **row,
+                "default": row["variant"] == default,
+                "layout": case.layout,
+                "ns_per_head": ns_per_head,
+                "tflops": None if median_ms is None else case.flops / median_ms / 1e9,
+                "roofline_ns": roofline_ns,
+                "roofline_fraction": None if None in (roofline_ns, ns_per_head) else roofline_ns / ns_per_head,
+            }
+        )
+    return rows
+
+
+def _cases(setup: Setup) -> list[Case]:
+    if setup.dry:  # in fp32, because Triton's interpreter computes garbage in bf16
+        return [*_uniform({22: (2, 1)}, "fp32", 16), *_multicrop((2, 1), ((2, 22), (2, 9)), "fp32", 16)]
+    narrow, wide = _uniform(_SHAPES, "bf16", HEAD_DIM), _uniform(_WIDE, "bf16", 128)
+    return [*narrow, *_multicrop(_SAMPLES, _CROPS, "bf16", HEAD_DIM), *wide]
+
+
+def _uniform(shapes: dict[int, tuple[int, int]], dtype: DType, head_dim: int) -> list[Case]:
+    """Each length of these (batch, heads), packed and separate, in every mode."""
+    return [
+        Case(*shape, tokens, dtype, mode, head_dim, layout=layout)
+        for (tokens, shape), layout, mode in product(shapes.items(), _UNIFORM, get_args(Mode))
+    ]
+
+
+def _multicrop(shape: tuple[int, int], crops: tuple[tuple[int, int], ...], dtype: DType, head_dim: int) -> list[Case]:
+    """These crops of (samples, heads), in every mode."""
+    tokens = sum(images * length for images, length in crops)
+    return [Case(*shape, tokens, dtype, mode, head_dim, layout="multicrop", crops=crops) for mode in get_args(Mode)]
+
+
+def _rows(writer: Writer, case: Case) -> list[Row]:
+    fields = ("layout", "mode", "dtype", "batch", "heads", "tokens", "head_dim")
+    return writer.find(kind="race", **{field: getattr(case, field) for field in fields})
+
+
+def _contenders(case: Case, pack: Pack | None, setup: Setup) -> list[Peer]:
+    reason = None
+    if setup.dry:
+        reason = "compiles anew for every shape, too slow for a dry run"
+    elif (case.layout, case.head_dim) != ("packed", HEAD_DIM):
+        reason = f"compiles anew for every shape, too slow for more than packed qkv at D = {HEAD_DIM}"
+    contenders = everyone(case.layout, pack)
+    return [peer.unless(lambda *_: reason) if peer.name == "torch:flex" else peer for peer in contenders]
+
+
+def _summary(rows: list[Row]) -> str:
+    """Behind the case's name: the fastest of ours and of the peers."""
+    fastest = []
+    for ours in (True, False):
+        raced = [row for row in rows if row["ours"] is ours and row["reason"] is None]
+        if raced:
+            best = min(raced, key=lambda row: row["median_ms"])
+            fastest.append(f"{best['variant']} {best['ns_per_head']:.4g} ns a head")
+    return ": " + (", ".join(fastest) or "nobody could be raced")
