@@ -1,17 +1,23 @@
-# The two commands of the README, and what developers use. Everything is installed into .venv, which is made if missing.
+# The commands of the README, and what developers use. Everything is installed into .venv, which is made if missing.
 PYTHON ?= python3
 # triton as torch 2.13.0 ships it; a torch without it (the CPU build) would let the newest in.
 TORCH := "torch==2.13.0" "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A Python that was named, on the command line or in the environment, is taken as it is: no install step, no network.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 
-.PHONY: bench test lint clean
+.PHONY: bench gpu test lint clean
 .DEFAULT_GOAL := test
 
 bench: $(READY)
 	@echo "== main job: a real ViT on real photographs, then the attention benchmark"
 	$(BIN)/python -m benchmarks --size $(if $(FULL),full,quick) $(if $(MODEL),--model $(MODEL))
+
+gpu: $(if $(filter file,$(origin PYTHON)),$(READY))
+	@echo "== GPU run: accuracy, races, outputs and models, within eight minutes"
+	$(if $(DRY),TRITON_INTERPRET=1) $(GPU_PYTHON) -m benchmarks.gpu $(if $(STAGES),--stages $(STAGES)) $(if $(FRESH),--fresh) $(if $(DRY),--dry-run)
 
 test: $(READY)
 	@echo "== lint"

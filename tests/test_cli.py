@@ -19,7 +19,7 @@ def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
             "17 tokens, padded", torch.randn(1, 17, 3, 2, 16, device=device).to(dtype), {"attn_mask": keep}
         )
 
-    monkeypatch.setattr(check, "_cases", cases)
+    monkeypatch.setattr(check, "cases", cases)
 
 
 def test_info_names_versions_and_every_backend(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,15 +79,20 @@ class Yardstick:
         self.exact = _run("reference", *double, _in_double(options))
 
     def errors(self, backend: str) -> dict[str, Accuracy]:
-        """A backend's errors by tensor.
+        """A backend's errors by tensor; raises as ``run`` does."""
+        return self.compare(self.run(backend))
+
+    def run(self, backend: str) -> dict[str, Tensor]:
+        """What a backend makes of the call, by the names that ``compare`` takes.
 
         Raises:
             UnsupportedError: if the backend cannot serve the call.
+            ValueError: if it leaves something out.
         """
         tensors = _run(backend, self.qkv, self.grad_output, self.options)
         if tensors.keys() != self.exact.keys():
             raise ValueError(f"{backend} gave {sorted(tensors)} where {sorted(self.exact)} were asked for")
-        return self.compare(tensors)
+        return tensors
 
     def compare(self, tensors: dict[str, Tensor]) -> dict[str, Accuracy]:
         """Errors of any of ``output``, ``grad_query``, ``grad_key``, ``grad_value`` and the statistics asked for."""
@@ -110,11 +115,10 @@ class Yardstick:
 def check(backends: tuple[str, ...], device: str) -> Iterator[Result]:
     """Every case on every backend named, forward, backward and statistics; results come one by one."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for case in _cases(dtype, device):
-            query, key, value = case.qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        for case in cases(dtype, device):
             yardstick = Yardstick(case.qkv, outputs=OUTPUT_NAMES, **case.options)
             for backend in backends:
-                reasons = _reasons(backend, query, key, value, **case.options)
+                reasons = not_served(backend, case)
                 errors, crash = {}, ""
                 if not reasons:
                     try:
@@ -128,6 +132,11 @@ def usable_backends(device: str) -> tuple[str, ...]:
     """Backends that can serve a plain fp32 call on a device, in the order of preference."""
     query = torch.empty(1, 1, 1, 64, device=device)
     return tuple(b.NAME for b in BACKENDS if not _reasons(b.NAME, query))
+
+
+def not_served(backend: str, case: Case) -> list[str]:
+    """Why a backend does not serve a case; empty if it does."""
+    return _reasons(backend, *case.qkv.permute(2, 0, 3, 1, 4).unbind(0), **case.options)
 
 
 def _reasons(backend: str, *qkv: Tensor, **options: Any) -> list[str]:
@@ -157,7 +166,7 @@ def _in_double(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     """The named ViT shapes, and each feature of a call once."""
     generator = torch.Generator().manual_seed(0)
 

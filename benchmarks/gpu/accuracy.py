@@ -1,0 +1,254 @@
+"""Every backend on every named shape against fp64, forward, backward and outputs, twice, in poisoned memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
+
+import torch
+from torch import Tensor
+
+from benchmarks import results
+from benchmarks.gpu.poison import guarded, poisoned
+from benchmarks.gpu.stage import Setup, lost
+from benchmarks.machine import Machine
+from benchmarks.results import Errors, Row, Writer
+from benchmarks.shapes import LENGTHS
+from vitreg_kernels import Rope, check, functional
+from vitreg_kernels.accuracy import Accuracy
+from vitreg_kernels.check import GRADIENTS, Case, Yardstick
+from vitreg_kernels.ops.attention.backends import BACKENDS
+from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
+
+NAME = "accuracy"
+SECONDS = 90.0
+
+Precision = Literal["bf16", "fp16", "fp32", "tf32"]  # tf32: fp32 inputs, and the user allows tf32 products
+
+_DTYPES: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+}
+# Beside cases of a few heads, some of many: kernels may choose their programs by the number.
+_MANY_TOKENS, _MANY_NAME = (54, 201, 261), "{} tokens, 20 images of 16 heads"
+_GOALS = {f"{n} tokens" for n in LENGTHS} | {_MANY_NAME.format(n) for n in _MANY_TOKENS}
+
+
+class AccuracyRow(TypedDict):
+    """One case on one backend. Tensors are named as in ``vitreg_kernels.check``, those of plain calls after their way.
+
+    A case runs in three ways: with every output and gradients; "training", packed with gradients; and "inference",
+    packed without, as a model calls it.
+    """
+
+    kind: Literal["accuracy"]
+    backend: str
+    case: str
+    dtype: Precision
+    reasons: list[str]  # why the backend does not serve the case; empty if it does
+    crash: str | None  # what it raised although it says that it serves the case
+    deterministic: bool | None  # two runs gave the same bits; None if it did not run
+    seconds: float  # with compilation
+    errors: dict[str, Errors] | None
+    machine: Machine
+
+
+results.ROW_TYPES["accuracy"] = AccuracyRow
+
+
+class _Piece(NamedTuple):
+    case: Case
+    dtype: Precision
+
+
+def run(setup: Setup, writer: Writer) -> Iterator[Row]:
+    """One row for each backend in each case, the cases of the goals first."""
+    pieces = _pieces(setup)
+    for done, piece in enumerate(pieces):
+        missing = [name for name in _backends(setup) if not _rows(writer, piece, name)]
+        if not missing:
+            continue
+        if setup.expired:
+            return
+        print(f"    {done + 1}/{len(pieces)} {piece.case.name} in {piece.dtype}", flush=True)
+        with _products(piece.dtype):
+            rows = list(_judged(piece, missing, setup.device))
+        yield from writer.extend(rows)
+        for row in rows:
+            for sentence in _broken(row):
+                print(f"      FAIL {sentence}", flush=True)
+        if rows[-1]["crash"] and lost(setup.device):
+            raise RuntimeError(f"the GPU cannot be used any more by this process, after {_named(rows[-1])}")
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """Tensors that break the rule, crashes, opaque backends whose bits change, and those that served nothing at all."""
+    rows = [row for row in rows if row["kind"] == "accuracy"]
+    sentences = [sentence for row in rows for sentence in _broken(row)]
+    for name in dict.fromkeys(row["backend"] for row in rows):
+        its = [row for row in rows if row["backend"] == name]
+        if name in _opaque() and all(row["reasons"] for row in its):
+            sentences.append(f"{name} served no case: {'; '.join(its[0]['reasons'])}")
+    return sentences
+
+
+def unfinished(setup: Setup, writer: Writer) -> int:
+    """Cases in a dtype that lack a backend's row."""
+    names = _backends(setup)
+    return sum(not all(_rows(writer, piece, name) for name in names) for piece in _pieces(setup))
+
+
+def _backends(setup: Setup) -> list[str]:
+    """All but the reference, which is what the others are held against; our own kernels first."""
+    backends = sorted(BACKENDS, key=lambda backend: not backend.OPAQUE)
+    devices = {backend.NAME: backend.REQUIREMENTS.devices for backend in backends}
+    return [name for name, those in devices.items() if name != "reference" and setup.device.type in those]
+
+
+def _opaque() -> set[str]:
+    return {backend.NAME for backend in BACKENDS if backend.OPAQUE}
+
+
+def _rows(writer: Writer, piece: _Piece, backend: str) -> list[Row]:
+    return writer.find(kind="accuracy", backend=backend, case=piece.case.name, dtype=piece.dtype)
+
+
+def _pieces(setup: Setup) -> list[_Piece]:
+    pieces = [_Piece(case, dtype) for dtype in get_args(Precision) for case in _cases(_DTYPES[dtype], setup)]
+    return sorted(pieces, key=lambda piece: piece.case.name not in _GOALS)  # stable
+
+
+def _cases(dtype: torch.dtype, setup: Setup) -> Iterator[Case]:
+    generator = torch.Generator(setup.device).manual_seed(1)
+
+    def qkv(batch: int, tokens: int, heads: int, head_dim: int) -> Tensor:
+        shape = (batch, tokens, 3, heads, head_dim)
+        return torch.randn(shape, generator=generator, device=setup.device).to(dtype)
+
+    def pack(lengths: list[int], heads: int, head_dim: int) -> tuple[Tensor, dict[str, Any]]:
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(setup.device, torch.int32)
+        return qkv(1, sum(lengths), heads, head_dim), {"num_prefix_tokens": 5, "cu_seqlens": bounds}
+
+    if setup.dry:
+        yield Case("21 tokens", qkv(1, 21, 1, 16), {"num_prefix_tokens": 5})
+        yield Case("21 + 7 tokens, packed", *pack([21, 7], 1, 16))
+        return
+    yield from check.cases(dtype, str(setup.device))
+    for tokens in _MANY_TOKENS:
+        yield Case(_MANY_NAME.format(tokens), qkv(20, tokens, 16, 64), {"num_prefix_tokens": 5})
+    for tokens in (261, 1029):
+        yield Case(f"{tokens} tokens, head dim 128", qkv(1, tokens, 2, 128), {"num_prefix_tokens": 5})
+    yield Case("2 x 261 + 8 x 54 tokens, packed", *pack([261] * 2 + [54] * 8, 2, 64))
+
+
+def _judged(piece: _Piece, backends: list[str], device: torch.device) -> Iterator[Row]:
+    """Rows without their ``machine``; none after one whose crash took the GPU along."""
+    case = Case(piece.case.name, guarded(piece.case.qkv), _guarded(piece.case.options))
+    grad_output = torch.randn(case.qkv[:, :, 0].shape, generator=torch.Generator().manual_seed(0))
+    grad_output = guarded(grad_output.to(case.qkv)).transpose(1, 2)
+    yardstick = Yardstick(case.qkv, grad_output=grad_output, outputs=OUTPUT_NAMES, **case.options)
+    for backend in backends:
+        start = time.monotonic()
+        found, crash, deterministic = None, None, None
+        reasons = check.not_served(backend, case)
+        if not reasons:
+            try:
+                with poisoned(device):
+                    first, second = _every_way(backend, yardstick), _every_way(backend, yardstick)
+                    deterministic = all(_same_bits(first[way][name], second[way][name]) for way, name in _names(first))
+                    found = {way: yardstick.compare(tensors) for way, tensors in first.items()}
+            except Exception as error:  # whatever a kernel raises, the other cases are still to be judged
+                crash = f"{type(error).__name__}: {error}"
+        yield {
+            "kind": "accuracy",
+            "backend": backend,
+            "case": case.name,
+            "dtype": piece.dtype,
+            "reasons": reasons,
+            "crash": crash,
+            "deterministic": deterministic,
+            "seconds": time.monotonic() - start,
+            "errors": None if found is None else _errors(found),
+        }
+        if crash and lost(device):
+            return
+
+
+def _every_way(backend: str, yardstick: Yardstick) -> dict[str, dict[str, Tensor]]:
+    return {
+        "": yardstick.run(backend),
+        "training ": _packed(backend, yardstick, backward=True),
+        "inference ": _packed(backend, yardstick, backward=False),
+    }
+
+
+def _packed(backend: str, yardstick: Yardstick, *, backward: bool) -> dict[str, Tensor]:
+    """From packed qkv without outputs, as a model calls it; tensors in the yardstick's ``[B, H, N, D]``."""
+    qkv = yardstick.qkv.detach().requires_grad_(backward)
+    options = yardstick.options | {"outputs": ()}
+    output = functional.register_attention_qkv(qkv, backend=backend, **options)
+    heads_first = output.detach().unflatten(-1, qkv.shape[3:]).transpose(1, 2)
+    if not backward:
+        return {"output": heads_first}
+    (grad_qkv,) = torch.autograd.grad(output, qkv, yardstick.grad_output.transpose(1, 2).flatten(2))
+    gradients = grad_qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return {"output": heads_first, **dict(zip(GRADIENTS, gradients, strict=True))}
+
+
+def _names(ways: dict[str, dict[str, Tensor]]) -> list[tuple[str, str]]:
+    return [(way, name) for way, tensors in ways.items() for name in tensors]
+
+
+def _errors(ways: dict[str, dict[str, Accuracy]]) -> dict[str, Errors]:
+    return {way + name: results.errors(error) for way, errors in ways.items() for name, error in errors.items()}
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _guarded(options: dict[str, Any]) -> dict[str, Any]:
+    """Floating-point options between guard bands; no value of a bool or an index would show that it was read."""
+
+    def guard(option: Any) -> Any:
+        if isinstance(option, Rope):
+            return Rope(guarded(option.cos), guarded(option.sin), option.interleaved)
+        return guarded(option) if isinstance(option, Tensor) and option.is_floating_point() else option
+
+    return {name: guard(option) for name, option in options.items()}
+
+
+@contextmanager
+def _products(dtype: Precision) -> Iterator[None]:
+    """Whether fp32 products, the yardstick's and the kernels' alike, may be of tf32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _broken(row: Row) -> list[str]:
+    """What is wrong with one row."""
+    named = _named(row)
+    sentences = [
+        f"{named}: {tensor} is {error['max']:.3g} off (mean {error['mean']:.3g}), "
+        f"the eager formula {error['eager_max']:.3g} (mean {error['eager_mean']:.3g})"
+        for tensor, error in (row["errors"] or {}).items()
+        if not error["passed"]
+    ]
+    if row["crash"]:
+        sentences.append(f"{named}: {row['crash'].strip().splitlines()[0]}")
+    if row["deterministic"] is False and row["backend"] in _opaque():
+        sentences.append(f"{named}: two runs differ in bits")
+    return sentences
+
+
+def _named(row: Row) -> str:
+    return f"{row['backend']} on {row['case']} in {row['dtype']}"

@@ -1,0 +1,68 @@
+"""`make gpu DRY=1` with its real stages and our kernels in the interpreter: cut in the middle, then gone on with."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from benchmarks import machine, results
+from benchmarks.gpu import __main__ as driver
+from benchmarks.gpu import race
+
+
+def of_kind(path, kind):
+    return [row for row in results.load(path) if row["kind"] == kind]
+
+
+def test_a_dry_run_of_the_default_stages(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the benchmark's own package: pip install 'vitreg_kernels[bench]'")
+    here = machine.describe(driver.torch.device("cpu")) | {"dirty": False}  # or a cut run is not gone on with
+    monkeypatch.setattr(driver.machine, "describe", lambda device: here)
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    # Of every layout and mode one, as each case takes the interpreter seconds.
+    competitions = race._cases
+    monkeypatch.setattr(race, "_cases", lambda setup: competitions(setup)[::4])
+    compete, raced = race.race, []
+
+    def cut(case, *rest):
+        if len(raced) == 1:
+            raise KeyboardInterrupt
+        raced.append(case)
+        return compete(case, *rest)
+
+    monkeypatch.setattr(race, "race", cut)
+    assert driver.main(["--dry-run"]) == 130
+    (path,) = tmp_path.glob("*.json")
+    left = results.load(path)
+    assert {row["kind"] for row in left} == {"environment", "roofline", "accuracy", "race", "stage"}
+
+    monkeypatch.setattr(race, "race", compete)
+    capsys.readouterr()
+    status = driver.main(["--dry-run"])
+    told = capsys.readouterr()
+    assert status == 0, told.err
+    rows = results.load(path)
+    assert rows[: len(left)] == left
+    for kind in ("accuracy", "race", "outputs", "model"):
+        assert any(row["kind"] == kind for row in rows)
+    # Nothing was done twice.
+    counts = Counter((row["backend"], row["case"], row["dtype"]) for row in of_kind(path, "accuracy"))
+    assert set(counts.values()) == {1}
+    assert {(row["layout"], row["mode"]) for row in of_kind(path, "race")} == {
+        ("packed", "forward"),
+        ("separate", "backward"),
+        ("multicrop", "forward+backward"),
+    }
+    names = ("variant", "layout", "mode")
+    counts = Counter(tuple(row[name] for name in names) for row in of_kind(path, "race"))
+    assert set(counts.values()) == {1}
+    # Our kernels took part, in every way.
+    served = [row for row in of_kind(path, "accuracy") if row["backend"] == "triton" and row["errors"]]
+    assert {row["dtype"] for row in served} == {"fp16", "fp32", "tf32"}
+    assert all(row["deterministic"] and "training grad_key" in row["errors"] for row in served)
+    assert all(row["unfinished"] == 0 and row["error"] is None for row in of_kind(path, "stage"))
+    for ending in (".md", ".png"):
+        assert path.with_suffix(ending).stat().st_size > 0
+    assert "DRY RUN" in told.out
+    assert "DRY RUN" in path.with_suffix(".md").read_text()
