@@ -5,18 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Spec, make_options, make_qkv, views
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitreg_kernels import UnsupportedError, explain
-from vitreg_kernels._runtime import dispatch
+from vitreg_kernels._runtime import dispatch, tuning
 from vitreg_kernels._runtime.dispatch import Request, Requirements
 from vitreg_kernels.functional import register_attention
 from vitreg_kernels.ops.attention import features
-from vitreg_kernels.ops.attention.backends import BACKENDS, triton, xformers
+from vitreg_kernels.ops.attention.backends import BACKENDS, sdpa, triton, xformers
 from vitreg_kernels.ops.attention.validation import validated
 
 NAMES = [backend.NAME for backend in BACKENDS]
 DECLARED = Requirements(("cuda",), (torch.float16, torch.bfloat16), (16, 128), (features.ROPE,), (8, 0))
 CALL = Request("cuda", (9, 0), torch.float16, 64, ())
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch, dynamo):
+    """A GPU's file says that triton is the fastest up to 272 tokens and sdpa up to 2048, and triton runs here."""
+    (tmp_path / "sm90.json").write_text('{"fastest": {"16-bit,64,272": "triton", "16-bit,64,2048": "sdpa"}}')
+    monkeypatch.setattr(tuning, "_TABLES", tuning.read_tables(tmp_path))
+    monkeypatch.setattr(triton, "not_supported_reasons", lambda request: [])
 
 
 class Fake:
@@ -143,14 +152,53 @@ class TestAttention:
                 assert reason in str(raised.value)
 
     @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-    def test_triton_is_no_default_where_it_is_not_proven(self, capability, monkeypatch):
-        call = CALL._replace(capability=capability)
+    def test_triton_is_no_default_where_it_was_not_measured(self, capability, monkeypatch):
+        call = CALL._replace(capability=capability, length_bucket="272")
         monkeypatch.setattr(triton, "not_supported_reasons", lambda _: [])
-        assert triton.PROVEN_CAPABILITIES == ()
+        monkeypatch.setattr(tuning, "_TABLES", {})
         assert "has not been measured" in triton.not_default_reasons(call)[0]
         assert dispatch._select(BACKENDS, call, None).NAME == "sdpa"
-        monkeypatch.setattr(triton, "PROVEN_CAPABILITIES", (capability,))
-        assert dispatch._select(BACKENDS, call, None).NAME == "triton"
+
+    def test_the_default_on_a_gpu_is_what_its_file_shows_fastest(self, measured):
+        backends = triton, sdpa
+        call = CALL._replace(length_bucket="272")
+        assert dispatch._select(backends, call, None).NAME == "triton"
+        explanation = dispatch.explain(backends, call._replace(length_bucket="2048"), None)
+        assert explanation.backend == "sdpa"
+        assert "is no faster than sdpa" in explanation.reasons["triton"][0]
+        for change in (
+            {"capability": (8, 0)},
+            {"dtype": torch.float32},
+            {"head_dim": 65},
+            {"length_bucket": "any"},
+        ):
+            unmeasured = dispatch.explain(backends, call._replace(**change), None)
+            assert unmeasured.backend == "sdpa"
+            assert "has not been measured on compute capability" in unmeasured.reasons["triton"][0]
+        assert dispatch._select(backends, call._replace(length_bucket="2048"), "triton").NAME == "triton"
+
+    def test_the_choice_by_length_can_be_traced(self, measured):
+        """One graph a bucket: what the compiler sees of a GPU's call, without one."""
+
+        def chosen(x):
+            call = CALL._replace(dtype=x.dtype, head_dim=x.shape[1], length_bucket=tuning.length_bucket(x.shape[0]))
+            return x + 1 if dispatch.select(BACKENDS, call, None) is triton else x - 1
+
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(chosen, backend=counter, fullgraph=True)
+        for tokens in (201, 261, 70, 1374, 1029):
+            x = torch.zeros(tokens, 64, dtype=torch.float16)
+            assert compiled(x)[0, 0] == (1 if tokens <= 272 else -1)
+        assert counter.frame_count == 3  # 201 alone, then 65 to 272, then up to 2048
+
+    def test_buckets_and_sizes(self):
+        lengths = {1: "64", 64: "64", 65: "272", 272: "272", 273: "2048", 2048: "2048", 2049: "any"}
+        assert {tokens: tuning.length_bucket(tokens) for tokens in lengths} == lengths
+        assert tuning.size_key(torch.bfloat16, 33, "64") == tuning.size_key(torch.float16, 64, "64") == "16-bit,64,64"
+        assert tuning.size_key(torch.float32, 65, "any") == "32-bit,128,any"
+
+    def test_nothing_is_read_where_there_are_no_tables(self, tmp_path):
+        assert tuning.read_tables(tmp_path / "absent") == {}
 
     def test_xformers_is_never_a_default(self):
         assert xformers.not_default_reasons(CALL)
@@ -168,6 +216,7 @@ class TestAttention:
             return features.request_of(validated(*views(make_qkv(spec)), **arguments))
 
         assert request(spec) == Request("cpu", (0, 0), torch.float16, 24, (features.BOOL_MASK, features.ROPE))
+        assert request(spec).length_bucket == "any", "off a GPU no graph may hang on the length"
         assert request(Spec(mask="key_padding")).features == (features.KEY_PADDING_MASK,)
         assert request(Spec(mask="additive"), dropout_p=0.1).features == (features.ADDITIVE_MASK, features.DROPOUT)
         assert request(Spec(batch=1, lengths=(9, 12))).features == (features.PACKING,)

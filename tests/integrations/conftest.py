@@ -14,7 +14,7 @@ import torch
 
 def declare_missing_torchvision_operators() -> None:
     spec = importlib.util.find_spec("torchvision")
-    if spec is None:
+    if spec is None or hasattr(torch.ops.torchvision, "nms"):
         return
     try:
         for library in Path(spec.origin).parent.glob("_C*.so"):

@@ -108,9 +108,8 @@ def test_measured_tiles_override_the_rules(tmp_path: Path, monkeypatch: pytest.M
     tiles = tuning.Tiles(block_m=32, block_n=128, num_warps=8, num_stages=4)
     table = {"attention": {"forward": {"16-bit,64,272": vars(tiles)}}}
     (tmp_path / "sm90.json").write_text(json.dumps(table))
-    monkeypatch.setattr(tuning, "_CONFIGS", tmp_path)
+    monkeypatch.setattr(tuning, "_TABLES", tuning.read_tables(tmp_path))
     tuning.attention_tiles.cache_clear()
-    tuning._table.cache_clear()
     try:
         assert tuning.attention_tiles("forward", 90, torch.bfloat16, 64, 201) == tiles
         others = [
@@ -123,7 +122,6 @@ def test_measured_tiles_override_the_rules(tmp_path: Path, monkeypatch: pytest.M
             assert tuning.attention_tiles(kernel, arch, torch.bfloat16, head_dim, tokens) != tiles
     finally:
         tuning.attention_tiles.cache_clear()
-        tuning._table.cache_clear()
 
 
 def test_interpreter_is_usable() -> None:

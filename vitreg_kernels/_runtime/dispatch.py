@@ -44,6 +44,8 @@ class Request(NamedTuple):
         capability: CUDA compute capability, ``(0, 0)`` elsewhere.
         dtype, head_dim: of the inputs.
         features: what the call uses beyond the plain one.
+        length_bucket: which of the lengths that measurements tell apart (``tuning.length_bucket``); ``"any"`` where
+            nothing is measured, which is everywhere but on a GPU.
     """
 
     device: str
@@ -51,6 +53,7 @@ class Request(NamedTuple):
     dtype: torch.dtype
     head_dim: int
     features: tuple[str, ...]
+    length_bucket: str = "any"
 
 
 class Backend(Protocol):

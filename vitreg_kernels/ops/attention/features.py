@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..._runtime import tuning
 from ..._runtime.dispatch import Request
 from .types import AttentionInputs, mask_kind
 
@@ -35,5 +36,9 @@ def request_of(inputs: AttentionInputs) -> Request:
         features.append(ROPE)
     if inputs.cu_seqlens is not None:
         features.append(PACKING_COMPILED if torch.compiler.is_compiling() else PACKING)
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
-    return Request(query.device.type, capability, query.dtype, query.shape[-1], tuple(features))
+    capability, bucket = (0, 0), "any"
+    if query.is_cuda:
+        capability = torch.cuda.get_device_capability(query.device)
+        # Compiled for any length, the graph is bound to this bucket. Off a GPU no choice hangs on the length.
+        bucket = tuning.length_bucket(query.shape[2] if inputs.cu_seqlens is None else inputs.max_seqlen)
+    return Request(query.device.type, capability, query.dtype, query.shape[-1], tuple(features), bucket)

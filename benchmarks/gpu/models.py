@@ -1,0 +1,432 @@
+"""Whole models: timm's ViTs with their own attention, and with every block's attention swapped for a RegisterAttention.
+
+The weights are random: a step costs the same with any. They are set so that attention matters (queries and keys of
+normal size, LayerScale of 1, not the 1e-5 it starts training with), or its errors would not be seen in the features.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import results, timing
+from benchmarks.gpu.stage import Setup, lost
+from benchmarks.machine import Machine
+from benchmarks.peers import Stopped, guarded
+from benchmarks.results import Errors, Row, Writer
+from benchmarks.shapes import DTYPES, DType
+from vitreg_kernels import RegisterAttention, UnsupportedError, explain
+from vitreg_kernels.accuracy import compare
+from vitreg_kernels.ops.attention.backends import BACKENDS
+
+NAME = "models"
+SECONDS = 110.0
+ModelMode = Literal["training", "forward"]
+
+_MODES: tuple[ModelMode, ...] = get_args(ModelMode)
+_DTYPE: DType = "bf16"
+_LARGE = "vit_large_patch14_reg4_dinov2"
+_GOALS: dict[tuple[str, str, bool], float] = {(_LARGE, "training", False): 1.15}
+_TIMING_BUDGET_S = {False: 4.0, True: 0.2}  # a piece of work, by whether the run is dry
+_OWN = {
+    "own: flash": SDPBackend.FLASH_ATTENTION,
+    "own: cudnn": SDPBackend.CUDNN_ATTENTION,
+    "own: efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+_MEASURED = ("median_ms", "p20_ms", "p80_ms", "samples", "images_per_s", "speedup", "peak_memory_bytes", "errors")
+
+
+class ModelRow(TypedDict):
+    """One model with one attention in one mode; one that did not run has ``None`` for everything measured.
+
+    A model that cannot be built has a single row, of attention ``"any"`` and no mode.
+    """
+
+    kind: Literal["model"]
+    model: str  # timm's name
+    attention: str  # "own: flash", ..., the model's own by that backend of torch's SDPA; "vitreg: triton", ..., ours
+    ours: bool
+    mode: ModelMode | None  # a training step is forward, cross-entropy, backward and fused AdamW
+    compiled: bool | None  # each block by torch.compile
+    batch: int
+    tokens: int | None
+    dtype: DType  # of weights and images
+    goal: float | None  # the speedup that is aimed at
+    reason: str | None  # why it did not run, in its own words; None if it did
+    failed: bool  # it is ours and broke; any other reason is a refusal
+    median_ms: float | None
+    p20_ms: float | None
+    p80_ms: float | None
+    samples: int | None
+    images_per_s: float | None
+    best_own: str | None  # the fastest of the model's own
+    speedup: float | None  # its median / this one, both compiled or both not
+    peak_memory_bytes: int | None  # of one call, weights and optimizer state included; None off a GPU
+    errors: dict[str, Errors] | None  # "features", all tokens; in training also "grad_qkv", of the first block's weight
+    machine: Machine
+
+
+results.ROW_TYPES["model"] = ModelRow
+
+
+class Model(NamedTuple):
+    """A model of timm's.
+
+    Attributes:
+        name: timm's.
+        batch: images a call, as many as fill a GPU of 40 GB or more.
+        options: for ``timm.create_model``.
+    """
+
+    name: str
+    batch: int
+    options: dict[str, Any]
+
+
+class Piece(NamedTuple):
+    """What is measured at once: all contenders interleaved."""
+
+    model: Model
+    mode: ModelMode
+    compiled: bool
+
+    def __str__(self) -> str:
+        return f"{self.model.name}, {self.mode}, {'compiled' if self.compiled else 'eager'}"
+
+
+class Contender(NamedTuple):
+    """One attention in every block.
+
+    Attributes:
+        name: as rows show it.
+        ours: it is a RegisterAttention.
+        place: makes it from the model's own attention, whose weights it holds.
+        context: entered around each call, outside the clock.
+    """
+
+    name: str
+    ours: bool
+    place: Callable[[nn.Module], nn.Module]
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+class _Task(NamedTuple):
+    """A piece of work made ready."""
+
+    mode: ModelMode
+    images: Tensor  # [B, 3, height, width]
+    labels: Tensor  # [B]
+    optimizer: torch.optim.Optimizer | None
+    qkv_weight: nn.Parameter  # of the first block, whose gradient comes through all others
+    exact: dict[str, Tensor]  # of the first and the last image, in fp64
+    rounded: dict[str, Tensor]  # the same by the eager formula
+    terms: int  # the longest sum of the network
+
+
+class _Ready(NamedTuple):
+    """A contender that ran."""
+
+    tree: nn.Module
+    errors: dict[str, Errors]
+    peak_memory_bytes: int | None
+
+
+def run(setup: Setup, writer: Writer) -> Iterator[Row]:
+    """Measures piece by piece, the one with a goal first, and yields rows once written."""
+    for piece in _pieces(setup):
+        if _found(writer, piece):
+            continue
+        if setup.expired:
+            return
+        print(f"    {piece}", flush=True)
+        try:
+            yield from writer.extend(_rows(piece, setup, writer))
+            if lost(setup.device):
+                raise RuntimeError(f"the GPU cannot be used any more by this process, after {piece}")
+        finally:
+            if piece.compiled:
+                torch.compiler.reset()
+            gc.collect()  # modules hold each other in circles, and the next model needs their memory
+            if setup.device.type == "cuda" and not lost(setup.device):
+                torch.cuda.empty_cache()
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """Ours that broke, and ours that is wrong; what torch's own attention does is not ours to fail."""
+    sentences = []
+    for row in rows:
+        if row["kind"] != "model" or not row["ours"]:
+            continue
+        where = f"{row['model']}, {row['mode']}, {'compiled' if row['compiled'] else 'eager'}, {row['attention']}"
+        if row["failed"]:
+            sentences.append(f"{where} broke: {row['reason']}")
+        for name, error in (row["errors"] or {}).items():
+            if not error["passed"]:
+                sentences.append(
+                    f"{where}: {name} is {error['max']:.3g} off (mean {error['mean']:.3g}), "
+                    f"the eager formula {error['eager_max']:.3g} (mean {error['eager_mean']:.3g})"
+                )
+    return sentences
+
+
+def unfinished(setup: Setup, writer: Writer) -> int:
+    """Pieces of work without rows."""
+    return sum(not _found(writer, piece) for piece in _pieces(setup))
+
+
+def contenders(module: nn.Module, own: tuple[str, ...] = tuple(_OWN)) -> list[Contender]:
+    """The model's own attention by some backends of torch's SDPA, and ours by default and by each opaque backend."""
+    theirs = [Contender(name, False, partial(_Under, _OWN[name]), partial(sdpa_kernel, _OWN[name])) for name in own]
+    backends = {"vitreg: default": None} | {f"vitreg: {b.NAME}": b.NAME for b in BACKENDS if b.OPAQUE}
+    ours = [Contender(n, True, partial(_register_attention, module, b)) for n, b in backends.items()]
+    return [*theirs, *ours]
+
+
+def with_attention(module: nn.Module, place: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A model of its own around the very same parameters, with ``place(attention)`` in each block."""
+    tree = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    for block in tree.blocks:
+        block.attn = place(block.attn)
+    return tree
+
+
+class _Under(nn.Module):
+    """An attention under one backend of torch's SDPA: what torch.compile needs in order to tell them apart."""
+
+    def __init__(self, backend: SDPBackend, attention: nn.Module) -> None:
+        super().__init__()
+        self.backend, self.attention = backend, attention
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        with sdpa_kernel(self.backend):
+            return self.attention(x, **options)
+
+
+def _pieces(setup: Setup) -> list[Piece]:
+    if setup.dry:
+        tiny = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+        models = [
+            Model(_LARGE, 3, {"img_size": 56, **tiny}),
+            Model("vit_large_patch16_224", 3, {"img_size": 64, **tiny}),
+        ]
+    else:
+        models = [
+            Model(_LARGE, 64, {"img_size": 224}),
+            Model("vit_small_patch14_reg4_dinov2", 256, {"img_size": 224}),
+            Model("vit_base_patch14_reg4_dinov2", 128, {"img_size": 224}),
+            Model("vit_large_patch16_224", 64, {}),
+        ]
+    return [Piece(model, mode, compiled) for compiled in (False, True) for model in models for mode in _MODES]
+
+
+def _found(writer: Writer, piece: Piece) -> list[Row]:
+    rows = partial(writer.find, kind="model", model=piece.model.name)
+    return rows(mode=piece.mode, compiled=piece.compiled) or rows(mode=None)
+
+
+def _rows(piece: Piece, setup: Setup, writer: Writer) -> list[Row]:
+    built = guarded(partial(_built, piece.model, setup.device), ours=False)
+    row = {
+        "kind": "model",
+        "model": piece.model.name,
+        "attention": "any",
+        "ours": False,
+        "mode": None,
+        "compiled": None,
+        "batch": piece.model.batch,
+        "tokens": None,
+        "dtype": _DTYPE,
+        "goal": None,
+        "reason": None,
+        "failed": False,
+        "best_own": None,
+        **dict.fromkeys(_MEASURED),
+    }
+    if isinstance(built, Stopped):
+        return [row | built._asdict()]
+    row |= {"mode": piece.mode, "compiled": piece.compiled}
+    row["tokens"] = built.patch_embed.num_patches + built.num_prefix_tokens
+
+    raced = contenders(built, _own_of(piece, writer))
+    task = _task(built, piece, setup.device)
+
+    def attempt(contender: Contender) -> _Ready:
+        return _attempt(contender, _tree(built, contender, piece, setup), task)
+
+    outcomes = {c.name: _outcome(partial(attempt, c), piece, ours=c.ours) for c in raced}
+    if lost(setup.device):
+        untimed = Stopped("not timed, because another one broke the hold of the GPU", failed=False)
+        outcomes = {name: o if isinstance(o, Stopped) else untimed for name, o in outcomes.items()}
+    running = [c for c in raced if not isinstance(outcomes[c.name], Stopped)]
+    timings = timing.interleave(
+        {c.name: timing.Variant(partial(_call, outcomes[c.name].tree, task), context=c.context) for c in running},
+        [task.images],  # no copies: every call reads all the weights, which are larger than a cache
+        device=setup.device,
+        budget_s=_TIMING_BUDGET_S[setup.dry],
+    )
+    own_ms = {c.name: timings[c.name].median_ms for c in running if not c.ours}
+    row["best_own"] = best_own = min(own_ms, key=own_ms.__getitem__, default=None)
+
+    rows = []
+    for contender in raced:
+        outcome = outcomes[contender.name]
+        own_row = row | {"attention": contender.name, "ours": contender.ours}
+        if contender.ours:
+            own_row["goal"] = _GOALS.get((piece.model.name, piece.mode, piece.compiled))
+        if isinstance(outcome, Stopped):
+            own_row |= outcome._asdict()
+        else:
+            timed = timings[contender.name]
+            own_row |= {
+                "median_ms": timed.median_ms,
+                "p20_ms": timed.p20_ms,
+                "p80_ms": timed.p80_ms,
+                "samples": timed.samples,
+                "images_per_s": 1e3 * piece.model.batch / timed.median_ms,
+                "speedup": own_ms[best_own] / timed.median_ms if best_own else None,
+                "peak_memory_bytes": outcome.peak_memory_bytes,
+                "errors": outcome.errors,
+            }
+        rows.append(own_row)
+    return rows
+
+
+def _built(model: Model, device: torch.device) -> nn.Module:
+    """The model with random weights; raises whatever stands in the way of timm."""
+    import timm
+
+    torch.manual_seed(0)
+    with device:
+        module = timm.create_model(model.name, pretrained=False, **model.options)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("attn.qkv.weight"):
+                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+            elif name.endswith("gamma"):
+                parameter.fill_(1.0)
+    return module.to(device, DTYPES[_DTYPE])
+
+
+def _own_of(piece: Piece, writer: Writer) -> tuple[str, ...]:
+    """Which of the model's own race: compiling takes long, so compiled only the one that won uncompiled."""
+    eager = writer.find(kind="model", model=piece.model.name, mode=piece.mode, compiled=False) if piece.compiled else []
+    return (eager[0]["best_own"],) if eager and eager[0]["best_own"] else tuple(_OWN)
+
+
+def _register_attention(module: nn.Module, backend: str | None, own: nn.Module) -> RegisterAttention:
+    """A RegisterAttention that holds the two projections of timm's, and so the same parameters.
+
+    Raises:
+        UnsupportedError: if the backend cannot serve it; torch.compile would wrap the reason up in its own words.
+    """
+    reasons = explain(own.qkv.weight.new_empty(1, own.num_heads, 1, own.head_dim), backend=backend).reasons
+    if backend in reasons:
+        raise UnsupportedError("; ".join(reasons[backend]))
+    dim, registers = own.qkv.in_features, module.num_reg_tokens
+    swapped = RegisterAttention(dim, own.num_heads, num_registers=registers, backend=backend, device="meta")
+    swapped.qkv, swapped.proj = own.qkv, own.proj
+    return swapped
+
+
+def _tree(module: nn.Module, contender: Contender, piece: Piece, setup: Setup) -> nn.Module:
+    # Uncompiled, the context outside the clock does what _Under would do inside it.
+    own = not contender.ours and not piece.compiled
+    tree = with_attention(module, (lambda attention: attention) if own else contender.place)
+    if piece.compiled:
+        # Block by block, as they are all alike and one graph serves them all.
+        for block in tree.blocks:
+            block.compile(fullgraph=True, dynamic=False, backend="eager" if setup.dry else "inductor")
+    return tree.train(piece.mode == "training")
+
+
+def _task(module: nn.Module, piece: Piece, device: torch.device) -> _Task:
+    generator = torch.Generator().manual_seed(0)
+    shape = (piece.model.batch, 3, *module.patch_embed.img_size)
+    images = torch.randn(shape, generator=generator).to(device, DTYPES[_DTYPE])
+    classes = module.num_classes or module.num_features
+    labels = torch.randint(classes, shape[:1], generator=generator).to(device)
+    optimizer = None
+    if piece.mode == "training":
+        # A rate of 0 costs the same, and every contender meets the same weights.
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
+
+    def formula(attention: nn.Module) -> nn.Module:
+        attention.fused_attn = False
+        return attention
+
+    eager = with_attention(module, formula).train(piece.mode == "training")
+    few = _ends(images)
+    rounded = _results(eager, few, piece.mode, eager.blocks[0].attn.qkv.weight)
+    double = copy.deepcopy(eager).double()
+    exact = _results(double, few.double(), piece.mode, double.blocks[0].attn.qkv.weight)
+    weight, terms = module.blocks[0].attn.qkv.weight, module.blocks[0].mlp.fc2.in_features
+    return _Task(piece.mode, images, labels, optimizer, weight, exact, rounded, terms)
+
+
+def _outcome(attempt: Callable[[], Any], piece: Piece, *, ours: bool) -> Any:
+    """What ``attempt`` gives, or why it gives nothing. Running out of memory is a refusal, whoever does it."""
+
+    def call() -> Any:
+        try:
+            return attempt()
+        except torch.OutOfMemoryError as error:
+            return Stopped(f"ran out of memory at a batch of {piece.model.batch}: {error}", failed=False)
+
+    return guarded(call, ours=ours)
+
+
+def _attempt(contender: Contender, tree: nn.Module, task: _Task) -> _Ready:
+    """The contender's errors, and the peak memory of one call."""
+    device = task.images.device
+    with contender.context():
+        found = _results(tree, task.images, task.mode, task.qkv_weight)
+        errors = {
+            name: results.errors(compare(found[name], task.exact[name], task.rounded[name], terms=task.terms))
+            for name in task.exact
+        }
+        del found
+        _call(tree, task, task.images)  # the optimizer's state, and what a first call allocates for good
+        if device.type != "cuda":
+            return _Ready(tree, errors, None)
+        torch.cuda.reset_peak_memory_stats(device)
+        _call(tree, task, task.images)
+        return _Ready(tree, errors, torch.cuda.max_memory_allocated(device))
+
+
+def _call(tree: nn.Module, task: _Task, images: Tensor) -> None:
+    """What is timed."""
+    if task.optimizer is None:
+        with torch.inference_mode():
+            tree(images)
+        return
+    F.cross_entropy(tree(images).float(), task.labels).backward()
+    task.optimizer.step()
+    task.optimizer.zero_grad()
+
+
+def _results(tree: nn.Module, images: Tensor, mode: ModelMode, weight: nn.Parameter) -> dict[str, Tensor]:
+    """Features ``[2, N, C]`` of the first and the last image and, in training, the gradient of a weight from them.
+
+    All images run, so that a compiled model meets the one batch it is timed with; those between have no gradient.
+    """
+    if mode == "forward":
+        with torch.inference_mode():
+            return {"features": _ends(tree.forward_features(images))}
+    ends = _ends(tree.forward_features(images))
+    upstream = torch.randn(ends.shape, generator=torch.Generator().manual_seed(1)).to(DTYPES[_DTYPE])
+    (grad,) = torch.autograd.grad(ends, weight, upstream.to(ends))
+    return {"features": ends.detach(), "grad_qkv": grad}
+
+
+def _ends(batch: Tensor) -> Tensor:
+    """The first and the last image, which may be one."""
+    return batch[:: max(len(batch) - 1, 1)]
