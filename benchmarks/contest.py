@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.gpu.stage import lost
+from benchmarks.machine import lost
 from benchmarks.peers import EAGER, Attend, Pack, Peer, Stopped, Tensors, attempt, pack_of
 from benchmarks.results import Errors, Row, errors
 from benchmarks.shapes import DTYPES, Case

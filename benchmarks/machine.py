@@ -1,7 +1,8 @@
-"""Which machine, which versions and which commit a figure was measured with."""
+"""Which machine, which versions and which code a figure was measured with."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -16,6 +17,7 @@ import vitreg_kernels
 
 PACKAGES = ("torch", "triton", "xformers", "numpy")
 ROOT = Path(__file__).parent.parent
+_SOURCES = ("vitreg_kernels/**/*.py", "vitreg_kernels/**/*.json", "csrc/**/*", "benchmarks/**/*.py")
 
 
 class Machine(TypedDict):
@@ -31,6 +33,23 @@ class Machine(TypedDict):
     packages: dict[str, str]  # the version of each package that takes part and is installed
     commit: str  # "unknown" outside a git checkout
     dirty: bool  # the checkout holds changes that no commit has
+    sources: str | None  # ``sources()``; None in files older than that
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def lost(device: torch.device) -> bool:
+    """Whether a kernel broke the process's hold of the GPU (an illegal address does): every later call would fail."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def default_device() -> torch.device:
@@ -53,7 +72,7 @@ def describe(device: torch.device | None = None) -> Machine:
     return Machine(
         device=name,
         processor=processor,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         threads=torch.get_num_threads(),
         capability=capability,
         system=f"{platform.system()} {platform.machine()}",
@@ -64,7 +83,20 @@ def describe(device: torch.device | None = None) -> Machine:
         },
         commit=commit or "unknown",
         dirty=bool(changes),
+        sources=sources(),
     )
+
+
+def sources() -> str:
+    """A digest of the code in this checkout that a figure can hang on, committed or not.
+
+    Tiles and defaults that were measured are among it, as the same call runs another kernel with others.
+    """
+    digest = hashlib.sha256()
+    files = {path for pattern in _SOURCES for path in ROOT.glob(pattern) if path.is_file()}
+    for name, path in sorted((path.relative_to(ROOT).as_posix(), path) for path in files):
+        digest.update(f"{name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _processor() -> str:

@@ -116,9 +116,8 @@ ROW_TYPES: dict[str, type] = {"roofline": RooflineRow, "attention": AttentionRow
 class Writer:
     """Writes rows to a result file as they come; the file is whole and valid after every call.
 
-    A cut run of the same request on the same machine and commit is gone on with, unless ``fresh``. No other file
-    is touched: if ``path`` is another run's, the file is ``path`` with ``-2``, ``-3``, ... before its suffix. A run of
-    a checkout with changes is never gone on with, because nobody can tell what its rows measured.
+    A cut run of the same request on the same machine and code is gone on with, unless ``fresh``. No other file is
+    touched: if ``path`` is another run's, the file is ``path`` with ``-2``, ``-3``, ... before its suffix.
 
     Attributes:
         path: the file.
@@ -136,7 +135,7 @@ class Writer:
         for self.path in _numbered(path):
             if not self.path.exists():
                 break
-            if not (fresh or machine["dirty"]) and (rows := self._left_by_a_cut_run()):
+            if not fresh and (rows := self._left_by_a_cut_run()):
                 self.rows = rows
                 break
         self.resumed = len(self.rows)

@@ -59,6 +59,13 @@ class TestDeclarations:
     def test_each_has_its_reason(self, changes, reason):
         assert dispatch.unmet(DECLARED, CALL._replace(**changes)) == [reason]
 
+    def test_channels_of_an_op_that_takes_whole_tokens(self):
+        needs = Requirements(("cuda",), (torch.float16,), channels=(1, 4096))
+        call = Request("cuda", (9, 0), torch.float16, channels=4096)
+        assert dispatch.unmet(needs, call) == []
+        assert dispatch.unmet(needs, call._replace(channels=4097)) == ["takes channel counts 1 to 4096, not 4097"]
+        assert dispatch.unmet(needs, CALL) == [], "a call without channels is not asked for them"
+
     def test_all_reasons_are_given(self):
         call = Request("cpu", (0, 0), torch.float64, 8, (features.DROPOUT, features.ADDITIVE_MASK))
         assert len(dispatch.unmet(DECLARED, call)) == 5

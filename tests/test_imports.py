@@ -15,6 +15,11 @@ PACKAGE = Path(vitreg_kernels.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 OPTIONAL = {"triton", "xformers", "timm", "transformers", "matplotlib", "torchvision", "open_clip", "onnx"}
 
+BACKENDS = {
+    "attention": ("reference", "sdpa", "triton", "xformers"),
+    "residual_norm": ("composite", "reference", "triton"),
+}
+
 # Each layer of the package may import what stands below it, and itself; the backends have a rule of their own.
 LAYERS = (
     ("cli", "__main__"),
@@ -69,15 +74,15 @@ def test_imports_point_down(path: Path) -> None:
     assert not upward
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton", "xformers"])
-def test_backends_import_neither_each_other_nor_the_reference(backend: str) -> None:
-    folder = PACKAGE / "ops" / "attention" / "backends"
+@pytest.mark.parametrize(("op", "backend"), [(op, backend) for op in BACKENDS for backend in BACKENDS[op]])
+def test_backends_import_neither_each_other_nor_the_reference(op: str, backend: str) -> None:
+    folder = PACKAGE / "ops" / op / "backends"
     files = (
         [folder / f"{backend}.py"] if (folder / f"{backend}.py").exists() else sorted((folder / backend).glob("*.py"))
     )
     assert files
-    base = "vitreg_kernels.ops.attention"
-    others = {f"{base}.backends.{other}" for other in ("reference", "sdpa", "triton", "xformers") if other != backend}
+    base = f"vitreg_kernels.ops.{op}"
+    others = {f"{base}.backends.{other}" for other in BACKENDS[op] if other != backend}
     forbidden = (
         others | {f"{base}.api", f"{base}.autograd"} | ({f"{base}.reference"} if backend != "reference" else set())
     )
@@ -85,18 +90,26 @@ def test_backends_import_neither_each_other_nor_the_reference(backend: str) -> N
         assert not {n for n in imports_of(file) if any(n == f or n.startswith(f"{f}.") for f in forbidden)}
 
 
-def test_schemas_need_torch_alone() -> None:
-    names = imports_of(PACKAGE / "ops" / "attention" / "schema.py")
-    inside = {name for name in names if name.startswith("vitreg_kernels.ops.attention.")}
-    assert all(name.startswith("vitreg_kernels.ops.attention.types") for name in inside)
+def test_every_backend_is_held_to_that() -> None:
+    assert BACKENDS.keys() == {path.name for path in (PACKAGE / "ops").iterdir() if (path / "api.py").exists()}
+    for op, names in BACKENDS.items():
+        paths = (PACKAGE / "ops" / op / "backends").iterdir()
+        assert set(names) == {path.stem for path in paths if not path.name.startswith("__")}
+
+
+@pytest.mark.parametrize("op", BACKENDS)
+def test_schemas_need_torch_alone(op: str) -> None:
+    names = imports_of(PACKAGE / "ops" / op / "schema.py")
+    inside = {name for name in names if name.startswith(f"vitreg_kernels.ops.{op}.")}
+    assert all(name.startswith(f"vitreg_kernels.ops.{op}.types") for name in inside)
     assert {name.split(".")[0] for name in names - inside} <= {"__future__", "torch", "vitreg_kernels"}
 
 
 def test_optional_libraries_are_imported_where_they_are_used() -> None:
     """Only the kernel modules, themselves imported inside functions, may import triton at their top."""
-    kernels = PACKAGE / "ops" / "attention" / "backends" / "triton"
+    kernels = [PACKAGE / "ops" / op / "backends" / "triton" for op in BACKENDS]
     for path in MODULES:
-        if path.parent == kernels and path.name not in ("__init__.py", "plan.py"):
+        if path.parent in kernels and path.name not in ("__init__.py", "plan.py"):
             continue
         if path == PACKAGE / "_runtime" / "aot.py":
             continue

@@ -11,9 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__
+from ._runtime.dispatch import ANY_SIZE, Backend
 from .check import Result, check, usable_backends
 from .ops.attention import features
 from .ops.attention.backends import BACKENDS
+from .ops.residual_norm import features as norm_features
+from .ops.residual_norm.backends import BACKENDS as NORM_BACKENDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,18 +44,33 @@ def info() -> str:
         "native kernels: none in this version",
         "",
         support_table(),
+        "",
+        norm_support_table(),
     ]
     return "\n".join(lines)
 
 
 def support_table() -> str:
     """What each attention backend serves: a Markdown table made from ``REQUIREMENTS``."""
-    rows = [("attention", *(b.NAME for b in BACKENDS))]
     needs = [b.REQUIREMENTS for b in BACKENDS]
+    return _support("attention", BACKENDS, ("head dims", [n.head_dims for n in needs]), features.ALL)
+
+
+def norm_support_table() -> str:
+    """The same of residual_layer_norm."""
+    needs = [b.REQUIREMENTS for b in NORM_BACKENDS]
+    return _support("residual norm", NORM_BACKENDS, ("channels", [n.channels for n in needs]), norm_features.ALL)
+
+
+def _support(
+    op: str, backends: Sequence[Backend], sizes: tuple[str, list[tuple[int, int]]], features: Sequence[str]
+) -> str:
+    needs = [b.REQUIREMENTS for b in backends]
+    rows = [(op, *(b.NAME for b in backends))]
     rows.append(("devices", *(" ".join(n.devices) for n in needs)))
     rows.append(("dtypes", *(" ".join(_short(d) for d in n.dtypes) for n in needs)))
-    rows.append(("head dims", *("any" if n.head_dims[1] > 2**16 else "{}-{}".format(*n.head_dims) for n in needs)))
-    rows += [(feature, *("yes" if feature in n.features else "no" for n in needs)) for feature in features.ALL]
+    rows.append((sizes[0], *("any" if size == ANY_SIZE else "{}-{}".format(*size) for size in sizes[1])))
+    rows += [(feature, *("yes" if feature in n.features else "no" for n in needs)) for feature in features]
     return _table(rows)
 
 

@@ -19,8 +19,8 @@ import torch
 
 from benchmarks import machine, results
 from benchmarks.gpu import report
-from benchmarks.gpu.stage import DEFAULT, NAMES, Loaded, Setup, Stage, load, lost, sentence
-from benchmarks.machine import Machine
+from benchmarks.gpu.stage import DEFAULT, NAMES, Loaded, Setup, Stage, load, sentence
+from benchmarks.machine import Machine, lost
 from benchmarks.results import Writer
 from vitreg_kernels._runtime import triton_mode
 
@@ -152,9 +152,9 @@ def _complete(loaded: Loaded, setup: Setup, writer: Writer) -> bool:
 
 
 def _may_start_over(writer: Writer) -> bool:
-    """Whether a new process would find this one's rows, the one of what broke among them, and not break on it again."""
+    """Whether a new process would go on with this one's rows, what broke among them, and so not break on it again."""
     written = {row["kind"] for row in writer.rows[writer.resumed :]} - {"environment", "roofline", "stage"}
-    return bool(written) and not writer.rows[0]["machine"]["dirty"]
+    return bool(written) and machine.sources() == writer.rows[0]["machine"]["sources"]  # tuning changes them
 
 
 def _report(path: Path) -> int:

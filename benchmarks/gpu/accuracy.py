@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import results
+from benchmarks.gpu import warm
 from benchmarks.gpu.poison import guarded, poisoned
-from benchmarks.gpu.stage import Setup, lost
-from benchmarks.machine import Machine
+from benchmarks.gpu.stage import Setup
+from benchmarks.machine import Machine, lost
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import LENGTHS
 from vitreg_kernels import Rope, check, functional
@@ -68,15 +69,13 @@ class _Piece(NamedTuple):
 def run(setup: Setup, writer: Writer) -> Iterator[Row]:
     """One row for each backend in each case, the cases of the goals first."""
     pieces = _pieces(setup)
-    for done, piece in enumerate(pieces):
-        missing = [name for name in _backends(setup) if not _rows(writer, piece, name)]
-        if not missing:
-            continue
+    undone = [(number, piece) for number, piece in enumerate(pieces, 1) if _missing(setup, writer, piece)]
+    for number, piece in warm.ahead(undone, lambda numbered: _rehearse(numbered[1]), setup):
         if setup.expired:
             return
-        print(f"    {done + 1}/{len(pieces)} {piece.case.name} in {piece.dtype}", flush=True)
+        print(f"    {number}/{len(pieces)} {piece.case.name} in {piece.dtype}", flush=True)
         with _products(piece.dtype):
-            rows = list(_judged(piece, missing, setup.device))
+            rows = list(_judged(piece, _missing(setup, writer, piece), setup.device))
         yield from writer.extend(rows)
         for row in rows:
             for sentence in _broken(row):
@@ -98,8 +97,7 @@ def failures(rows: list[Row]) -> list[str]:
 
 def unfinished(setup: Setup, writer: Writer) -> int:
     """Cases in a dtype that lack a backend's row."""
-    names = _backends(setup)
-    return sum(not all(_rows(writer, piece, name) for name in names) for piece in _pieces(setup))
+    return sum(bool(_missing(setup, writer, piece)) for piece in _pieces(setup))
 
 
 def _backends(setup: Setup) -> list[str]:
@@ -113,8 +111,10 @@ def _opaque() -> set[str]:
     return {backend.NAME for backend in BACKENDS if backend.OPAQUE}
 
 
-def _rows(writer: Writer, piece: _Piece, backend: str) -> list[Row]:
-    return writer.find(kind="accuracy", backend=backend, case=piece.case.name, dtype=piece.dtype)
+def _missing(setup: Setup, writer: Writer, piece: _Piece) -> list[str]:
+    """Backends without a row."""
+    judged = writer.find(kind="accuracy", case=piece.case.name, dtype=piece.dtype)
+    return [name for name in _backends(setup) if name not in {row["backend"] for row in judged}]
 
 
 def _pieces(setup: Setup) -> list[_Piece]:
@@ -147,10 +147,7 @@ def _cases(dtype: torch.dtype, setup: Setup) -> Iterator[Case]:
 
 def _judged(piece: _Piece, backends: list[str], device: torch.device) -> Iterator[Row]:
     """Rows without their ``machine``; none after one whose crash took the GPU along."""
-    case = Case(piece.case.name, guarded(piece.case.qkv), _guarded(piece.case.options))
-    grad_output = torch.randn(case.qkv[:, :, 0].shape, generator=torch.Generator().manual_seed(0))
-    grad_output = guarded(grad_output.to(case.qkv)).transpose(1, 2)
-    yardstick = Yardstick(case.qkv, grad_output=grad_output, outputs=OUTPUT_NAMES, **case.options)
+    case, yardstick = _prepared(piece)
     for backend in backends:
         start = time.monotonic()
         found, crash, deterministic = None, None, None
@@ -176,6 +173,23 @@ def _judged(piece: _Piece, backends: list[str], device: torch.device) -> Iterato
         }
         if crash and lost(device):
             return
+
+
+def _rehearse(piece: _Piece) -> None:
+    """The calls of our own kernels."""
+    with _products(piece.dtype):
+        case, yardstick = _prepared(piece)
+        for backend in _opaque():
+            if not check.not_served(backend, case):
+                _every_way(backend, yardstick)
+
+
+def _prepared(piece: _Piece) -> tuple[Case, Yardstick]:
+    """The case with its tensors between guard bands."""
+    case = Case(piece.case.name, guarded(piece.case.qkv), _guarded(piece.case.options))
+    grad_output = torch.randn(case.qkv[:, :, 0].shape, generator=torch.Generator().manual_seed(0))
+    grad_output = guarded(grad_output.to(case.qkv)).transpose(1, 2)
+    return case, Yardstick(case.qkv, grad_output=grad_output, outputs=OUTPUT_NAMES, **case.options)
 
 
 def _every_way(backend: str, yardstick: Yardstick) -> dict[str, dict[str, Tensor]]:

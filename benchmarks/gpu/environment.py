@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import subprocess
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from typing import Literal, TypedDict
 
 import torch
@@ -18,7 +19,8 @@ from benchmarks.results import Row, Writer
 NAME = "environment"
 SECONDS = 15.0
 
-PEERS = ("xformers", "flash_attn", "flash_attn_interface", "timm")  # modules that the races and models take if there
+# Modules that the races and models take if they are there.
+PEERS = ("xformers", "flash_attn", "flash_attn_interface", "flash_attn.cute", "timm")
 _KINDS = ("environment", "roofline")
 
 
@@ -108,8 +110,24 @@ def _number(answer: str | None) -> float | None:
 def _installed(modules: tuple[str, ...]) -> dict[str, str]:
     """Versions by module, without importing any: some take seconds, and a broken one would raise."""
     distributions = importlib.metadata.packages_distributions()
-    return {
-        name: importlib.metadata.version(distributions[name][0]) if name in distributions else "of no distribution"
-        for name in modules
-        if importlib.util.find_spec(name) is not None
-    }
+    return {name: _version(name, distributions.get(name.partition(".")[0], [])) for name in modules if _found(name)}
+
+
+def _found(module: str) -> bool:
+    """Whether a module is there. ``find_spec`` alone would import the packages that it is in."""
+    package, *parts = module.split(".")
+    spec = importlib.util.find_spec(package)
+    for part in parts:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        spec = PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
+    return spec is not None
+
+
+def _version(module: str, distributions: list[str]) -> str:
+    """Of the distribution, of those that share its first name, that the module's own file is of."""
+    path = module.replace(".", "/")
+    for name in distributions:
+        if {f"{path}.py", f"{path}/__init__.py"} & {file.as_posix() for file in importlib.metadata.files(name) or ()}:
+            return importlib.metadata.version(name)
+    return importlib.metadata.version(distributions[0]) if distributions else "of no distribution"

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import results, timing
-from benchmarks.gpu.stage import Setup, lost
-from benchmarks.machine import Machine
+from benchmarks.gpu.stage import Setup
+from benchmarks.machine import Machine, lost
 from benchmarks.peers import Stopped, guarded
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import DTYPES, DType
@@ -262,10 +262,17 @@ def _rows(piece: Piece, setup: Setup, writer: Writer) -> list[Row]:
     def attempt(contender: Contender) -> _Ready:
         return _attempt(contender, _tree(built, contender, piece, setup), task)
 
-    outcomes = {c.name: _outcome(partial(attempt, c), piece, ours=c.ours) for c in raced}
-    if lost(setup.device):
-        untimed = Stopped("not timed, because another one broke the hold of the GPU", failed=False)
-        outcomes = {name: o if isinstance(o, Stopped) else untimed for name, o in outcomes.items()}
+    outcomes = {}
+    for contender in raced:
+        outcome = _outcome(partial(attempt, contender), piece, ours=contender.ours)
+        outcomes[contender.name] = outcome
+        if lost(setup.device):  # every other would fail too, by no fault of its own
+            others = Stopped(f"was not timed, because {contender.name} broke the hold of the GPU", failed=False)
+            outcomes = {c.name: others for c in raced}
+            if not isinstance(outcome, Stopped):  # the error came late
+                outcome = Stopped("broke the hold of the GPU", failed=contender.ours)
+            outcomes[contender.name] = outcome
+            break
     running = [c for c in raced if not isinstance(outcomes[c.name], Stopped)]
     timings = timing.interleave(
         {c.name: timing.Variant(partial(_call, outcomes[c.name].tree, task), context=c.context) for c in running},

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import Literal, TypedDict, get_args
 
 import torch
 
 from benchmarks import results, roofline, timing
-from benchmarks.contest import contest, inputs_of, runs_of
-from benchmarks.gpu.stage import Setup, lost
-from benchmarks.machine import Machine
-from benchmarks.peers import Pack, Peer, everyone, pack_of, vitreg
+from benchmarks.contest import contest, inputs_of, job, runs_of
+from benchmarks.gpu import warm
+from benchmarks.gpu.stage import Setup
+from benchmarks.machine import Machine, lost
+from benchmarks.peers import Pack, Peer, attempt, everyone, pack_of, vitreg
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.roofline import Roofline
 from benchmarks.shapes import HEAD_DIM, Case, DType, Layout, Mode
@@ -72,6 +74,7 @@ results.ROW_TYPES["race"] = RaceRow
 def run(setup: Setup, writer: Writer) -> Iterator[Row]:
     """The cases that ``writer`` has no rows of, the most important first."""
     cases = _cases(setup)
+    warm.up([case for case in cases if not _rows(writer, case)], partial(rehearse, device=setup.device), setup)
     for number, case in enumerate(cases, 1):
         if _rows(writer, case):
             continue
@@ -116,7 +119,7 @@ def unfinished(setup: Setup, writer: Writer) -> int:
 def race(case: Case, setup: Setup, ceilings: Roofline | None) -> list[Row]:
     """One row for each contender, raced or not, without its ``machine``."""
     device = setup.device
-    pack = pack_of(runs_of(case), device) if case.crops else None
+    pack = _pack(case, device)
     make = inputs_of(case, device)
     # In a rehearsal there is nothing to time, and a CPU's cache would take thousands of copies of so small an input.
     copies = [make(), make()] if setup.dry else timing.copies_past_cache(make, device)
@@ -142,6 +145,18 @@ def race(case: Case, setup: Setup, ceilings: Roofline | None) -> list[Row]:
             }
         )
     return rows
+
+
+def rehearse(case: Case, device: torch.device) -> None:
+    """The calls of our own kernels."""
+    copy = inputs_of(case, device)()
+    for peer in vitreg.peers(case.layout, _pack(case, device)):
+        if peer.name in vitreg.OPAQUE:
+            attempt(peer, job, *copy)
+
+
+def _pack(case: Case, device: torch.device) -> Pack | None:
+    return pack_of(runs_of(case), device) if case.crops else None
 
 
 def _cases(setup: Setup) -> list[Case]:

@@ -67,7 +67,7 @@ def is_dry(rows: Sequence[Row]) -> bool:
 def markdown(rows: Sequence[Row]) -> str:
     """The whole report. ``rows`` hold the environment's at least."""
     title = f"# vitreg_kernels on {rows[0]['machine']['device']}"
-    sections = (_environment, _accuracy, _races, _goals, _outputs, _models, _refusals, _stages)
+    sections = (_environment, _accuracy, _races, _goals, _outputs, _models, _tiles, _refusals, _stages)
     parts = [title, *([_DRY] if is_dry(rows) else []), *(section(rows) for section in sections)]
     return "\n\n".join(part for part in parts if part)
 
@@ -154,6 +154,7 @@ def _environment(rows: Sequence[Row]) -> str:
         ("packages", ", ".join(f"{name} {version}" for name, version in about["packages"].items())),
         ("peers", ", ".join(f"{name} {version}" for name, version in row["peers"].items()) or "none"),
         ("commit", about["commit"][:12] + changed),
+        ("sources", about["sources"]),
     ]
     if ceilings := roofline.highest(rows):
         products = ", ".join(f"{dtype} {gflops / 1e3:.3g}" for dtype, gflops in ceilings.product_gflops.items())
@@ -286,12 +287,42 @@ def _models(rows: Sequence[Row]) -> str:
             f"{row['images_per_s']:.0f}",
             "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
             row["goal"] and f"{row['goal']:.2f}x",
+            "FAIL" if any(not error["passed"] for error in (row["errors"] or {}).values()) else "",
         )
         for row in models
         if row["median_ms"] is not None
     ]
-    headings = ("model", "mode", "", "attention", "batch", "tokens", "ms", "images/s", "speed-up", "goal")
+    headings = ("model", "mode", "", "attention", "batch", "tokens", "ms", "images/s", "speed-up", "goal", "")
     return "## Whole models\n" + _table(headings, table) if table else ""
+
+
+def _tiles(rows: Sequence[Row]) -> str:
+    """What a sweep found, a kernel and a size a line, and under them the tiles that were faster and wrong."""
+    swept = _of(rows, "tuning")
+    table = [
+        (
+            row["kernel"],
+            row["size"],
+            ", ".join(map(str, row["tokens"])),
+            "; ".join(dict.fromkeys(_shape(tiles) for tiles in row["rule"] or ())),
+            row["best"] and _shape(row["best"]),
+            "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+            f"{row['timed']} of {row['timed'] + row['left_out']}",
+            f"FAIL {row['reason']}" if row["failed"] else row["reason"],
+        )
+        for row in swept
+    ]
+    headings = ("kernel", "size", "N", "tiles", "better tiles", "speed-up", "timed", "")
+    wrong = "\n".join(f"- {row['kernel']}, {row['size']}: {tiles}" for row in swept for tiles in row["wrong"])
+    wrong = wrong and "Faster, but wrong:\n" + wrong
+    return "\n\n".join(filter(None, ("## Tiles\n" + _table(headings, table), wrong))) if table else ""
+
+
+def _shape(tiles: dict[str, Any]) -> str:
+    whole_head = ", whole head" if tiles["whole_head"] else ""
+    return (
+        f"{tiles['block_m']} x {tiles['block_n']}, {tiles['num_warps']} warps, {tiles['num_stages']} stages{whole_head}"
+    )
 
 
 def _refusals(rows: Sequence[Row]) -> str:

@@ -90,14 +90,3 @@ def load() -> Loaded:
 def sentence(error: Exception) -> str:
     """An exception in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def lost(device: torch.device) -> bool:
-    """Whether a kernel broke the process's hold of the GPU (an illegal address does): every later call would fail."""
-    if device.type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False

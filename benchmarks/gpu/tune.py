@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, get_args, get_type_hints
 from unittest import mock
@@ -23,9 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import results, timing
-from benchmarks.gpu import configs
-from benchmarks.gpu.stage import Setup, lost, sentence
-from benchmarks.machine import Machine
+from benchmarks.gpu import configs, warm
+from benchmarks.gpu.stage import Setup, sentence
+from benchmarks.machine import Machine, lost
 from benchmarks.results import Row, Writer
 from benchmarks.shapes import DTYPES, HEAD_DIM, NUM_PREFIX_TOKENS, DType
 from vitreg_kernels import explain, functional
@@ -134,7 +133,7 @@ def run(setup: Setup, writer: Writer) -> Iterator[Row]:
     """Sweeps kernel by kernel, merges each winner into the configs file at once, and yields rows once written."""
     pieces = _pieces(setup)
     folder = Path(tempfile.mkdtemp(prefix="vitreg-configs-")) if setup.dry else tuning.CONFIGS
-    with _pool() as pool:
+    with warm.processes() as pool:
         for number, piece in enumerate(pieces, 1):
             if _found(writer, piece):
                 continue
@@ -206,11 +205,6 @@ def _pieces(setup: Setup) -> list[Piece]:
 
 def _found(writer: Writer, piece: Piece) -> list[Row]:
     return writer.find(kind="tuning", kernel=piece.kernel, size=piece.size)
-
-
-def _pool() -> ProcessPoolExecutor:
-    # Not forked: CUDA does not survive that. The processes start with the first job.
-    return ProcessPoolExecutor(mp_context=get_context("spawn"))
 
 
 def _row(piece: Piece, setup: Setup, pool: Executor) -> Row:

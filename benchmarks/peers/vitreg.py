@@ -12,6 +12,8 @@ from benchmarks.shapes import NUM_PREFIX_TOKENS, Layout
 from vitreg_kernels import Explanation, explain, functional
 from vitreg_kernels.ops.attention.backends import BACKENDS
 
+OPAQUE = tuple(f"vitreg:{backend.NAME}" for backend in BACKENDS if backend.OPAQUE)  # our own kernels
+
 
 def peers(layout: Layout, pack: Pack | None) -> list[Peer]:
     """One for every backend, usable or not."""

@@ -28,7 +28,7 @@ from vitreg_kernels.ops.attention.types import OUTPUT_NAMES, AttentionInputs, Ro
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 ARCHITECTURES = (80, 90, 100)
-LENGTHS = (201, 261, 1029, 1374)  # 5 prefix tokens and 14^2, 16^2, 32^2, 37^2 patches
+LENGTHS = (54, 201, 261, 1029, 1374)  # 5 prefix tokens and 7^2, 14^2, 16^2, 32^2, 37^2 patches
 PREFIX = 5
 
 # Shared memory a block can opt in to: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -41,9 +41,9 @@ every_budgeted_case = pytest.mark.parametrize(
 
 
 def attention_inputs(
-    tokens: int, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, batch: int = 32, heads: int = 6, **asked: Any
+    tokens: int, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, batch: int = 64, heads: int = 16, **asked: Any
 ) -> AttentionInputs:
-    """A ViT-S call on views of a packed qkv ``[B, N, 3, H, D]`` without memory."""
+    """A call with heads enough to fill a GPU, on views of a packed qkv ``[B, N, 3, H, D]`` without memory."""
     qkv = torch.empty(batch, tokens, 3, heads, head_dim, dtype=dtype, device="meta")
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     return AttentionInputs(query, key, value, scale=head_dim**-0.5, num_prefix_tokens=PREFIX, **asked)
@@ -149,12 +149,21 @@ VARIANTS = {
         rotated(attention_inputs(255, 16, F32, 1), 245, interleaved=True), 54, 201
     ),
     (90, "d=16 fp16, 54 tokens, rope in halves"): lambda: rotated(attention_inputs(54, 16, F16), 49, interleaved=False),
+    (90, "d=64 bf16, all outputs, rope in halves"): lambda: rotated(
+        attention_inputs(261, outputs=OUTPUT_NAMES), 256, interleaved=False
+    ),
     (90, "d=80 bf16, packed"): lambda: packed(attention_inputs(255, 80, batch=1), 54, 201),
     (100, "d=128 bf16, masked, all outputs"): lambda: masked(attention_inputs(201, 128, outputs=OUTPUT_NAMES)),
     (100, "d=16 fp32, masked, rope in halves"): lambda: masked(
         rotated(attention_inputs(54, 16, F32), 49, interleaved=False)
     ),
 }
+
+
+@pytest.mark.parametrize("lengths", [(261, 261, *[54] * 8), (201, 201, *[54] * 8)])
+def test_a_pack_of_crops_does_not_spill(lengths: tuple[int, ...]) -> None:
+    forward, *_ = launches(packed(attention_inputs(sum(lengths), batch=1), *lengths), 90)
+    assert compile_launch(forward, 90).spill_bytes == 0
 
 
 @pytest.mark.parametrize(("arch", "variant"), VARIANTS)
@@ -221,8 +230,8 @@ def test_arguments_are_specialised_as_a_launch_would(offset: int, length: int, m
     expected = _centre_kernel.run(
         **launched.arguments, **launched.constants, num_warps=16, num_stages=1, grid=(1,), warmup=True
     )
-    compiled = aot._compile(centre(16, "meta", offset, length), GPUTarget("cuda", 90, 32))
-    assert compiled.hash == expected.hash
+    job = aot.compilation(centre(16, "meta", offset, length), 90)
+    assert job.run().hash == job.key == expected.hash
 
 
 def test_a_kernel_that_does_not_compile_is_named() -> None:

@@ -30,6 +30,7 @@ def machine() -> Machine:
         packages={"vitreg_kernels": "0.1.0", "torch": "2.13.0"},
         commit="0123456789abcdef",
         dirty=False,
+        sources="0123456789abcdef",
     )
 
 

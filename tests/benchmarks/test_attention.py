@@ -219,6 +219,26 @@ def test_machine_knows_the_commit_and_whether_it_is_all(tmp_path, monkeypatch):
     assert described() == (commit, True)
 
 
+def test_sources_are_the_code_and_the_measured_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine_module, "ROOT", tmp_path)
+    seen = {machine_module.sources()}
+    counted = ("vitreg_kernels/a.py", "vitreg_kernels/_runtime/configs/sm90.json", "csrc/a.cu", "benchmarks/gpu/a.py")
+    ignored = ("benchmarks/results/a.json", "tests/a.py", "README.md", "vitreg_kernels/__pycache__/a.pyc")
+    for name in (*counted, *ignored):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    for text in ("first", "second"):
+        for name in counted:
+            (tmp_path / name).write_text(text)
+            assert machine_module.sources() not in seen, name
+            seen.add(machine_module.sources())
+    (tmp_path / "vitreg_kernels/a.py").rename(tmp_path / "vitreg_kernels/b.py")
+    renamed = machine_module.sources()
+    assert renamed not in seen
+    for name in ignored:
+        (tmp_path / name).write_text("first")
+    assert machine_module.sources() == renamed == machine_module.describe(CPU)["sources"]
+
+
 def test_flex_attention_is_compiled_in_the_full_size_only_and_forward_only_on_a_cpu():
     flex = {size: next(p for p in peers.peers(size) if p.name == "torch:flex") for size in ("quick", "full")}
     qkv, _ = contest.inputs_of(TINY, CPU)()

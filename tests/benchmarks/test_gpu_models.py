@@ -271,16 +271,25 @@ def compile_with(backend):
     return compile
 
 
-def test_after_a_kernel_that_broke_the_gpu_nothing_is_timed(writer, only, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_after_a_kernel_that_broke_the_gpu_nothing_runs(writer, only, monkeypatch, late):
     only(FORWARD)
-    broken = []
+    monkeypatch.setattr(models, "_OWN", {"own: flash": models._OWN["own: flash"]})
+    attempt, attempted, broken = models._attempt, [], []
     forward = sdpa.forward
 
     def breaks(inputs):
         broken.append(True)
+        if not late:
+            raise RuntimeError("an illegal memory access was encountered")
         return forward(inputs)
 
+    def spy(contender, *rest):
+        attempted.append(contender.name)
+        return attempt(contender, *rest)
+
     monkeypatch.setattr(sdpa, "forward", breaks)
+    monkeypatch.setattr(models, "_attempt", spy)
     monkeypatch.setattr(models, "lost", lambda device: bool(broken))
 
     def interleave(variants, *_, **__):
@@ -290,8 +299,14 @@ def test_after_a_kernel_that_broke_the_gpu_nothing_is_timed(writer, only, monkey
     monkeypatch.setattr(models.timing, "interleave", interleave)
     with pytest.raises(RuntimeError, match="cannot be used any more"):
         list(models.run(DRY, writer))
+    assert attempted[-1] == "vitreg: default"
     rows = by_attention(writer.rows)
-    assert "broke the hold of the GPU" in rows["own: flash"]["reason"]
+    told = "broke the hold of the GPU" if late else "illegal memory access"
+    assert rows["vitreg: default"]["failed"]
+    assert told in rows["vitreg: default"]["reason"]
+    for name in ("own: flash", "vitreg: triton"):
+        assert rows[name]["reason"] == "was not timed, because vitreg: default broke the hold of the GPU"
+        assert not rows[name]["failed"]
     assert models.unfinished(DRY, writer) == 0
 
 

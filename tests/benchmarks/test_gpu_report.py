@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.gpu import environment, report, stage
+from benchmarks.machine import lost
 from benchmarks.results import Writer
 
 pytest.importorskip("matplotlib", reason="the benchmark's own package: pip install 'vitreg_kernels[bench]'")
@@ -64,7 +65,11 @@ def made_up_rows():
     yield outputs_row(("received_attention",), 1.375, 1.35)
     yield model_row("vitreg: triton", True, 100.0, 1.17)
     yield model_row("own: cudnn", False, 117.0, 1.0)
+    yield model_row("vitreg: wrong", True, 90.0, 1.3) | {"errors": {"features": error(True), "grad_qkv": error(False)}}
     yield model_row("vitreg: default", True, None, None) | {"reason": "ran out of memory at a batch of 64"}
+    yield tuning_row(best=tiles(128, whole_head=True), speedup=1.25, rule_ms=[1.0, 1.0], best_ms=[0.5, 0.8])
+    yield tuning_row("statistics", wrong=["Tiles(...): received_attention at 261 tokens"])
+    yield tuning_row("grad_query", reason="IndexError: no | way", failed=True)
     yield {"kind": "stage", "stage": "accuracy", "seconds": 89.7, "unfinished": 12, "error": None}
     yield {"kind": "stage", "stage": "race", "seconds": 3.0, "unfinished": None, "error": "IndexError: no | way"}
 
@@ -170,6 +175,32 @@ def model_row(attention, ours, ms, speedup):
     }
 
 
+def tiles(block_m, whole_head=False):
+    return {"block_m": block_m, "block_n": 64, "num_warps": 4, "num_stages": 2, "whole_head": whole_head}
+
+
+def tuning_row(kernel="forward", **changes):
+    return {
+        "kind": "tuning",
+        "kernel": kernel,
+        "head_dim": 64,
+        "tokens": [261, 201],
+        "dtype": "bf16",
+        "size": "16-bit,64,272",
+        "reason": None,
+        "failed": False,
+        "rule": [tiles(64), tiles(64)],
+        "best": None,
+        "rule_ms": None,
+        "best_ms": None,
+        "speedup": None,
+        "timed": 30,
+        "left_out": 3,
+        "wrong": [],
+        **changes,
+    }
+
+
 def lines(text):
     """Table lines by their first cell, the last of a name winning."""
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.split("\n") if line[:2] == "| "]
@@ -186,6 +217,7 @@ def test_the_machine_is_told(rows):
     assert told["L2"] == ["60 MiB"]
     assert told["driver, CUDA, cuDNN"] == ["600.1, 13.0, unknown"]
     assert told["peers"] == ["xformers 0.0.99"]
+    assert told["sources"] == ["0123456789abcdef"]
     assert told["copy bandwidth"] == ["4000 GB/s"]
     assert told["matrix product of random data"] == ["TFLOP/s: fp32 50, bf16 700"]
 
@@ -230,11 +262,21 @@ def test_outputs_models_and_stages_are_told(rows):
     assert "| triton | lse | 1.25 |" in text
     models = section(text, "## Whole models")
     trained = "| vit_large_patch14_reg4_dinov2 | training | eager"
-    assert f"{trained} | vitreg: triton | 64 | 261 | 100 | 640 | 1.17x | 1.15x |" in models
+    assert f"{trained} | vitreg: triton | 64 | 261 | 100 | 640 | 1.17x | 1.15x |  |" in models
+    assert f"{trained} | vitreg: wrong | 64 | 261 | 90 | 711 | 1.30x | 1.15x | FAIL |" in models
     assert "vitreg: default" not in models
     stages = section(text, "## Stages")
     assert "| accuracy | 90 | 12 |  |" in stages
     assert "| race | 3 | unknown | IndexError: no \\| way |" in stages
+
+
+def test_a_sweep_is_told(rows):
+    told = section(report.markdown(rows), "## Tiles")
+    size, rule = "16-bit,64,272 | 261, 201", "64 x 64, 4 warps, 2 stages"
+    better = "128 x 64, 4 warps, 2 stages, whole head | 1.25x"
+    assert f"| forward | {size} | {rule} | {better} | 30 of 33 |  |" in told
+    assert f"| grad_query | {size} | {rule} |  |  | 30 of 33 | FAIL IndexError: no \\| way |" in told
+    assert "Faster, but wrong:\n- statistics, 16-bit,64,272: Tiles(...): received_attention at 261 tokens" in told
 
 
 def test_who_was_not_timed_says_why(rows):
@@ -349,13 +391,31 @@ def test_a_gpu_is_described_as_the_schema_has_it(monkeypatch, gpu):
     assert (row["multiprocessors"], row["l2_bytes"]) == (132, 60 * 2**20)
 
 
+def test_peers_are_found_without_importing_anything(monkeypatch, tmp_path):
+    """Two distributions that share a name, as FlashAttention's do, and packages that raise when they are imported."""
+    packages = {"shared-2": ("2.1", "shared/__init__.py"), "shared-4": ("4.0", "shared/cute/__init__.py")}
+    for name, (version, file) in packages.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("raise RuntimeError('broken')")
+        about = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (about / "RECORD").write_text(f"{file},,\n{about.name}/METADATA,,\n")
+    (tmp_path / "nobodys.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = ("shared", "shared.cute", "shared.other", "nobodys", "nobodys.part", "absent", "absent.part")
+    found = {"shared": "2.1", "shared.cute": "4.0", "nobodys": "of no distribution"}
+    assert environment._installed(modules) == found
+    assert "flash_attn.cute" in environment.PEERS
+
+
 def test_a_gpu_is_lost_when_it_answers_no_more(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert not stage.lost(torch.device("cuda"))
+    assert not lost(torch.device("cuda"))
 
     def broken(device):
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
-    assert stage.lost(torch.device("cuda"))
-    assert not stage.lost(torch.device("cpu"))
+    assert lost(torch.device("cuda"))
+    assert not lost(torch.device("cpu"))

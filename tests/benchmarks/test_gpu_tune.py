@@ -53,7 +53,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "explain", lambda *_, **__: SimpleNamespace(reasons={}))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block_optin=1))
     monkeypatch.setattr(tune, "misfit", lambda job: asked.misfit(job))
-    monkeypatch.setattr(tune, "_pool", lambda: nullcontext(Inline))
+    monkeypatch.setattr(tune.warm, "processes", lambda: nullcontext(Inline))
     monkeypatch.setattr(tune, "_broken", lambda piece, tiles, setup: asked.broken(piece, tiles))
     monkeypatch.setattr(tune, "_inputs", lambda piece, shape, device: (torch.empty(shape[1], 0),))
     monkeypatch.setattr(timing, "copies_past_cache", lambda make, device: [make(), make()])

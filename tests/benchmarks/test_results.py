@@ -95,15 +95,15 @@ def test_a_cut_run_is_resumed(tmp_path, machine, bare, row):
     assert again.find(kind="overhead", requires_grad=True) == [row | {"requires_grad": True}]
 
 
-@pytest.mark.parametrize("change", ["finished", "commit", "size", "model", "dirty", "fresh"])
+@pytest.mark.parametrize("change", ["finished", "sources", "commit", "size", "model", "dirty", "fresh"])
 def test_any_other_file_is_left_as_it_is(tmp_path, machine, bare, change):
     path = tmp_path / "run.json"
-    dirty = {**machine, "dirty": True}
-    first = Writer(path, RUN, dirty if change == "dirty" else machine)
+    first = Writer(path, RUN, machine)
     first.extend([bare])
     if change == "finished":
         first.finish()
-    other = {"commit": {**machine, "commit": "fedcba"}, "dirty": dirty}.get(change, machine)
+    changed = {"commit": "fedcba", "sources": "fedcba", "dirty": True}
+    other = machine | ({change: changed[change]} if change in changed else {})
     asked = RUN | ({change: "another"} if change in RUN else {})
     left = path.read_text()
     for number in (2, 3):
@@ -113,6 +113,13 @@ def test_any_other_file_is_left_as_it_is(tmp_path, machine, bare, change):
         again.finish()
         assert len(results.load(again.path)) == 1
     assert path.read_text() == left
+
+
+def test_a_cut_run_of_changed_code_is_resumed_while_it_is_the_same_code(tmp_path, machine, bare):
+    path, dirty = tmp_path / "run.json", {**machine, "commit": "unknown", "dirty": True}
+    Writer(path, RUN, dirty).extend([bare])
+    assert Writer(path, RUN, dirty).resumed == 1
+    assert Writer(path, RUN, {**dirty, "sources": "fedcba"}).resumed == 0
 
 
 def test_a_cut_run_behind_a_finished_one_is_resumed(tmp_path, machine, bare, row):

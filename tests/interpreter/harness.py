@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from vitreg_kernels.check import GRADIENTS, Yardstick
+from vitreg_kernels.ops.attention.backends import triton as backend
 from vitreg_kernels.ops.attention.backends.triton import plan
 from vitreg_kernels.ops.attention.backends.triton.backward_kernels import backward_launches
-from vitreg_kernels.ops.attention.backends.triton.forward_kernel import forward_launches
-from vitreg_kernels.ops.attention.backends.triton.statistics_kernel import statistics_launches
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES, AttentionInputs, Rope
 
 BAND = 512
@@ -95,10 +94,10 @@ def run(inputs: AttentionInputs, grad_output: Tensor, arch: int) -> dict[str, Te
     lse, delta = written["lse"].view, written["delta"].view
     normalizer, backward_normalizer = written["normalizer"].view, written["normalizer of the backward"].view
     gradients = gradient.view.permute(2, 0, 3, 1, 4).unbind(0)
-    received, prefixes = written["received_attention"].view, written["prefix_attention"].view
+    statistics = ("max_logit", "square_norm", "received_attention", "prefix_attention")
+    buffers = backend._Buffers(output, lse, normalizer, *(written[name].view for name in statistics))
     launches = [
-        *forward_launches(inputs, output, lse, normalizer, max_logit.view, written["square_norm"].view, arch),
-        *statistics_launches(inputs, lse, normalizer, received, prefixes, arch),
+        *backend._forward_launches(inputs, buffers, arch),
         *backward_launches(inputs, output, lse, delta, backward_normalizer, grad_output, *gradients, arch),
     ]
     for launch in launches:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks import machine, results
+from benchmarks import results
 from benchmarks.gpu import __main__ as driver
 from benchmarks.gpu import race
 
@@ -17,8 +17,6 @@ def of_kind(path, kind):
 
 def test_a_dry_run_of_the_default_stages(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the benchmark's own package: pip install 'vitreg_kernels[bench]'")
-    here = machine.describe(driver.torch.device("cpu")) | {"dirty": False}  # or a cut run is not gone on with
-    monkeypatch.setattr(driver.machine, "describe", lambda device: here)
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     # Of every layout and mode one, as each case takes the interpreter seconds.
     competitions = race._cases

@@ -18,22 +18,27 @@ class UnsupportedError(RuntimeError):
     """No backend, or not the one that was named, can serve a call. The message lists the reasons."""
 
 
+ANY_SIZE = (1, 2**31 - 1)
+
+
 class Requirements(NamedTuple):
     """What a backend can serve.
 
     Attributes:
         devices: device types.
         dtypes: dtypes of the inputs.
-        head_dims: smallest and largest head dim.
+        head_dims: smallest and largest head dim, of an op that has heads.
         features: features of a call beyond the plain one, such as ``"rope"``; each op lists its own.
         min_capability: oldest CUDA compute capability.
+        channels: smallest and largest number of channels a token, of an op that takes whole tokens.
     """
 
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
-    head_dims: tuple[int, int]
-    features: tuple[str, ...]
+    head_dims: tuple[int, int] = ANY_SIZE
+    features: tuple[str, ...] = ()
     min_capability: tuple[int, int] = (0, 0)
+    channels: tuple[int, int] = ANY_SIZE
 
 
 class Request(NamedTuple):
@@ -42,18 +47,20 @@ class Request(NamedTuple):
     Attributes:
         device: device type.
         capability: CUDA compute capability, ``(0, 0)`` elsewhere.
-        dtype, head_dim: of the inputs.
+        dtype, head_dim: of the inputs; no head dim for an op that has no heads.
         features: what the call uses beyond the plain one.
         length_bucket: which of the lengths that measurements tell apart (``tuning.length_bucket``); ``"any"`` where
             nothing is measured, which is everywhere but on a GPU.
+        channels: of a token, for an op that takes whole tokens.
     """
 
     device: str
     capability: tuple[int, int]
     dtype: torch.dtype
-    head_dim: int
-    features: tuple[str, ...]
+    head_dim: int | None = None
+    features: tuple[str, ...] = ()
     length_bucket: str = "any"
+    channels: int | None = None
 
 
 class Backend(Protocol):
@@ -97,9 +104,12 @@ def unmet(requirements: Requirements, request: Request) -> list[str]:
         reasons.append(f"needs compute capability {need}, this GPU has {have}")
     if request.dtype not in requirements.dtypes:
         reasons.append(f"takes {_any_of([_name(d) for d in requirements.dtypes])}, not {_name(request.dtype)}")
-    low, high = requirements.head_dims
-    if not low <= request.head_dim <= high:
-        reasons.append(f"takes head dims {low} to {high}, not {request.head_dim}")
+    for what, size, (low, high) in (
+        ("head dims", request.head_dim, requirements.head_dims),
+        ("channel counts", request.channels, requirements.channels),
+    ):
+        if size is not None and not low <= size <= high:
+            reasons.append(f"takes {what} {low} to {high}, not {size}")
     reasons += [f"does not support {f}" for f in request.features if f not in requirements.features]
     return reasons
 

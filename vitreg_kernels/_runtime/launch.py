@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
+
+Constant: TypeAlias = int | float | bool | str | tuple[int, ...] | None
 
 
 class Launch(NamedTuple):
@@ -21,7 +23,7 @@ class Launch(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Tensor | int | float | None]
-    constants: dict[str, int | float | bool | str | None]
+    constants: dict[str, Constant]
     num_warps: int
     num_stages: int
 

@@ -1,12 +1,15 @@
-"""Tile shapes of the Triton kernels: a pure function, so that the same call always runs the same kernel.
+"""What was measured on each architecture, and the tile shapes of the Triton kernels where nothing was.
 
-Where something better was measured, ``configs/sm90.json`` and its like override the rules for one architecture, one
-kernel, one size at a time::
+``configs/sm90.json`` and its like hold, one size at a time, the backend that a call gets if it names none, and tiles
+better than the rules below give::
 
-    {"attention": {"forward": {"16-bit,64,272": {"block_m": 64, "block_n": 128, "num_warps": 4, "num_stages": 2}}}}
+    {
+        "fastest": {"16-bit,64,272": "triton"},
+        "attention": {"forward": {"16-bit,64,272": {"block_m": 64, "block_n": 128, "num_warps": 4, "num_stages": 2}}}
+    }
 
 for half-precision inputs of 33 to 64 channels and of 65 to 272 tokens. Lengths are told apart at 64, 272 and 2048;
-longer ones are ``any``.
+longer ones are ``any``. Everything here is a pure function: the same call always runs the same kernel.
 """
 
 from __future__ import annotations
@@ -14,15 +17,16 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass
-from importlib import resources
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
-AttentionKernel = Literal["forward", "grad_query", "grad_key_value", "statistics"]
+AttentionKernel = Literal["forward", "backward", "grad_query", "grad_key_value", "statistics"]
 
-_CONFIGS = resources.files(__package__) / "configs"
+CONFIGS = Path(__file__).parent / "configs"
 _LENGTH_BUCKETS = (64, 272, 2048)
+_HEADS_THAT_FILL_A_GPU = 512
 
 
 @dataclass(frozen=True)
@@ -33,17 +37,35 @@ class Tiles:
         block_m: tokens a program owns, a power of two from 16.
         block_n: tokens it sweeps at a time, a power of two from 16 to 256.
         num_warps, num_stages: compiler options.
+        whole_head: one program owns every tile of a head, one after another, instead of a single one. The forward then
+            holds the keys and values of the head in shared memory.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    whole_head: bool = False
 
 
 def padded_head_dim(head_dim: int) -> int:
     """Channels of a tile: the next power of two, and the 16 that ``tl.dot`` needs at least."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def length_bucket(num_tokens: int) -> str:
+    """What lengths are told apart by: ``"64"``, ``"272"``, ``"2048"`` or ``"any"``."""
+    return next((str(bucket) for bucket in _LENGTH_BUCKETS if num_tokens <= bucket), "any")
+
+
+def size_key(dtype: torch.dtype, head_dim: int, bucket: str) -> str:
+    """The name of a size in the tables: ``"16-bit,64,272"``."""
+    return f"{torch.finfo(dtype).bits}-bit,{padded_head_dim(head_dim)},{bucket}"
+
+
+def fastest(arch: int, dtype: torch.dtype, head_dim: int, bucket: str) -> str | None:
+    """The attention backend measured to be the fastest for a size on an architecture; ``None`` where none was."""
+    return _TABLES.get(arch, {}).get("fastest", {}).get(size_key(dtype, head_dim, bucket))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -59,8 +81,8 @@ def attention_tiles(kernel: AttentionKernel, arch: int, dtype: torch.dtype, head
     """
     block_d = padded_head_dim(head_dim)
     bits = torch.finfo(dtype).bits
-    bucket = next((str(b) for b in _LENGTH_BUCKETS if num_tokens <= b), "any")
-    measured = _table(arch).get("attention", {}).get(kernel, {}).get(f"{bits}-bit,{block_d},{bucket}")
+    size = size_key(dtype, head_dim, length_bucket(num_tokens))
+    measured = _TABLES.get(arch, {}).get("attention", {}).get(kernel, {}).get(size)
     if measured is not None:
         return Tiles(**measured)
     wide = block_d > 64
@@ -70,8 +92,14 @@ def attention_tiles(kernel: AttentionKernel, arch: int, dtype: torch.dtype, head
     if bits == 32:
         # Exact fp32 products run on the FMA pipe, which takes whole rows of its operands into registers.
         return Tiles(32, 16, 8, 1) if wide else Tiles(64, 32, 8, 1)
-    if kernel == "statistics" or (kernel == "forward" and num_tokens <= 64 and not wide):
+    if kernel == "backward":
+        return Tiles(64, 64, 4, 1, whole_head=True)
+    if kernel == "statistics":
         return Tiles(64, 64, 4, 2)
+    if kernel == "forward" and not wide and (num_tokens <= 64 or (num_tokens <= 272 and 90 <= arch < 100)):
+        # Keys and values are read once, and leave room for 3 programs a multiprocessor up to 256 tokens, 2 beyond. With
+        # more than one tile of keys sm_80 spills, and on sm_100 one program takes all of the tensor memory.
+        return Tiles(64, 128, 4, 1, whole_head=True)
     if kernel == "forward":
         # Every owned tile reads all keys and values out of the L2; a tall one halves that. On sm_100 eight warps
         # leave a thread 128 registers, which spill once every statistic is asked for.
@@ -79,7 +107,29 @@ def attention_tiles(kernel: AttentionKernel, arch: int, dtype: torch.dtype, head
     return Tiles(64, 32 if cramped else 64, 8 if wide and small else 4, 2)
 
 
-@functools.cache
-def _table(arch: int) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-    file = _CONFIGS / f"sm{arch}.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+def backward_by_heads(arch: int, dtype: torch.dtype, head_dim: int, num_tokens: int, num_heads: int) -> bool:
+    """Whether a program of the backward owns a whole head (kernel ``"backward"``), or one tile of it (the other two).
+
+    Up to 64 tokens a head is one tile anyway. Longer ones must be many: a multiprocessor of sm_90 has room for two
+    programs, so 132 of them are full with 264 heads, and of the second round on it matters little how full the last is.
+
+    Args:
+        arch, dtype, head_dim, num_tokens: as for ``attention_tiles``.
+        num_heads: of all images together.
+    """
+    if torch.finfo(dtype).bits == 32 or padded_head_dim(head_dim) > 64:
+        return False
+    if num_tokens <= 64:
+        return 90 <= arch < 120  # sm_80 spills
+    # On sm_100 one program takes all of the tensor memory.
+    return num_tokens <= 272 and 90 <= arch < 100 and num_heads >= _HEADS_THAT_FILL_A_GPU
+
+
+def read_tables(folder: Path) -> dict[int, dict[str, Any]]:
+    """The tables in a folder by architecture; none if there is no such folder."""
+    files = {int(file.stem.removeprefix("sm")): file for file in folder.glob("sm*.json")}
+    return {arch: json.loads(file.read_text()) for arch, file in files.items()}
+
+
+# Read here and now: torch.compile traces through the choice of a backend, and could not trace the reading of a file.
+_TABLES = read_tables(CONFIGS)

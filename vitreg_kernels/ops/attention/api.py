@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..._runtime import dispatch
+from ..._runtime.arguments import described
 from . import autograd, features
 from .backends import BACKENDS
 from .types import AttentionInputs, AttentionOutputs, AttentionResult, Rope
-from .validation import autocast, described, validated
+from .validation import autocast, validated
 
 
 def register_attention(

@@ -7,29 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from ..._runtime.arguments import DTYPES, autocast_dtype, described
 from .packing import lengths
 from .types import OUTPUT_NAMES, AttentionInputs, Rope
 
 _INTS = (int, torch.SymInt)
-_WITH_AUTOCAST = tuple(d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d))
 _NUMBERS = (float, torch.SymFloat, *_INTS)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors as autocast would hand them to a matrix product: floating ones, fp64 excepted, in its dtype.
-
-    torch's autocast knows nothing of opaque ops, so the cast is made here.
-    """
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else None
-    if device not in _WITH_AUTOCAST or not torch.is_autocast_enabled(device):
+    """The tensors as autocast would hand them to a matrix product: floating ones, fp64 excepted, in its dtype."""
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     castable = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
 
@@ -62,7 +57,7 @@ def validated(
         and shape == key.shape == value.shape
         and (dtype := query.dtype) is key.dtype is value.dtype
         and query.device == key.device == value.device
-        and dtype in _DTYPES
+        and dtype in DTYPES
     ):
         _refuse_qkv(query, key, value)
     _, heads, tokens, head_dim = shape
@@ -100,13 +95,6 @@ def validated(
         max_seqlen or 0,
         outputs,
     )
-
-
-def described(x: Any) -> str:
-    """A tensor's shape, dtype and device, or another thing's type, for an error message."""
-    if not isinstance(x, Tensor):
-        return f"a {type(x).__name__}"
-    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
 
 
 def _refuse_qkv(query: Tensor, key: Tensor, value: Tensor) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....._runtime import triton_mode
+from ....._runtime import triton_mode, tuning
 from ....._runtime.dispatch import Request, Requirements, unmet
 from ....._runtime.launch import Launch
 from ... import features
@@ -27,9 +27,6 @@ REQUIREMENTS = Requirements(
     min_capability=(8, 0),
 )
 
-# Architectures on which these kernels have run right, by a committed benchmarks/results file. None yet.
-PROVEN_CAPABILITIES: tuple[tuple[int, int], ...] = ()
-
 
 def not_supported_reasons(request: Request) -> list[str]:
     reasons = unmet(REQUIREMENTS, request)
@@ -39,14 +36,16 @@ def not_supported_reasons(request: Request) -> list[str]:
 
 
 def not_default_reasons(request: Request) -> list[str]:
-    if request.capability in PROVEN_CAPABILITIES:
+    if triton_mode.INTERPRETING:
+        return ["has not been measured on the interpreter, which is slow; name it to use it"]
+    major, minor = request.capability
+    fastest = tuning.fastest(10 * major + minor, request.dtype, request.head_dim, request.length_bucket)
+    if fastest == NAME:
         return []
-    where = (
-        "the interpreter"
-        if triton_mode.INTERPRETING
-        else "compute capability " + ".".join(map(str, request.capability))
-    )
-    return [f"has not been measured on {where} yet; name it to use it"]
+    where = f"compute capability {major}.{minor}"
+    if fastest is None:
+        return [f"has not been measured on {where} yet for such a call; name it to use it"]
+    return [f"is no faster than {fastest} for such a call, as measured on {where}; name it to use it"]
 
 
 class _Buffers(NamedTuple):
@@ -55,7 +54,7 @@ class _Buffers(NamedTuple):
     output: Tensor
     lse: Tensor | None  # [B, H, N]
     normalizer: Tensor | None  # [B, H, N]
-    max_logit: Tensor | None  # [images, H, tiles], by program
+    max_logit: Tensor | None  # [images, H, tiles]
     square_norm: Tensor | None  # [B, H, N], by head
     received_attention: Tensor | None  # [B, H, N]
     prefix_attention: Tensor | None  # [B, H, P, N]
@@ -134,9 +133,11 @@ def _allocate(inputs: AttentionInputs, arch: int) -> _Buffers:
     max_logit = None
     if "max_logit" in outputs:
         work = plan.of(inputs, "forward", arch)
-        # Packed, images shorter than the longest have programs without queries, which write nothing.
+        # Packed, images shorter than the longest have tiles without queries, which nobody writes.
         max_logit = query.new_full((work.images, heads, work.num_tiles), -torch.inf, dtype=torch.float32)
-    second_look = not {"received_attention", "prefix_attention"}.isdisjoint(outputs)
+    second_look = "received_attention" in outputs or (
+        "prefix_attention" in outputs and not plan.holds_heads(inputs, arch)
+    )
     return _Buffers(
         output=empty_output(query),
         lse=statistic(batch, heads, tokens, needed=second_look or "lse" in outputs),
@@ -153,10 +154,13 @@ def _forward_launches(inputs: AttentionInputs, buffers: _Buffers, arch: int) -> 
     from .statistics_kernel import statistics_launches
 
     output, lse, normalizer, max_logit, square_norm, received_attention, prefix_attention = buffers
-    first = forward_launches(inputs, output, lse, normalizer, max_logit, square_norm, arch)
-    if received_attention is None and prefix_attention is None:
+    prefix_first, prefix_second = prefix_attention, None
+    if not plan.holds_heads(inputs, arch):
+        prefix_first, prefix_second = None, prefix_attention
+    first = forward_launches(inputs, output, lse, normalizer, max_logit, square_norm, prefix_first, arch)
+    if received_attention is None and prefix_second is None:
         return first
-    return first + statistics_launches(inputs, lse, normalizer, received_attention, prefix_attention, arch)
+    return first + statistics_launches(inputs, lse, normalizer, received_attention, prefix_second, arch)
 
 
 def _run(launches: list[Launch], query: Tensor) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ....._runtime import tuning
+from ....._runtime.launch import Constant
 from ...types import AttentionInputs, Rope
 
 _PREFIX_TILE = 16  # the narrowest tile tl.dot takes
@@ -31,18 +32,22 @@ class Work(NamedTuple):
 
     Attributes:
         num_tiles: owned tiles an image.
+        num_programs: programs a head: one for each owned tile, or one for all.
         images: number of images.
-        grid: one program for each owned tile of each head of each image.
+        held: widths of the tiles that hold a whole head; none where programs sweep.
+        grid: all programs of all heads of all images.
         arguments: the run-time arguments every kernel has.
         constants: the compile-time arguments every kernel has.
         num_warps, num_stages: compiler options.
     """
 
     num_tiles: int
+    num_programs: int
     images: int
+    held: tuple[int, ...]
     grid: tuple[int, ...]
     arguments: dict[str, Tensor | int | float | None]
-    constants: dict[str, int | float | bool | str | None]
+    constants: dict[str, Constant]
     num_warps: int
     num_stages: int
 
@@ -51,15 +56,17 @@ def of(inputs: AttentionInputs, kernel: tuning.AttentionKernel, arch: int) -> Wo
     """The work of one kernel for a call on an architecture (compute capability times ten)."""
     batch, heads, tokens, head_dim = inputs.query.shape
     packed = inputs.cu_seqlens is not None
-    longest = inputs.max_seqlen if packed else tokens
+    longest = _longest(inputs)
     tiles = tuning.attention_tiles(kernel, arch, inputs.query.dtype, head_dim, longest)
     num_tiles, prefix, tail = _cut(longest, inputs.num_prefix_tokens, tiles, packed)
+    held = _held(longest, tiles.block_n) if tiles.whole_head or kernel == "backward" else ()
+    num_programs = 1 if held else num_tiles
     images = inputs.cu_seqlens.shape[0] - 1 if packed else batch
     arguments = {
         "cu_seqlens": inputs.cu_seqlens,
         **_mask_arguments(inputs),
         **_rope_arguments(inputs.rope),
-        "num_tiles": num_tiles,
+        "num_programs": num_programs,
         "num_heads": heads,
         "num_tokens": tokens,
         "num_prefix": inputs.num_prefix_tokens,
@@ -76,8 +83,21 @@ def of(inputs: AttentionInputs, kernel: tuning.AttentionKernel, arch: int) -> Wo
         # fp32 products are exact unless the user allowed tf32 for torch's own; ignored for half precision.
         "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
     }
-    grid = (num_tiles * heads * images,)
-    return Work(num_tiles, images, grid, arguments, constants, tiles.num_warps, tiles.num_stages)
+    grid = (num_programs * heads * images,)
+    return Work(num_tiles, num_programs, images, held, grid, arguments, constants, tiles.num_warps, tiles.num_stages)
+
+
+def holds_heads(inputs: AttentionInputs, arch: int) -> bool:
+    """Whether a program of the forward holds all keys of a head, so that it can tell what a prefix token attends to."""
+    _, _, _, head_dim = inputs.query.shape
+    return tuning.attention_tiles("forward", arch, inputs.query.dtype, head_dim, _longest(inputs)).whole_head
+
+
+def backward_by_heads(inputs: AttentionInputs, arch: int) -> bool:
+    """Whether a program of the backward owns all tiles of a head."""
+    batch, heads, _, head_dim = inputs.query.shape
+    images = batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+    return tuning.backward_by_heads(arch, inputs.query.dtype, head_dim, _longest(inputs), images * heads)
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
@@ -85,6 +105,34 @@ def strides(**tensors: Tensor) -> dict[str, int]:
     return {
         f"{name}_stride_{axis}": s for name, x in tensors.items() for axis, s in zip("bhnd", x.stride(), strict=True)
     }
+
+
+def leaves_few(inputs: AttentionInputs, work: Work) -> bool:
+    """Whether an image may be 1 to 16 tokens longer than a whole number of owned tiles."""
+    left_over = inputs.query.shape[2] % work.constants["BLOCK_M"]
+    return inputs.cu_seqlens is not None or 0 < left_over <= _PREFIX_TILE
+
+
+def prefix_tiles(inputs: AttentionInputs) -> int:
+    """Tiles of 16 tokens that the prefix takes."""
+    return _ceil_div(inputs.num_prefix_tokens, _PREFIX_TILE)
+
+
+def _longest(inputs: AttentionInputs) -> int:
+    return inputs.query.shape[2] if inputs.cu_seqlens is None else inputs.max_seqlen
+
+
+def _held(tokens: int, block_n: int) -> tuple[int, ...]:
+    """Cut like a swept axis, but each tile is a step of the online softmax, so a tail that would take three is one."""
+    full, tail = divmod(_ceil_div(max(tokens, 1), 16) * 16, block_n)
+    widths = [block_n] * full
+    while tail:
+        tile = 1 << (tail - 1).bit_length()
+        if tail <= tile * 5 // 8:
+            tile //= 2
+        widths.append(tile)
+        tail = max(tail - tile, 0)
+    return tuple(widths)
 
 
 def _cut(tokens: int, prefix_tokens: int, tiles: tuning.Tiles, packed: bool) -> tuple[int, int, int]:

@@ -2,11 +2,12 @@
 
 A program *owns* one tile of BLOCK_M tokens of one image and head and *sweeps* all tokens of that image on the other
 axis in tiles of BLOCK_N. So a kernel states two things only: what happens to the owned tile before and after the
-sweep, and one `step` that folds a swept tile into the state. How both axes are cut is decided in `plan.py`.
+sweep, and one `step` that folds a swept tile into the state. Where all tokens of a head fit, a program may own all its
+tiles in turn and *hold* the swept axis in shared memory instead. How the axes are cut is decided in `plan.py`.
 
 Each kernel keeps what does not change in a NamedTuple `ctx`, which has at least `place`, BLOCK_M, BLOCK_N, TAIL and
 PREFIX. It is always handed on as an argument: triton turns the constants of a tuple that is assigned to a name into
-run-time values.
+run-time values. No function here returns None or a constant within a tuple: triton 3.6 does not compile that.
 
 Shapes in comments: M owned tokens, W swept tokens, BLOCK_D channels (D padded to a power of two).
 """
@@ -57,18 +58,18 @@ class Rope(NamedTuple):
 
 
 @triton.jit
-def locate(num_tiles, num_heads, num_tokens, num_prefix, cu_seqlens):
-    """Tile and Place of this program. Tiles of one head are neighbours, so that they meet its tokens in the L2."""
+def locate(num_programs, num_heads, num_tokens, num_prefix, cu_seqlens):
+    """Tile and Place of this program. Programs of one head are neighbours, so that they meet its tokens in the L2."""
     pid = tl.program_id(0)
-    head = (pid // num_tiles % num_heads).to(tl.int64)
-    image = (pid // num_tiles // num_heads).to(tl.int64)
+    head = (pid // num_programs % num_heads).to(tl.int64)
+    image = (pid // num_programs // num_heads).to(tl.int64)
     if cu_seqlens is None:
         place = Place(image, head, image, image * 0, num_tokens, num_prefix)
     else:
         start = tl.load(cu_seqlens + image)
         length = tl.load(cu_seqlens + image + 1) - start
         place = Place(image, head, image * 0, start.to(tl.int64), length, num_prefix)
-    return pid % num_tiles, place
+    return pid % num_programs, place
 
 
 @triton.jit
@@ -85,13 +86,9 @@ def statistic_of(pointer, place, num_heads, total_tokens):
 
 
 @triton.jit
-def rope_of(cos, sin, place, stride_b, stride_m, INTERLEAVED: tl.constexpr):
-    """This image's rotation in [B, M, D], or in [sum of M, D], where the prefixes of the images before are left out."""
-    if cos is None:
-        return Rope(None, None, 0, 0, INTERLEAVED)
-    else:
-        offset = place.batch * stride_b + tl.maximum(place.start - place.image * place.num_prefix, 0) * stride_m
-        return Rope(cos + offset, sin + offset, stride_m, place.num_prefix, INTERLEAVED)
+def rope_offset(place, stride_b, stride_m):
+    """Of this image's first patch in [B, M, D], or in [sum of M, D], where other images' prefixes are left out."""
+    return place.batch * stride_b + tl.maximum(place.start - place.image * place.num_prefix, 0) * stride_m
 
 
 @triton.jit

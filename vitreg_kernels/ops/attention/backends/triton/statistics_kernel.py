@@ -25,7 +25,7 @@ from .primitives import (
     locate,
     own,
     probabilities,
-    rope_of,
+    rope_offset,
     rows_of,
     signed,
     statistic_of,
@@ -118,7 +118,7 @@ def _statistics_fwd_kernel(
     mask_stride_n,
     rope_stride_b,
     rope_stride_m,
-    num_tiles,
+    num_programs,
     num_heads,
     num_tokens,
     num_prefix,
@@ -132,7 +132,11 @@ def _statistics_fwd_kernel(
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile, place = locate(num_tiles, num_heads, num_tokens, num_prefix, cu_seqlens)
+    tile, place = locate(num_programs, num_heads, num_tokens, num_prefix, cu_seqlens)
+    if cos is not None:
+        offset = rope_offset(place, rope_stride_b, rope_stride_m)
+        cos += offset
+        sin += offset
     if key_mask is not None:
         key_mask += place.batch * mask_stride_b + place.start * mask_stride_n
     if received_attention is not None:
@@ -144,7 +148,7 @@ def _statistics_fwd_kernel(
         Statistics(
             rows_of(query, place, query_stride_b, query_stride_h, query_stride_n, query_stride_d),
             rows_of(key, place, key_stride_b, key_stride_h, key_stride_n, key_stride_d),
-            rope_of(cos, sin, place, rope_stride_b, rope_stride_m, INTERLEAVED),
+            Rope(cos, sin, rope_stride_m, num_prefix, INTERLEAVED),
             key_mask,
             mask_stride_n,
             statistic_of(lse, place, num_heads, num_tokens),

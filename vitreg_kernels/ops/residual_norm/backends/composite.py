@@ -1,0 +1,61 @@
+"""torch's own addcmul, layer_norm or rms_norm, and vector_norm, one after another.
+
+torch's backward of layer_norm loses digits where the mean of a token is a hundred times its standard deviation or more.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...._runtime.arguments import DTYPES
+from ...._runtime.dispatch import Request, Requirements, unmet
+from .. import features
+from ..types import NormInputs, ResidualNorm
+
+NAME = "composite"
+OPAQUE = False
+REQUIREMENTS = Requirements(devices=("cpu", "cuda", "mps", "xpu"), dtypes=DTYPES, features=features.ALL)
+
+
+def not_supported_reasons(request: Request) -> list[str]:
+    return unmet(REQUIREMENTS, request)
+
+
+def not_default_reasons(request: Request) -> list[str]:
+    return []
+
+
+def forward(inputs: NormInputs) -> ResidualNorm:
+    with torch.autocast(inputs.x.device.type, enabled=False):  # which would normalize, and answer, in fp32
+        residual = inputs.x if inputs.branch is None else _added(inputs).to(inputs.x.dtype).contiguous()
+        normalized = _normalized(residual, inputs).to(inputs.dtype).contiguous()
+    dtype = torch.promote_types(residual.dtype, torch.float32)
+    return ResidualNorm(residual, normalized, torch.linalg.vector_norm(residual.detach(), dim=-1, dtype=dtype))
+
+
+def _added(inputs: NormInputs) -> Tensor:
+    branch, factor = inputs.branch, inputs.layer_scale
+    if inputs.drop_path is not None:
+        each = inputs.drop_path[:, None, None]
+        # Not into one factor [B, 1, C], whose gradient would be rounded image by image on its way to layer_scale's.
+        branch, factor = (branch, each) if factor is None else (branch * each, factor)
+    return inputs.x + branch if factor is None else torch.addcmul(inputs.x, branch, factor)
+
+
+def _normalized(residual: Tensor, inputs: NormInputs) -> Tensor:
+    """torch's kernels want one dtype for the tokens and the parameters: the widest that was given.
+
+    At least fp32 on a CPU, where layer_norm adds up the gradients of the parameters in the dtype of the tokens.
+    """
+    given = [residual.dtype, inputs.weight.dtype]
+    given += [] if inputs.bias is None else [inputs.bias.dtype]
+    given += [torch.float32] if residual.device.type == "cpu" else []
+    dtype = functools.reduce(torch.promote_types, given)
+    tokens, weight, bias = (None if t is None else t.to(dtype) for t in (residual, inputs.weight, inputs.bias))
+    if inputs.rms:
+        return functional.rms_norm(tokens, weight.shape, weight, inputs.eps)
+    return functional.layer_norm(tokens, weight.shape, weight, bias, inputs.eps)
