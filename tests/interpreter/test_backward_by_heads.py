@@ -68,7 +68,7 @@ def test_longer_heads_take_two_kernels() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 16, 54, 64, 96, 192, 250, 256])
 def test_the_bits_are_those_of_two_kernels(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At lengths at which both have the same tiles: a last one of few tokens sums in another order."""
+    """At lengths at which both cut the swept axis alike."""
     inputs = by_heads(tokens, attn_mask=torch.rand(1, 1, 1, tokens) < 0.8)
     grad_output = guarded_like(torch.randn(inputs.query.shape).to(F16))
     one = gradients(inputs, grad_output)

@@ -87,23 +87,6 @@ def _fold_keys(state, owned, ctx, swept, first, end, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _fold_keys_to_few(state, owned, ctx, swept, first, end, MASKED: tl.constexpr):
-    """`_fold_keys` transposed: tensor cores want 64 rows or more, and those of few queries would be mostly padding."""
-    grad_query, total = state  # [BLOCK_D, M], [M]
-    query, grad_output, lse, delta = owned
-    key, value = swept
-    logits = tl.dot(key, tl.trans(query), input_precision=ctx.PRECISION)  # [W, M]
-    p = probabilities(logits, lse[None, :], ctx.scale)
-    if MASKED or ctx.key_mask is not None:
-        valid = takes_part(ctx.key_mask, ctx.mask_stride, first + tl.arange(0, key.shape[0]), end)
-        p = tl.where(valid[:, None], p, 0.0)
-    grad_p = tl.dot(value, tl.trans(grad_output), input_precision=ctx.PRECISION)
-    grad_logits = p * (grad_p - delta[None, :])
-    grad_query = tl.dot(tl.trans(key), grad_logits.to(key.dtype), grad_query, input_precision=ctx.PRECISION)
-    return grad_query, total + tl.sum(p, 0)
-
-
-@triton.jit
 def _sweep_keys(state, owned, ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     return _fold_keys(state, owned, ctx, _load_keys(ctx, first, end, WIDTH, MASKED), first, end, MASKED)
 
@@ -121,10 +104,6 @@ def grad_of_queries(ctx, first, end, WIDTH: tl.constexpr, held=None):
     nothing = tl.zeros([WIDTH, ctx.BLOCK_D], tl.float32), tl.zeros([WIDTH], tl.float32)
     if held is None:
         grad_query, total = sweep(_sweep_keys, nothing, owned, ctx)
-    elif WIDTH == 16:
-        transposed = tl.zeros([ctx.BLOCK_D, WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
-        grad_query, total = _fold_held(_fold_keys_to_few, transposed, owned, ctx, held)
-        grad_query = tl.trans(grad_query)
     else:
         grad_query, total = _fold_held(_fold_keys, nothing, owned, ctx, held)
     normalizer = 1.0 / tl.where(total > 0.0, total, 1.0)
@@ -176,22 +155,6 @@ def _fold_queries(state, owned, ctx, swept, first, end, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _fold_queries_to_few(state, owned, ctx, swept, first, end, MASKED: tl.constexpr):
-    """`_fold_queries` transposed."""
-    grad_key, grad_value = state  # [BLOCK_D, M] both
-    key, value = owned
-    query, grad_output = swept
-    lse, delta, normalizer = _load_statistics(ctx, first, end, query.shape[0], MASKED)
-    logits = tl.dot(query, tl.trans(key), input_precision=ctx.PRECISION)  # [W, M]
-    p = probabilities(logits, lse[:, None], ctx.scale) * normalizer[:, None]
-    grad_value = tl.dot(tl.trans(grad_output), p.to(grad_output.dtype), grad_value, input_precision=ctx.PRECISION)
-    grad_p = tl.dot(grad_output, tl.trans(value), input_precision=ctx.PRECISION)
-    grad_logits = p * (grad_p - delta[:, None])
-    grad_key = tl.dot(tl.trans(query), grad_logits.to(query.dtype), grad_key, input_precision=ctx.PRECISION)
-    return grad_key, grad_value
-
-
-@triton.jit
 def _sweep_queries(state, owned, ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     return _fold_queries(state, owned, ctx, _load_queries(ctx, first, end, WIDTH, MASKED), first, end, MASKED)
 
@@ -205,11 +168,6 @@ def grad_of_keys_and_values(ctx, first, end, WIDTH: tl.constexpr, held=None):
     owned = (-key if ctx.NEGATIVE else key, value)
     if held is None:
         grad_key, grad_value = sweep(_sweep_queries, nothing, owned, ctx)
-    elif WIDTH == 16:
-        transposed = tl.zeros([ctx.BLOCK_D, WIDTH], tl.float32), tl.zeros([ctx.BLOCK_D, WIDTH], tl.float32)
-        grad_key, grad_value = _fold_held(_fold_queries_to_few, transposed, owned, ctx, held)
-        grad_key = tl.trans(grad_key)
-        grad_value = tl.trans(grad_value)
     else:
         grad_key, grad_value = _fold_held(_fold_queries, nothing, owned, ctx, held)
     grad_key *= ctx.scale
@@ -257,24 +215,16 @@ def _fold_held(fold: tl.constexpr, state, owned, ctx, held):
 
 
 @triton.jit
-def _own_head(body: tl.constexpr, load: tl.constexpr, ctx, WIDTHS: tl.constexpr, FEW: tl.constexpr):
+def _own_head(body: tl.constexpr, load: tl.constexpr, ctx, WIDTHS: tl.constexpr):
     held = _hold(load, ctx, WIDTHS)
-    end = ctx.place.num_tokens
-    # What does not change from tile to tile, addresses above all, takes 60 registers if it is kept, and spills. Nor may
-    # the body of the few stand outside of the loop, where it would keep what both bodies need.
-    for first in tl.range(0, end, ctx.BLOCK_M, disable_licm=True):
-        if FEW:
-            if end - first <= 16:
-                body(ctx, first, end, 16, held)
-            else:
-                body(ctx, first, end, ctx.BLOCK_M, held)
-        else:
-            body(ctx, first, end, ctx.BLOCK_M, held)
+    # What does not change from tile to tile, addresses above all, takes 60 registers if it is kept, and spills.
+    for first in tl.range(0, ctx.place.num_tokens, ctx.BLOCK_M, disable_licm=True):
+        body(ctx, first, ctx.place.num_tokens, ctx.BLOCK_M, held)
 
 
 @triton.jit
-def grad_of_head(ctx, WIDTHS: tl.constexpr, FEW: tl.constexpr):
-    """All gradients of a head, of which tiles of these widths hold all tokens. FEW: the last may own 16 or fewer."""
-    _own_head(grad_of_queries, _load_keys, ctx, WIDTHS, FEW)
+def grad_of_head(ctx, WIDTHS: tl.constexpr):
+    """All gradients of a head, of which tiles of these widths hold all tokens."""
+    _own_head(grad_of_queries, _load_keys, ctx, WIDTHS)
     tl.debug_barrier()  # who owns keys reads the delta and the normalizers that other threads wrote
-    _own_head(grad_of_keys_and_values, _load_queries, ctx, WIDTHS, FEW)
+    _own_head(grad_of_keys_and_values, _load_queries, ctx, WIDTHS)

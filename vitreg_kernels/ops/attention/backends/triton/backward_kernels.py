@@ -90,7 +90,6 @@ def _attention_bwd_kernel(
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
     HELD: tl.constexpr,  # widths of the tiles of a held head
-    FEW: tl.constexpr,  # tokens may be left over by full tiles, 16 at most
 ):
     _, place = locate(num_programs, num_heads, num_tokens, num_prefix, cu_seqlens)
     if cos is not None:
@@ -139,7 +138,6 @@ def _attention_bwd_kernel(
             PRECISION,
         ),
         HELD,
-        FEW,
     )
 
 
@@ -386,9 +384,7 @@ def backward_launches(
     negative = {"NEGATIVE": inputs.scale < 0}
     if plan.backward_by_heads(inputs, arch):
         work = plan.of(inputs, "backward", arch)
-        # Transposed, rows are channels: below 64 those would be the padding. Two bodies that rotate spill.
-        pays = len(work.held) > 1 and work.constants["BLOCK_D"] == 64 and inputs.rope is None
-        constants = {**negative, "HELD": work.held, "FEW": pays and plan.leaves_few(inputs, work)}
+        constants = {**negative, "HELD": work.held}
         return [_launch(_attention_bwd_kernel, work, {**tokens, **of_queries, **of_keys}, statistics, constants)]
     by_queries, by_keys = (plan.of(inputs, kernel, arch) for kernel in ("grad_query", "grad_key_value"))
     return [
