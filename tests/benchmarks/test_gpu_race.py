@@ -7,8 +7,8 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -149,14 +149,23 @@ def test_a_gradient_that_never_comes_is_a_failure(only, writer):
     assert all("does not require grad" in sentence for sentence in race.failures(writer.rows))
 
 
-def test_a_backward_is_timed_alone(only, writer):
+def test_a_backward_is_timed_alone(only, writer, monkeypatch):
+    seconds = 0.0
+
     def slow(output):
-        time.sleep(0.05)
+        nonlocal seconds
+        seconds += 1.0
         return output
 
+    def clock():
+        nonlocal seconds
+        seconds += 0.001
+        return seconds
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=clock))  # which forwards move, not the machine
     only(("vitreg:slow", slow))
     for row in race.run(DRY, writer):
-        assert (row["median_ms"] < 50) is (row["mode"] == "backward")
+        assert (row["median_ms"] < 500) is (row["mode"] == "backward")
 
 
 def test_inputs_are_rotated_past_the_cache_except_in_a_dry_run(only, monkeypatch):
