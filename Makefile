@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 # A Python that was named, on the command line or in the environment, is taken as it is: no install step, no network.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 
-.PHONY: bench gpu test test-interpreter test-aot lint clean
+.PHONY: bench gpu test test-library test-interpreter test-aot lint clean
 .DEFAULT_GOAL := test
 
 bench: $(READY)
@@ -25,10 +25,12 @@ test: $(READY)
 	@echo "== lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@echo "== three suites on two cores; what each prints comes when it ends"
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-aot test-interpreter test-library
+
+test-library: $(READY)
 	@echo "== tests: library, modules, benchmarks"
 	$(BIN)/python -m pytest tests --ignore=tests/interpreter --ignore=tests/aot
-	@echo "== tests: Triton kernels in the interpreter, and compiled ahead of time, side by side"
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-interpreter test-aot
 
 # Each in a process of its own: the interpreter replaces the compiler for a whole process.
 test-interpreter: $(READY)

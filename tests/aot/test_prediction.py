@@ -84,9 +84,9 @@ def test_code_that_cannot_do_the_work_is_refused() -> None:
     launch = launches(table.call(261, 64), 80)[0]
     used = compile_launch(launch, 80)
     assert predict(launch, used, 80).ns > 0
-    longer = launch._replace(arguments={**launch.arguments, "num_tokens": 100_000})
+    wider = launch._replace(constants={**launch.constants, "BLOCK_D": 512})
     with pytest.raises(ValueError, match=r"should compute \d+ scores"):
-        predict(longer, used, 80)
+        predict(wider, used, 80)
 
 
 @pytest.mark.parametrize(
