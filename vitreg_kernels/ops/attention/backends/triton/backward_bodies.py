@@ -124,7 +124,7 @@ def _load_statistic(statistic, first, end, WIDTH: tl.constexpr, MASKED: tl.const
     # `first` moves the pointer and not the 32-bit indices, so that all addresses of a thread are one and a constant.
     tokens = tl.arange(0, WIDTH)
     if MASKED:
-        values = tl.load(statistic + first + tokens, mask=first + tokens < end, other=BEYOND)
+        values = tl.load(statistic + first + tokens, mask=tokens < end - first, other=BEYOND)
     else:
         values = tl.load(statistic + first + tokens)
     return values
