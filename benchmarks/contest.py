@@ -15,7 +15,7 @@ from benchmarks.shapes import DTYPES, Case
 from vitreg_kernels import accuracy
 
 Copy = tuple[Tensor, ...]  # the inputs of a layout, and the gradient of the output
-MEASURED = ("median_ms", "p20_ms", "p80_ms", "samples", "gbps", "speedup", "errors")
+MEASURED = (*timing.UNTIMED, "gbps", "speedup", "errors")
 _GRADIENTS = ("grad_query", "grad_key", "grad_value")
 
 
@@ -61,10 +61,7 @@ def contest(case: Case, contenders: Sequence[Peer], copies: Sequence[Copy], budg
         else:
             timed = timings[peer.name]
             row |= {
-                "median_ms": timed.median_ms,
-                "p20_ms": timed.p20_ms,
-                "p80_ms": timed.p80_ms,
-                "samples": timed.samples,
+                **timed.as_row(),
                 "gbps": case.bytes / timed.median_ms / 1e6,
                 "speedup": peer_ms[best_peer] / timed.median_ms if best_peer else None,
                 "errors": outcome,

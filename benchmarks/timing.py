@@ -53,6 +53,14 @@ class Timing(NamedTuple):
     min_ms: float
     samples: int
 
+    def as_row(self) -> dict[str, float | int]:
+        """The fields that every row of a result file has."""
+        return {name: getattr(self, name) for name in UNTIMED}
+
+
+# The same fields of what was not timed.
+UNTIMED = dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "samples"))
+
 
 def interleave(
     variants: Mapping[str, Variant], inputs: Sequence[Any], *, device: torch.device, budget_s: float

@@ -42,7 +42,7 @@ _OWN = {
     "own: cudnn": SDPBackend.CUDNN_ATTENTION,
     "own: efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-_MEASURED = ("median_ms", "p20_ms", "p80_ms", "samples", "images_per_s", "speedup", "peak_memory_bytes", "errors")
+_MEASURED = (*timing.UNTIMED, "images_per_s", "speedup", "peak_memory_bytes", "errors")
 
 
 class ModelRow(TypedDict):
@@ -294,10 +294,7 @@ def _rows(piece: Piece, setup: Setup, writer: Writer) -> list[Row]:
         else:
             timed = timings[contender.name]
             own_row |= {
-                "median_ms": timed.median_ms,
-                "p20_ms": timed.p20_ms,
-                "p80_ms": timed.p80_ms,
-                "samples": timed.samples,
+                **timed.as_row(),
                 "images_per_s": 1e3 * piece.model.batch / timed.median_ms,
                 "speedup": own_ms[best_own] / timed.median_ms if best_own else None,
                 "peak_memory_bytes": outcome.peak_memory_bytes,

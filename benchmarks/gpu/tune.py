@@ -259,7 +259,7 @@ def _shapes(piece: Piece, setup: Setup) -> list[Tiles]:
     if setup.dry:
         return [Tiles(16, 16, 1, 1)]
     low, high = _WHOLE_HEAD_TOKENS
-    whole_head = (False, True) if low <= max(piece.tokens) <= high else (False,)
+    whole_head = (False, True) if piece.kernel == "forward" and low <= max(piece.tokens) <= high else (False,)
     return [Tiles(m, n, w, 2, whole) for m, n, w, whole in product((64, 128), (32, 64, 128), (4, 8), whole_head)]
 
 

@@ -151,6 +151,11 @@ def test_wrong_tiles_are_named_and_the_next_best_is_taken(gpu, writer, tmp_path,
     assert table(tmp_path)["attention"]["forward"]["16-bit,64,272"] == asdict(right)
 
 
+def test_only_the_forward_of_short_images_may_hold_heads():
+    holding = {piece for piece in tune._pieces(GPU) if any(t.whole_head for t in tune._shapes(piece, GPU))}
+    assert {(piece.kernel, piece.tokens) for piece in holding} == {("forward", (261, 201))}
+
+
 def test_what_does_not_fit_never_runs(gpu, writer, monkeypatch):
     only_first_piece(monkeypatch)
     gpu.misfit = lambda job: "spills" if job.tiles.whole_head and job.shape[1] == 201 else None

@@ -8,6 +8,7 @@ from harness import call, check, guarded_like, packed_bounds, random_rope, run
 from torch import Tensor
 
 from vitreg_kernels._runtime import tuning
+from vitreg_kernels._runtime.tuning import Tiles
 from vitreg_kernels.check import GRADIENTS
 from vitreg_kernels.ops.attention.backends import triton as backend
 from vitreg_kernels.ops.attention.backends.triton import plan
@@ -189,8 +190,19 @@ def test_heads_of_all_images_count(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_tiles(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tuning may find others better; a program owns a head with all of them."""
     rule = tuning.attention_tiles
-    tiles = tuning.Tiles(32, 32, 4, 2)
+    tiles = Tiles(32, 32, 4, 2)
     monkeypatch.setattr(
         tuning, "attention_tiles", lambda name, *size: tiles if name == "backward" else rule(name, *size)
     )
     check(by_heads(tokens, head_dim=16), arch=ARCH)
+
+
+@pytest.mark.parametrize("tiles", [Tiles(64, 128, 4, 1), Tiles(128, 64, 8, 1), Tiles(32, 32, 4, 2)])
+@pytest.mark.parametrize("lengths", [(80, 3, 70), (130, 128, 54)])
+def test_packs_with_other_tiles(lengths: tuple[int, ...], tiles: Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A length below their width is held in narrower ones."""
+    rule = tuning.attention_tiles
+    monkeypatch.setattr(
+        tuning, "attention_tiles", lambda name, *size: tiles if name == "backward" else rule(name, *size)
+    )
+    check(packed(lengths, 1), arch=ARCH)

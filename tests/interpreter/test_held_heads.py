@@ -201,3 +201,12 @@ def test_image_does_not_depend_on_its_batch() -> None:
     alone = check(inputs._replace(**second), grad_output=grad_output[1:2], arch=ARCH)
     for name, result in alone.items():
         assert torch.equal(result[0], together[name][1]), name
+
+
+@pytest.mark.parametrize("kernel", ["grad_query", "grad_key_value", "statistics"])
+def test_kernels_that_own_a_tile_never_own_a_head(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a table of tiles says: they would leave out all tiles but the first."""
+    rule = tuning.attention_tiles
+    tiles = Tiles(64, 64, 4, 2, whole_head=True)
+    monkeypatch.setattr(tuning, "attention_tiles", lambda name, *size: tiles if name == kernel else rule(name, *size))
+    check(held(137, 5), arch=ARCH)

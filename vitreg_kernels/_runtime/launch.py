@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 Constant: TypeAlias = int | float | bool | str | tuple[int, ...] | None
@@ -32,3 +34,10 @@ class Launch(NamedTuple):
         if 0 in self.grid:
             return
         self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def run_all(launches: Sequence[Launch], on: Tensor) -> None:
+    """Run launches in order, on the device of a tensor."""
+    with torch.cuda.device_of(on):  # triton launches on the current device
+        for launch in launches:
+            launch.run()

@@ -37,8 +37,8 @@ class Tiles:
         block_m: tokens a program owns, a power of two from 16.
         block_n: tokens it sweeps at a time, a power of two from 16 to 256.
         num_warps, num_stages: compiler options.
-        whole_head: one program owns every tile of a head, one after another, instead of a single one. The forward then
-            holds the keys and values of the head in shared memory.
+        whole_head: of the forward only: one program owns every tile of a head, one after another, and holds the head's
+            keys and values in shared memory.
     """
 
     block_m: int
@@ -93,7 +93,7 @@ def attention_tiles(kernel: AttentionKernel, arch: int, dtype: torch.dtype, head
         # Exact fp32 products run on the FMA pipe, which takes whole rows of its operands into registers.
         return Tiles(32, 16, 8, 1) if wide else Tiles(64, 32, 8, 1)
     if kernel == "backward":
-        return Tiles(64, 64, 4, 1, whole_head=True)
+        return Tiles(64, 64, 4, 1)
     if kernel == "statistics":
         return Tiles(64, 64, 4, 2)
     if kernel == "forward" and not wide and (num_tokens <= 64 or (num_tokens <= 272 and 90 <= arch < 100)):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ....._runtime import triton_mode, tuning
 from ....._runtime.dispatch import Request, Requirements, unmet
-from ....._runtime.launch import Launch
+from ....._runtime.launch import Launch, run_all
 from ... import features
 from ...types import AttentionInputs, AttentionOutputs, AttentionResult, empty_output
 from . import plan
@@ -64,7 +64,7 @@ def forward(inputs: AttentionInputs) -> AttentionResult:
     """The output and the statistics asked for."""
     arch = triton_mode.arch(inputs.query.device)
     buffers = _allocate(inputs, arch)
-    _run(_forward_launches(inputs, buffers, arch), inputs.query)
+    run_all(_forward_launches(inputs, buffers, arch), inputs.query)
     statistics = AttentionOutputs(
         lse=buffers.lse,
         prefix_attention=buffers.prefix_attention,
@@ -99,7 +99,7 @@ def backward(
     gradients = (grad_query, grad_key, grad_value)
     arch = triton_mode.arch(inputs.query.device)
     delta, normalizer = torch.empty_like(lse), torch.empty_like(lse)
-    _run(backward_launches(inputs, output, lse, delta, normalizer, grad_output, *gradients, arch), inputs.query)
+    run_all(backward_launches(inputs, output, lse, delta, normalizer, grad_output, *gradients, arch), inputs.query)
 
 
 def launches(inputs: AttentionInputs, arch: int) -> list[Launch]:
@@ -161,9 +161,3 @@ def _forward_launches(inputs: AttentionInputs, buffers: _Buffers, arch: int) -> 
     if received_attention is None and prefix_second is None:
         return first
     return first + statistics_launches(inputs, lse, normalizer, received_attention, prefix_second, arch)
-
-
-def _run(launches: list[Launch], query: Tensor) -> None:
-    with torch.cuda.device_of(query):  # triton launches on the current device
-        for launch in launches:
-            launch.run()

@@ -59,7 +59,8 @@ def of(inputs: AttentionInputs, kernel: tuning.AttentionKernel, arch: int) -> Wo
     longest = _longest(inputs)
     tiles = tuning.attention_tiles(kernel, arch, inputs.query.dtype, head_dim, longest)
     num_tiles, prefix, tail = _cut(longest, inputs.num_prefix_tokens, tiles, packed)
-    held = _held(longest, tiles.block_n) if tiles.whole_head or kernel == "backward" else ()
+    owns_heads = kernel == "backward" or (kernel == "forward" and tiles.whole_head)
+    held = _held(longest, tiles.block_n) if owns_heads else ()
     num_programs = 1 if held else num_tiles
     images = inputs.cu_seqlens.shape[0] - 1 if packed else batch
     arguments = {
@@ -76,7 +77,7 @@ def of(inputs: AttentionInputs, kernel: tuning.AttentionKernel, arch: int) -> Wo
         "D": head_dim,
         "BLOCK_D": tuning.padded_head_dim(head_dim),
         "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
+        "BLOCK_N": held[0] if held else tiles.block_n,  # short images are held in narrower tiles
         "TAIL": tail,
         "PREFIX": prefix,
         "INTERLEAVED": inputs.rope is not None and inputs.rope.interleaved,

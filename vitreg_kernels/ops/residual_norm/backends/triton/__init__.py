@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ....._runtime import triton_mode
 from ....._runtime.dispatch import Request, Requirements, unmet
-from ....._runtime.launch import Launch
+from ....._runtime.launch import Launch, run_all
 from ... import features
 from ...types import NormGradients, NormGradInputs, NormInputs, NormOutputs
 
@@ -44,7 +44,7 @@ def forward(inputs: NormInputs) -> NormOutputs:
     from .forward_kernel import forward_launches
 
     outputs = _allocate(inputs)
-    _run(forward_launches(inputs, outputs), inputs.x)
+    run_all(forward_launches(inputs, outputs), inputs.x)
     return outputs
 
 
@@ -52,7 +52,7 @@ def backward(inputs: NormGradInputs, gradients: NormGradients) -> None:
     """Fill the contiguous gradients that are not ``None``."""
     from .backward_kernels import backward_launches
 
-    _run(backward_launches(inputs, gradients), inputs.residual)
+    run_all(backward_launches(inputs, gradients), inputs.residual)
 
 
 def launches(inputs: NormInputs) -> list[Launch]:
@@ -94,9 +94,3 @@ def _allocate(inputs: NormInputs) -> NormOutputs:
         None if inputs.rms else statistic(),
         statistic(),
     )
-
-
-def _run(launches: list[Launch], x: Tensor) -> None:
-    with torch.cuda.device_of(x):  # triton launches on the current device
-        for launch in launches:
-            launch.run()
