@@ -39,12 +39,14 @@ def test_support_table_says_what_is_declared() -> None:
         assert by_feature[feature] == ["yes" if feature in b.REQUIREMENTS.features else "no" for b in BACKENDS]
 
 
-def test_support_table_of_the_residual_norm(capsys: pytest.CaptureFixture[str]) -> None:
-    header, _, *rows = cli.norm_support_table().split("\n")
+def test_support_tables_of_the_other_ops(capsys: pytest.CaptureFixture[str]) -> None:
+    header, _, *rows = cli.support_table("residual norm").split("\n")
     assert header.split() == ["|", "residual", "norm", "|", "triton", "|", "composite", "|", "reference", "|"]
     assert any(row.split() == ["|", "channels", "|", "1-4096", "|", "any", "|", "any", "|"] for row in rows)
     assert cli.main(["info"]) == 0
-    assert cli.norm_support_table() in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for op in ("attention", "residual norm", "token norms", "assemble"):
+        assert cli.support_table(op) in shown
 
 
 @pytest.mark.usefixtures("few_cases")

@@ -16,14 +16,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 OPTIONAL = {"triton", "xformers", "timm", "transformers", "matplotlib", "torchvision", "open_clip", "onnx"}
 
 BACKENDS = {
+    "assemble": ("composite", "reference", "triton"),
     "attention": ("reference", "sdpa", "triton", "xformers"),
     "residual_norm": ("composite", "reference", "triton"),
+    "token_norms": ("composite", "reference", "triton"),
 }
 
 # Each layer of the package may import what stands below it, and itself; the backends have a rule of their own.
 LAYERS = (
     ("cli", "__main__"),
-    ("nn", "check"),
+    ("nn", "check", "integrations", "monitor"),
     ("functional",),
     ("ops",),
     ("_runtime", "layout", "accuracy"),
@@ -46,8 +48,10 @@ def imports_of(path: Path, *, at_top: bool = False) -> set[str]:
 
 
 def _executed_on_import(tree: ast.AST):
-    """All nodes but those in function bodies."""
+    """All nodes but those in function bodies and those for type checkers."""
     for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
         if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield child
             yield from _executed_on_import(child)

@@ -11,12 +11,25 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__
-from ._runtime.dispatch import ANY_SIZE, Backend
+from ._runtime.dispatch import ANY_SIZE
 from .check import Result, check, usable_backends
-from .ops.attention import features
-from .ops.attention.backends import BACKENDS
+from .ops.assemble import backends as assemble_backends
+from .ops.assemble import features as assemble_features
+from .ops.attention import backends as attention_backends
+from .ops.attention import features as attention_features
+from .ops.residual_norm import backends as norm_backends
 from .ops.residual_norm import features as norm_features
-from .ops.residual_norm.backends import BACKENDS as NORM_BACKENDS
+from .ops.token_norms import backends as token_norm_backends
+from .ops.token_norms import features as token_norm_features
+
+BACKENDS = attention_backends.BACKENDS
+# Each op: its backends, the sizes that differ between them, and what a call can ask of them.
+_OPS = {
+    "attention": (BACKENDS, "head_dims", attention_features.ALL),
+    "residual norm": (norm_backends.BACKENDS, "channels", norm_features.ALL),
+    "token norms": (token_norm_backends.BACKENDS, "channels", token_norm_features.ALL),
+    "assemble": (assemble_backends.BACKENDS, None, assemble_features.ALL),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,33 +56,21 @@ def info() -> str:
         f"GPU: {_gpu()}",
         "native kernels: none in this version",
         "",
-        support_table(),
-        "",
-        norm_support_table(),
+        "\n\n".join(map(support_table, _OPS)),
     ]
     return "\n".join(lines)
 
 
-def support_table() -> str:
-    """What each attention backend serves: a Markdown table made from ``REQUIREMENTS``."""
-    needs = [b.REQUIREMENTS for b in BACKENDS]
-    return _support("attention", BACKENDS, ("head dims", [n.head_dims for n in needs]), features.ALL)
-
-
-def norm_support_table() -> str:
-    """The same of residual_layer_norm."""
-    needs = [b.REQUIREMENTS for b in NORM_BACKENDS]
-    return _support("residual norm", NORM_BACKENDS, ("channels", [n.channels for n in needs]), norm_features.ALL)
-
-
-def _support(
-    op: str, backends: Sequence[Backend], sizes: tuple[str, list[tuple[int, int]]], features: Sequence[str]
-) -> str:
+def support_table(op: str = "attention") -> str:
+    """What each backend of an op serves: a Markdown table made from ``REQUIREMENTS``."""
+    backends, size, features = _OPS[op]
     needs = [b.REQUIREMENTS for b in backends]
     rows = [(op, *(b.NAME for b in backends))]
     rows.append(("devices", *(" ".join(n.devices) for n in needs)))
     rows.append(("dtypes", *(" ".join(_short(d) for d in n.dtypes) for n in needs)))
-    rows.append((sizes[0], *("any" if size == ANY_SIZE else "{}-{}".format(*size) for size in sizes[1])))
+    if size is not None:
+        sizes = (getattr(n, size) for n in needs)
+        rows.append((size.replace("_", " "), *("any" if s == ANY_SIZE else "{}-{}".format(*s) for s in sizes)))
     rows += [(feature, *("yes" if feature in n.features else "no" for n in needs)) for feature in features]
     return _table(rows)
 

@@ -151,7 +151,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
     return Resources(
         registers=used["REG"],
         spill_bytes=used["STACK"] + used["LOCAL"],
-        shared_bytes=used["SHARED"] - reserved + compiled.metadata.shared,
+        shared_bytes=max(0, used["SHARED"] - reserved) + compiled.metadata.shared,
         tensor_memory_columns=compiled.metadata.tmem_size,
         num_warps=compiled.metadata.num_warps,
         cubin=cubin,

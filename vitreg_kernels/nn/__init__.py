@@ -1,6 +1,17 @@
 """Torch modules built on the fused ops."""
 
 from .attention import RegisterAttention
-from .tokens import RegisterTokens
+from .block import RegisterBlock
+from .config import PRESETS, ViTConfig
+from .tokens import RegisterTokens, patch_like_registers
+from .vit import RegisterViT
 
-__all__ = ["RegisterAttention", "RegisterTokens"]
+__all__ = [
+    "PRESETS",
+    "RegisterAttention",
+    "RegisterBlock",
+    "RegisterTokens",
+    "RegisterViT",
+    "ViTConfig",
+    "patch_like_registers",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
@@ -14,7 +15,7 @@ class RegisterTokens(nn.Module):
     Registers carry no position embedding: call this after it is added, and ``remove`` after the last block. They start
     as normal noise of standard deviation 1e-6, as CLS and register tokens do in DINOv2 and timm: unequal, so that they
     can learn different things. The LayerNorm of the first block blows such noise up, so a model trained without
-    registers moves at once when given these; registers made like patches of a plain image move it far less.
+    registers moves at once when given these; those of ``patch_like_registers`` move it far less.
 
     Args:
         dim: C, channels of a token.
@@ -91,3 +92,32 @@ class RegisterTokens(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, num_registers={self.layout.num_registers}, num_cls_tokens={self.layout.num_cls_tokens}"
+
+
+def patch_like_registers(pos_embed: Tensor, patch_bias: Tensor, num_registers: int) -> Tensor:
+    """Initial registers that leave a model trained without them close to what it was.
+
+    Each is the embedding of a patch of the mean colour (the bias of the patch embedding, because normalised images have
+    mean 0) at the mean position of one horizontal band of the image. To the model it is one more dull patch, so little
+    attention goes to it, and no two are equal. Tokens near 0 and copies of CLS, the obvious choices, are unlike any
+    patch: the model attends to them, and its features move several times further.
+
+    Args:
+        pos_embed: ``[1, M, C]``, position rows of the patches alone, row by row.
+        patch_bias: ``[C]``, bias of the patch embedding.
+        num_registers: R.
+
+    Returns:
+        ``[1, R, C]``, in the dtype and on the device of the two.
+
+    Raises:
+        ValueError: if the shapes do not fit together or R is not a positive int.
+    """
+    if pos_embed.dim() != 3 or patch_bias.shape != pos_embed.shape[2:]:
+        raise ValueError(
+            f"pos_embed must be [1, M, C] and patch_bias [C], not of shapes {tuple(pos_embed.shape)} and "
+            f"{tuple(patch_bias.shape)}"
+        )
+    if not isinstance(num_registers, int) or num_registers < 1:
+        raise ValueError(f"num_registers must be a positive int, not {num_registers!r}")
+    return F.adaptive_avg_pool1d(pos_embed.transpose(1, 2), num_registers).transpose(1, 2) + patch_bias

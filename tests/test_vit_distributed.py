@@ -1,0 +1,87 @@
+"""RegisterViT under DDP and FSDP2: two processes give the gradients of one."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from vit_cases import TINY, vit
+
+from vitreg_kernels import RegisterViT
+
+CONFIG = replace(TINY, depth=3, position_rows="cls")
+PROCESSES = 2
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+
+def gradients(model, pixels):
+    """By name, of a loss that is a mean over images, as a whole even where they are sharded."""
+    model.zero_grad()
+    sum(group.square().mean((1, 2)) for group in model(pixels)).mean().backward()
+    return {
+        name.removeprefix("module."): p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def sharded(model):
+    """Each block on its own, freed after its forward, and the rest together."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    return fully_shard(model, mesh=mesh)
+
+
+def checks(rank):
+    """What failed, by what it was tried on."""
+    torch.manual_seed(0)
+    pixels = torch.randn(4, 3, 16, 20)
+    mine = pixels.chunk(PROCESSES)[rank]
+    expected = gradients(vit(CONFIG), pixels)
+    failures = []
+    for name in ("DDP", "FSDP2", "FSDP2 with checkpointing"):
+        model = vit(CONFIG)
+        model.checkpointing = "checkpointing" in name
+        model = DistributedDataParallel(model) if name == "DDP" else sharded(model)
+        try:
+            torch.testing.assert_close(gradients(model, mine), expected, atol=1e-5, rtol=1e-4)
+        except AssertionError as error:
+            failures.append(f"{name}: {error}")
+    # The way to build a model that no single device can hold.
+    model = sharded(RegisterViT(CONFIG, device="meta"))
+    model.to_empty(device="cpu")
+    model.reset_parameters()
+    if not all(p.full_tensor().isfinite().all() for p in model.parameters()):
+        failures.append("FSDP2 from the meta device: weights that are not finite")
+    if not torch.equal(model.blocks[0].ls1.gamma.full_tensor(), torch.full((CONFIG.dim,), CONFIG.layer_scale)):
+        failures.append("FSDP2 from the meta device: LayerScale does not start where it should")
+    gradients(model, mine)
+    return failures
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    try:
+        Path(folder, f"{rank}.txt").write_text("\n".join(checks(rank)))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=PROCESSES)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(PROCESSES)] == ["", ""]

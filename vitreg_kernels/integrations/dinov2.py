@@ -1,0 +1,64 @@
+"""DINOv2's own models and files (https://github.com/facebookresearch/dinov2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..layout import TokenLayout
+from ..nn.config import ViTConfig
+from .layers import ResidualStream, derives_from, named
+from .weights import backbone, described, renamed
+
+_RULES = (
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # chunks for FSDP, within which the numbers of blocks run on
+    (r"\.mlp\.w12\.", ".mlp.fc1."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+)
+
+
+def convert(
+    weights: Mapping[str, Tensor], *, num_heads: int | None = None
+) -> tuple[ViTConfig, dict[str, Tensor]] | None:
+    """``RegisterViT``'s configuration and weights, or None if these are not DINOv2's.
+
+    They are told by the mask token, which every DINOv2 model has and no feature shows. The published models with
+    registers resample positions with antialiasing, those without with an offset of 0.1 instead.
+
+    Args:
+        weights: a state dict, the names with any prefix; a training checkpoint's teacher is taken.
+        num_heads: H, where heads are not of 64 channels.
+
+    Raises:
+        ValueError: if sizes cannot be told from the shapes.
+    """
+    vit = backbone(weights, r"patch_embed\.proj\.weight")
+    if vit is None or not {"mask_token", "pos_embed"} <= vit.weights.keys():
+        return None
+    names = renamed(vit.without(("head",), unused=("mask_token",)), _RULES)
+    registers = "register_tokens" in names
+    return described(
+        names,
+        num_heads=num_heads,
+        head_dims={},
+        eps=1e-6,
+        antialias=registers,
+        interpolate_offset=0.0 if registers else 0.1,
+    )
+
+
+def residual_stream(model: nn.Module) -> ResidualStream | None:
+    """The blocks of a ``DinoVisionTransformer``, taken out of their chunks; None of anything else."""
+    if not (derives_from(model, None, "DinoVisionTransformer") and hasattr(model, "num_register_tokens")):
+        return None
+    layers = named("blocks", model.blocks)
+    if model.chunked_blocks:
+        # A chunk begins with an Identity for each block of the chunks before it.
+        layers = [
+            (name, block)
+            for path, chunk in layers
+            for name, block in named(path, chunk)
+            if not isinstance(block, nn.Identity)
+        ]
+    return ResidualStream(layers, TokenLayout(num_registers=model.num_register_tokens))

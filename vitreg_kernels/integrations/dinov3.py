@@ -1,0 +1,77 @@
+"""DINOv3's own models and files (https://github.com/facebookresearch/dinov3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import TokenLayout
+from ..nn.config import ViTConfig
+from .layers import ResidualStream, derives_from, named
+from .weights import backbone, described, renamed
+
+_RULES = (
+    (r"^storage_tokens$", "register_tokens"),
+    (r"\.mlp\.w1\.(\w+)$", r".mlp.fc1.\1#0"),
+    (r"\.mlp\.w2\.(\w+)$", r".mlp.fc1.\1#1"),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+)
+_PERIODS = "rope_embed.periods"
+
+
+def convert(
+    weights: Mapping[str, Tensor], *, num_heads: int | None = None
+) -> tuple[ViTConfig, dict[str, Tensor]] | None:
+    """``RegisterViT``'s configuration and weights, or None if these are not DINOv3's.
+
+    They are told by the periods of the rotation, which also tell the head dim.
+
+    The published files hold those periods rounded to bf16; ``RegisterViT`` computes them from their base, as timm and
+    transformers do, so an angle may differ by 1 part in 500.
+
+    Args:
+        weights: a state dict, the names with any prefix; a training checkpoint's teacher is taken.
+        num_heads: H; must agree with the periods.
+
+    Raises:
+        ValueError: if sizes cannot be told from the shapes, or the periods are no powers of one base.
+    """
+    vit = backbone(weights, r"patch_embed\.proj\.weight")
+    if vit is None or _PERIODS not in vit.weights:
+        return None
+    periods = vit.weights[_PERIODS]
+    # The norm of local crops' CLS tokens is used in training alone.
+    names = vit.without(("head",), unused=("mask_token", "local_cls_norm", _PERIODS))
+    for mask in [name for name in names if name.endswith(".bias_mask")]:
+        bias = mask.removesuffix("_mask")
+        names[bias] = names[bias] * names.pop(mask)  # 0 for the keys
+    dim = names["patch_embed.proj.weight"].shape[0]
+    head_dim = 4 * len(periods)
+    if num_heads not in (None, dim // head_dim):
+        raise ValueError(f"num_heads={num_heads} disagrees with {_PERIODS}, which is of {dim // head_dim} heads")
+    return described(
+        renamed(names, _RULES), num_heads=num_heads, head_dims={dim: head_dim}, eps=1e-5, rope_base=_base_of(periods)
+    )
+
+
+def _base_of(periods: Tensor) -> float:
+    """The base of ``periods[i] = base^(i / n)`` to two digits, which is what bf16 leaves of it."""
+    periods = periods.double()
+    n = len(periods)
+    base = float(f"{periods[-1].item() ** (n / max(n - 1, 1)):.2g}")
+    expected = base ** (torch.arange(n, dtype=torch.float64, device=periods.device) / n)
+    if not torch.allclose(periods, expected, rtol=2**-8, atol=0.0):
+        raise ValueError(f"{_PERIODS} must be powers of one base, not {[round(p, 3) for p in periods.tolist()]}")
+    return base
+
+
+def residual_stream(model: nn.Module) -> ResidualStream | None:
+    """The blocks of a ``DinoVisionTransformer``; None of anything else.
+
+    These take and give lists, one tensor for each size of crop.
+    """
+    if not (derives_from(model, None, "DinoVisionTransformer") and hasattr(model, "n_storage_tokens")):
+        return None
+    return ResidualStream(named("blocks", model.blocks), TokenLayout(num_registers=model.n_storage_tokens))

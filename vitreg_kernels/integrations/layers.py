@@ -1,0 +1,38 @@
+"""What ``residual_stream`` gives, and what each library needs to find it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from ..layout import TokenLayout
+
+
+class ResidualStream(NamedTuple):
+    """Where a Vision Transformer's tokens pass on their way from the embedding to the final norm.
+
+    Attributes:
+        layers: name and module of each place, first to last. What the module gives is the stream: ``[B, N, C]`` tokens,
+            a tuple that begins with them, or a list of such tensors, one for each size of crop. A ``RegisterViT`` never
+            has the stream between two blocks in memory; its modules give the norms of the tokens, ``[B, N]``.
+        layout: the order of the tokens.
+    """
+
+    layers: list[tuple[str, nn.Module]]
+    layout: TokenLayout
+
+
+def derives_from(model: nn.Module, package: str | None, *names: str) -> bool:
+    """Whether a model's class, or one it derives from, has one of the names, and is of the package if one is given.
+
+    Told by names, because importing the library to ask would load it.
+    """
+    return any(
+        cls.__name__ in names and package in (None, cls.__module__.partition(".")[0]) for cls in type(model).__mro__
+    )
+
+
+def named(path: str, modules: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The children of a list of modules, under their full names."""
+    return [(f"{path}.{name}", module) for name, module in modules.named_children()]

@@ -1,0 +1,15 @@
+"""torchvision's ``VisionTransformer``."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..layout import TokenLayout
+from .layers import ResidualStream, derives_from, named
+
+
+def residual_stream(model: nn.Module) -> ResidualStream | None:
+    """The blocks of a ``VisionTransformer``; None of anything else."""
+    if not derives_from(model, "torchvision", "VisionTransformer"):
+        return None
+    return ResidualStream(named("encoder.layers", model.encoder.layers), TokenLayout(num_registers=0))

@@ -1,0 +1,203 @@
+"""Counts the token norms of a model's residual stream, layer by layer, while the model does its work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import functional
+from ..integrations.stream import ResidualStream, residual_stream, unwrapped
+from ..layout import TokenLayout
+from ..nn.block import Residual
+from ..ops.token_norms.api import accumulate
+from ..ops.token_norms.types import GROUPS, NormDistribution, TokenNormStats
+from .report import NormReport
+
+
+class TokenNormMonitor:
+    """Statistics of token norms at every layer, for CLS, registers and patches apart, while a model trains.
+
+    Artifacts (Darcet et al., "Vision Transformers Need Registers", arXiv 2309.16588) are patches whose norm is an order
+    of magnitude above the others'. They show only in the residual stream before the final LayerNorm, which is what this
+    counts, on the device, from the moment it is made until ``remove()``, in training and in evaluation::
+
+        monitor = TokenNormMonitor(model)
+        history = CsvWriter("norms.csv")
+        for step, images in enumerate(loader, 1):
+            train(model, images)
+            if step % 100 == 0:
+                history.write(step, monitor.compute())
+                monitor.reset()
+
+    Outputs and gradients stay bitwise what they are. Only ``compute`` waits for the device. A forward that activation
+    checkpointing runs again in the backward is not counted again. Under DDP and FSDP2, attached before or after
+    wrapping, each rank counts its own tokens. A copy or a pickle of the model is not monitored.
+
+    Under ``torch.compile`` the counting is part of the graph, without a break, and blocks compiled one by one still
+    share theirs. Attach before the first call: a graph that is compiled already does not count until
+    ``torch.compiler.reset()``.
+
+    Args:
+        model: a ``RegisterViT``, whose norms are at hand and cost nothing, or a ViT of a library that
+            ``integrations.residual_stream`` knows, whose layers' outputs are read once more; wrapped or within another
+            model. On the device where it will run.
+        layers: names and modules, instead of all of the model's layers. What a module gives is tokens ``[B, N, C]`` of
+            the residual stream, a tuple that begins with them, a list of such tensors, their norms ``[B, N]``, or the
+            ``Residual`` of a ``RegisterBlock``, which is added up to be measured.
+        layout: which tokens are which, instead of the model's; the number of patches may vary.
+
+    Attributes:
+        layers: the names. Of a RegisterViT, ``"embedding"`` is what enters its first block, ``"blocks.i"`` what leaves
+            block i.
+        layout: as given or found.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+        ValueError: if ``layers`` or ``layout`` is missing and the model is not known, if ``layers`` names none or one
+            twice, or if the model has no parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Sequence[tuple[str, nn.Module]] | None = None,
+        layout: TokenLayout | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch module, got a {type(model).__name__}")
+        stream = _stream_of(model, layers, layout)
+        device = next((p.device for p in model.parameters()), None)
+        if device is None:
+            raise ValueError("the model has no parameters, which would say on which device to count")
+        self.layers = tuple(name for name, _ in stream.layers)
+        self.layout = stream.layout
+        self._counted = NormDistribution.zeros((len(self.layers), len(GROUPS)), device)
+        self._handles = [
+            module.register_forward_hook(_Tap(self.layout, NormDistribution(*(x[i] for x in self._counted))))
+            for i, (_, module) in enumerate(stream.layers)
+        ]
+
+    def compute(self, *, all_reduce: bool = False, process_group: dist.ProcessGroup | None = None) -> NormReport:
+        """What has been counted since the start or the last reset. Waits for the device and copies to the host.
+
+        Args:
+            all_reduce: add up the counts of all ranks, which must all ask, with the same layers; each keeps its own.
+            process_group: the ranks; ``None`` for all.
+
+        Raises:
+            RuntimeError: if there are no ranks to ask because ``torch.distributed`` was not initialised.
+            ValueError: if ``process_group`` is given without ``all_reduce``.
+        """
+        if process_group is not None and not all_reduce:
+            raise ValueError("process_group was given without all_reduce=True, which adds up its ranks")
+        counted = self._counted
+        if all_reduce:
+            if not dist.is_initialized():
+                raise RuntimeError("all_reduce=True needs torch.distributed.init_process_group to have been called")
+            counted = _over_ranks(counted, process_group)
+        host = NormDistribution(*(x.to("cpu", copy=True) for x in counted))
+        return NormReport(self.layers, TokenNormStats.of_stacked(host))
+
+    def reset(self) -> None:
+        """Forget what has been counted."""
+        sums = self._counted.sums
+        self._copy(NormDistribution.zeros(sums.shape[:-1], sums.device)._asdict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The layers' names and a copy of what this rank has counted, for ``torch.save`` and ``weights_only=True``."""
+        return {"layers": list(self.layers), **{name: x.clone() for name, x in self._counted._asdict().items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, whatever device it was saved from.
+
+        Raises:
+            ValueError: if it is of other layers or of another form; nothing has changed then.
+        """
+        missing = {"layers", *NormDistribution._fields} - state.keys()
+        if missing:
+            raise ValueError(f"the state lacks {', '.join(sorted(missing))}; give what state_dict() returned")
+        if tuple(state["layers"]) != self.layers:
+            theirs, ours = _some(state["layers"]), _some(self.layers)
+            raise ValueError(f"the state is of the layers {theirs}, where the monitor's are {ours}")
+        for name, x in self._counted._asdict().items():
+            if state[name].shape != x.shape:
+                raise ValueError(f"the state's {name} must be {list(x.shape)}, got {list(state[name].shape)}")
+        self._copy(state)
+
+    def remove(self) -> None:
+        """Stop counting and leave the model as it was; what has been counted stays."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> TokenNormMonitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _copy(self, state: Mapping[str, Tensor]) -> None:
+        # In place: the hooks, and graphs that were compiled, hold views.
+        for name, x in self._counted._asdict().items():
+            x.copy_(state[name])
+
+
+class _Tap:
+    """A forward hook that counts a module's output.
+
+    It holds views of its layer alone, not the layer's number: a number would make every block a graph of its own where
+    blocks are compiled one by one.
+    """
+
+    def __init__(self, layout: TokenLayout, into: NormDistribution | None) -> None:
+        self.layout = layout
+        self.into = into
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.into is None:
+            return
+        if isinstance(output, Residual):
+            output = output.added()
+        for x in output if isinstance(output, list) else [output[0] if isinstance(output, tuple) else output]:
+            norms = x if x.ndim == 2 else functional.token_norms(x)
+            accumulate(norms, self.layout, self.into, skip_in_backward=True)
+
+    def __reduce__(self) -> tuple:
+        # A copy of the model, a teacher say, would count its tokens among the model's, or carry a state nobody reads.
+        return _Tap, (self.layout, None)
+
+
+def _stream_of(
+    model: nn.Module, layers: Sequence[tuple[str, nn.Module]] | None, layout: TokenLayout | None
+) -> ResidualStream:
+    if layers is None or layout is None:
+        known = residual_stream(model)
+        if known is None:
+            raise ValueError(
+                f"{type(unwrapped(model)).__name__} is and has no Vision Transformer that is known; give "
+                f"layers=[(name, module), ...] and layout=TokenLayout(...)"
+            )
+        layers = known.layers if layers is None else layers
+        layout = known.layout if layout is None else layout
+    names = [name for name, _ in layers]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"layers must be at least one, each with a name of its own, got {names}")
+    return ResidualStream(list(layers), layout)
+
+
+def _over_ranks(counted: NormDistribution, process_group: dist.ProcessGroup | None) -> NormDistribution:
+    histogram, sums, nonfinite = (x.clone() for x in (counted.histogram, counted.sums, counted.nonfinite))
+    for x in (histogram, sums, nonfinite):
+        dist.all_reduce(x, group=process_group)
+    # The largest is the smallest of the negatives: one message instead of two.
+    sign = counted.extremes.new_tensor([1.0, -1.0])
+    extremes = counted.extremes * sign
+    dist.all_reduce(extremes, dist.ReduceOp.MIN, group=process_group)
+    return NormDistribution(histogram, sums, extremes * sign, nonfinite)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names if len(names) < 4 else (*names[:2], "...", names[-1]))

@@ -1,0 +1,60 @@
+"""Learnt position rows on another grid than the one they were learnt on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resample_positions(
+    pos_embed: Tensor, grid: tuple[int, int], *, num_prefix_rows: int = 0, antialias: bool = True, offset: float = 0.0
+) -> Tensor:
+    """Position rows for another grid of patches, by bicubic interpolation in fp32 (or wider).
+
+    With ``antialias`` and no offset as timm, and DINOv2's and Hugging Face's models with registers, do it; with an
+    offset of 0.1 and no antialiasing as DINOv2's models without registers do: there the scale of the sampling grid is
+    ``(rows + offset) / side``, not ``rows / side``.
+
+    The interpolation is separable, and is done as two matrix products: their backward repeats bit for bit, which that
+    of ``F.interpolate`` does not on a CUDA device, and compiles with dynamic sizes.
+
+    Args:
+        pos_embed: ``[1, num_prefix_rows + side * side, C]``, the rows of prefix tokens first; any floating dtype.
+        grid: rows and columns of patches wanted.
+        num_prefix_rows: rows that belong to no patch and pass as they are.
+        antialias: whether shrinking averages over all rows it covers.
+        offset: see above.
+
+    Returns:
+        ``[1, num_prefix_rows + M, C]`` in the dtype of ``pos_embed``; ``pos_embed`` itself if the grid fits.
+
+    Raises:
+        ValueError: if the rows of the patches are no square.
+    """
+    num_rows = pos_embed.shape[1] - num_prefix_rows
+    side = math.isqrt(max(num_rows, 0))
+    if side * side != num_rows or not side:
+        raise ValueError(
+            f"pos_embed has {pos_embed.shape[1]} rows, {num_prefix_rows} of them for prefix tokens, and the other "
+            f"{num_rows} are no square grid"
+        )
+    if grid[0] == side and grid[1] == side:
+        return pos_embed
+    prefix, patches = pos_embed.split((num_prefix_rows, num_rows), dim=1)
+    wide = patches.to(torch.promote_types(pos_embed.dtype, torch.float32))
+    by_row, by_column = (_interpolation(n, side, wide, antialias=antialias, offset=offset) for n in grid)
+    with torch.autocast(wide.device.type, enabled=False):
+        rows = (by_row @ wide.reshape(side, -1)).unflatten(1, (side, -1))  # [rows, side, C]
+        patches = (by_column @ rows).flatten(0, 1)
+    return torch.cat((prefix, patches[None].to(pos_embed.dtype)), dim=1)
+
+
+@torch.no_grad()
+def _interpolation(count: int, side: int, like: Tensor, *, antialias: bool, offset: float) -> Tensor:
+    """Bicubic interpolation from ``side`` points to ``count`` as a matrix ``[count, side]``: of every unit vector."""
+    units = torch.eye(side, device=like.device, dtype=like.dtype)[None, None]
+    target = {"scale_factor": ((count + offset) / side, 1.0)} if offset else {"size": (count, side)}
+    return F.interpolate(units, mode="bicubic", antialias=antialias, **target)[0, 0]

@@ -1,0 +1,43 @@
+"""torch's own add and cat: each token that has a row is added to it once, and all are put side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...._runtime.arguments import DTYPES
+from ...._runtime.dispatch import Request, Requirements, unmet
+from .. import features
+from ..types import AssembleInputs
+
+NAME = "composite"
+OPAQUE = False
+REQUIREMENTS = Requirements(devices=("cpu", "cuda", "mps", "xpu"), dtypes=DTYPES, features=features.ALL)
+
+
+def not_supported_reasons(request: Request) -> list[str]:
+    return unmet(REQUIREMENTS, request)
+
+
+def not_default_reasons(request: Request) -> list[str]:
+    return []
+
+
+def forward(inputs: AssembleInputs) -> Tensor:
+    with torch.autocast(inputs.patches.device.type, enabled=False):  # whose cat does not know every mixture of dtypes
+        # The parameters in the dtype of the result; promotion brings the patches there without a copy of their own.
+        _, *parameters, dtype = inputs
+        cls_token, register_tokens, pos_embed = (None if t is None else t.to(dtype) for t in parameters)
+        prefix, patches = [t for t in (cls_token, register_tokens) if t is not None], inputs.patches
+        if pos_embed is not None:
+            rows = inputs.sizes.prefix_rows
+            prefix, patches = _with_rows(prefix, pos_embed[:, :rows]), patches + pos_embed[:, rows:]
+        return torch.cat([*(t.expand(len(patches), -1, -1) for t in prefix), patches], dim=1)
+
+
+def _with_rows(prefix: list[Tensor], rows: Tensor) -> list[Tensor]:
+    """Prefix tokens, the first of them with the rows there are for them. Nothing here is larger than an image."""
+    if not rows.shape[1]:
+        return prefix
+    tokens = torch.cat(prefix, dim=1)
+    return [tokens[:, : rows.shape[1]] + rows, tokens[:, rows.shape[1] :]]
