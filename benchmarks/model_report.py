@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from benchmarks.results import Errors, Row
 
-_FEATURES = "  {:<12}{:>13}{:>18}{:>10}{:>22}{:>22}"
+_FEATURES = "  {:<11}{:>13}{:>17}{:>10}{:>24}{:>23}"
 _REGISTERS = "  {:<22}{:>22}{:>14}{:>22}"
 _NORMS = "  {:<12}{:>14}{:>14}{:>14}{:>10}{:>16}"
 

@@ -44,12 +44,8 @@ def table(rows: Sequence[Row]) -> str:
     parts += [
         _length([row for row in attention if row["tokens"] == n], ceilings) for n in _in_order(attention, "tokens")
     ]
-    refused = [row for row in attention if row["reason"] is not None]
-    if refused:
-        parts.append(_refusals(refused, attention))
-    if overheads:
-        parts.append(_overheads(overheads))
-    return "\n\n".join(parts)
+    parts += [refusals(attention), _overheads(overheads) if overheads else ""]
+    return "\n\n".join(filter(None, parts))
 
 
 def draw_bars(axes: Axes, rows: Sequence[Row], dtype: DType, mode: Mode) -> None:
@@ -93,13 +89,13 @@ def _in_order(rows: Sequence[Row], field: str) -> list:
 def _header(row: Row, ceilings: Roofline) -> str:
     machine, versions = row["machine"], row["machine"]["packages"]
     changes = " with changes" if machine["dirty"] else ""
-    products = ", ".join(f"{dtype} {_number(gflops)}" for dtype, gflops in ceilings.product_gflops.items())
+    products = ", ".join(f"{dtype} {number(gflops)}" for dtype, gflops in ceilings.product_gflops.items())
     return "\n".join(
         (
             f"{machine['device']} ({machine['capability']}), {machine['threads']} threads, Python {machine['python']}",
             ", ".join(f"{name} {version}" for name, version in versions.items()),
             f"commit {machine['commit'][:12]}{changes}",
-            f"ceilings: matrix product GFLOP/s {products}; copy {_number(ceilings.copy_gbps)} GB/s",
+            f"ceilings: matrix product GFLOP/s {products}; copy {number(ceilings.copy_gbps)} GB/s",
         )
     )
 
@@ -116,20 +112,20 @@ def _length(rows: Sequence[Row], ceilings: Roofline) -> str:
         for mode in MODES:
             raced = [r for r in rows if (r["dtype"], r["mode"], r["reason"]) == (dtype, mode, None)]
             if raced:
-                lines.append(f" {dtype} {mode}, {_number(raced[0]['flops'] / 1e9)} GFLOP")
+                lines.append(f" {dtype} {mode}, {number(raced[0]['flops'] / 1e9)} GFLOP")
                 lines += [_figures(row, ceilings.peak_gflops(dtype)) for row in raced]
     return "\n".join(lines)
 
 
 def _figures(row: Row, peak_gflops: float) -> str:
-    error = _worst(row["errors"])
+    error = worst(row["errors"])
     return _LINE.format(
         row["variant"],
-        _number(row["median_ms"]),
-        f"{_number(row['p20_ms'])}-{_number(row['p80_ms'])}",
-        _number(row["gflops"]),
+        number(row["median_ms"]),
+        f"{number(row['p20_ms'])}-{number(row['p80_ms'])}",
+        number(row["gflops"]),
         f"{row['gflops'] / peak_gflops:.1%}",
-        _number(row["gbps"]),
+        number(row["gbps"]),
         "" if row["speedup"] is None else f"{row['speedup']:.2f}",
         f"{error['max']:.1e}",
         f"{error['eager_max']:.1e}",
@@ -137,21 +133,22 @@ def _figures(row: Row, peak_gflops: float) -> str:
     ).rstrip()
 
 
-def _worst(errors: dict[str, Errors]) -> Errors:
+def worst(errors: dict[str, Errors]) -> Errors:
     """A tensor that broke the rule if one did, and of those left the one furthest from the eager formula's error."""
     return max(errors.values(), key=lambda e: (not e["passed"], e["max"] / e["eager_max"] if e["eager_max"] else 0.0))
 
 
-def _refusals(refused: Sequence[Row], attention: Sequence[Row]) -> str:
-    """Who was not raced, in how many of the cases, and the first sentence of what each said."""
+def refusals(rows: Sequence[Row]) -> str:
+    """Who was not raced, in how many of the cases of a race, and the first sentence of what each said; "" if nobody."""
+    refused = [row for row in rows if row["reason"] is not None]
     counts = Counter((row["variant"], row["failed"], _first_sentence(row["reason"])) for row in refused)
     lines = ["not raced:"]
     for (name, failed, reason), count in counts.items():
-        of = sum(row["variant"] == name for row in attention)
+        of = sum(row["variant"] == name for row in rows)
         cases = "every case" if count == of else f"{count} of {of} cases"
         text = f"  {name:<18}{cases}: {'FAIL ' if failed else ''}{reason}"
         lines.append(textwrap.fill(text, WIDTH, subsequent_indent=" " * 20, break_on_hyphens=False))
-    return "\n".join(lines)
+    return "\n".join(lines) if refused else ""
 
 
 def _first_sentence(reason: str) -> str:
@@ -169,6 +166,6 @@ def _overheads(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three significant digits, never in scientific notation above 1."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

@@ -103,6 +103,34 @@ def interleave(
     return {name: summary(times) for name, times in samples.items()}
 
 
+def in_rounds(
+    variants: Mapping[str, Variant], argument: Any, *, device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """Times every variant once a round, in an order that is drawn anew for each.
+
+    Args:
+        variants: name -> contender.
+        argument: what each takes.
+        device: where they run.
+        rounds: how many, after one to warm up.
+
+    Returns:
+        Milliseconds by name and round. Two of a round were measured side by side: their ratio is worth more than that
+        of two medians.
+    """
+    timed_round = _cuda_round if device.type == "cuda" else _cpu_round
+    order = random.Random(0)
+    names = list(variants)
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(1 + rounds):
+        order.shuffle(names)
+        times = timed_round([(variants[name], argument) for name in names])
+        for name, ms in zip(names, times, strict=True):
+            if i:
+                samples[name].append(ms)
+    return samples
+
+
 def summary(times_ms: Sequence[float]) -> Timing:
     """Median, 20th and 80th percentile, and least of some samples in milliseconds."""
     p20, median, p80 = np.percentile(times_ms, (20, 50, 80)).tolist()

@@ -78,7 +78,7 @@ def run(setup: Setup, writer: Writer) -> Iterator[Row]:
             rows = list(_judged(piece, _missing(setup, writer, piece), setup.device))
         yield from writer.extend(rows)
         for row in rows:
-            for sentence in _broken(row):
+            for sentence in wrong(row, _opaque()):
                 print(f"      FAIL {sentence}", flush=True)
         if rows[-1]["crash"] and lost(setup.device):
             raise RuntimeError(f"the GPU cannot be used any more by this process, after {_named(rows[-1])}")
@@ -86,11 +86,15 @@ def run(setup: Setup, writer: Writer) -> Iterator[Row]:
 
 def failures(rows: list[Row]) -> list[str]:
     """Tensors that break the rule, crashes, opaque backends whose bits change, and those that served nothing at all."""
-    rows = [row for row in rows if row["kind"] == "accuracy"]
-    sentences = [sentence for row in rows for sentence in _broken(row)]
+    return all_wrong([row for row in rows if row["kind"] == "accuracy"], _opaque())
+
+
+def all_wrong(rows: list[Row], opaque: set[str]) -> list[str]:
+    """What is wrong with rows of accuracy, of which ``opaque`` backends are our own kernels."""
+    sentences = [sentence for row in rows for sentence in wrong(row, opaque)]
     for name in dict.fromkeys(row["backend"] for row in rows):
         its = [row for row in rows if row["backend"] == name]
-        if name in _opaque() and all(row["reasons"] for row in its):
+        if name in opaque and all(row["reasons"] for row in its):
             sentences.append(f"{name} served no case: {'; '.join(its[0]['reasons'])}")
     return sentences
 
@@ -156,7 +160,7 @@ def _judged(piece: _Piece, backends: list[str], device: torch.device) -> Iterato
             try:
                 with poisoned(device):
                     first, second = _every_way(backend, yardstick), _every_way(backend, yardstick)
-                    deterministic = all(_same_bits(first[way][name], second[way][name]) for way, name in _names(first))
+                    deterministic = all(same_bits(first[way][name], second[way][name]) for way, name in _names(first))
                     found = {way: yardstick.compare(tensors) for way, tensors in first.items()}
             except Exception as error:  # whatever a kernel raises, the other cases are still to be judged
                 crash = f"{type(error).__name__}: {error}"
@@ -221,7 +225,8 @@ def _errors(ways: dict[str, dict[str, Accuracy]]) -> dict[str, Errors]:
     return {way + name: results.errors(error) for way, errors in ways.items() for name, error in errors.items()}
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bits, NaN included."""
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
@@ -248,20 +253,25 @@ def _products(dtype: Precision) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _broken(row: Row) -> list[str]:
+def wrong(row: Row, opaque: set[str]) -> list[str]:
     """What is wrong with one row."""
     named = _named(row)
     sentences = [
-        f"{named}: {tensor} is {error['max']:.3g} off (mean {error['mean']:.3g}), "
-        f"the eager formula {error['eager_max']:.3g} (mean {error['eager_mean']:.3g})"
-        for tensor, error in (row["errors"] or {}).items()
-        if not error["passed"]
+        f"{named}: {off(tensor, error)}" for tensor, error in (row["errors"] or {}).items() if not error["passed"]
     ]
     if row["crash"]:
         sentences.append(f"{named}: {row['crash'].strip().splitlines()[0]}")
-    if row["deterministic"] is False and row["backend"] in _opaque():
+    if row["deterministic"] is False and row["backend"] in opaque:
         sentences.append(f"{named}: two runs differ in bits")
     return sentences
+
+
+def off(tensor: str, error: Errors) -> str:
+    """How far a tensor that breaks the rule is off."""
+    return (
+        f"{tensor} is {error['max']:.3g} off (mean {error['mean']:.3g}), "
+        f"the eager formula {error['eager_max']:.3g} (mean {error['eager_mean']:.3g})"
+    )
 
 
 def _named(row: Row) -> str:

@@ -12,6 +12,7 @@ import torch
 from benchmarks import results, roofline, timing
 from benchmarks.contest import contest, inputs_of, job, runs_of
 from benchmarks.gpu import warm
+from benchmarks.gpu.accuracy import off
 from benchmarks.gpu.stage import Setup
 from benchmarks.machine import Machine, lost
 from benchmarks.peers import Pack, Peer, attempt, everyone, pack_of, vitreg
@@ -103,10 +104,7 @@ def failures(rows: list[Row]) -> list[str]:
         if row["failed"]:
             sentences.append(f"{named}: {' '.join(row['reason'].split())}")
         sentences += [
-            f"{named}: {tensor} is {error['max']:.3g} off (mean {error['mean']:.3g}), "
-            f"the eager formula {error['eager_max']:.3g} (mean {error['eager_mean']:.3g})"
-            for tensor, error in (row["errors"] or {}).items()
-            if not error["passed"]
+            f"{named}: {off(tensor, error)}" for tensor, error in (row["errors"] or {}).items() if not error["passed"]
         ]
     return sentences
 

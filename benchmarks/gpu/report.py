@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import machine, results, roofline
-from benchmarks.gpu import accuracy
+from benchmarks.gpu import accuracy, norms
 from benchmarks.gpu.stage import load
 from benchmarks.results import Row
 
@@ -38,6 +38,10 @@ _LEGEND = (
     "A cell: ns a (batch, head), useful TFLOP/s, share of the roofline, and the time of the fastest peer of the column "
     "over this one. * is what `backend=None` takes. FAIL breaks the accuracy rule or broke. - was not raced, for a "
     "reason at the end."
+)
+_NORMS_LEGEND = (
+    "Residual with LayerScale, its norm and each token's norm. A cell: time, useful GB/s (each [B, N, C] tensor once, "
+    "4 forward and 6 backward), share of the copy bandwidth, and the time of the fastest peer of the column over this."
 )
 _BAR_GROUP = 0.8  # of the distance between two lengths
 
@@ -67,7 +71,7 @@ def is_dry(rows: Sequence[Row]) -> bool:
 def markdown(rows: Sequence[Row]) -> str:
     """The whole report. ``rows`` hold the environment's at least."""
     title = f"# vitreg_kernels on {rows[0]['machine']['device']}"
-    sections = (_environment, _accuracy, _races, _goals, _outputs, _models, _tiles, _refusals, _stages)
+    sections = (_environment, _accuracy, _races, _goals, _outputs, _norms, _models, _tiles, _refusals, _stages)
     parts = [title, *([_DRY] if is_dry(rows) else []), *(section(rows) for section in sections)]
     return "\n\n".join(part for part in parts if part)
 
@@ -169,7 +173,7 @@ def _clocks(row: Row) -> str | None:
 
 
 def _accuracy(rows: Sequence[Row]) -> str:
-    judged = _of(rows, "accuracy")
+    judged = _of(rows, "accuracy") + _of(rows, "norm_accuracy")
     if not judged:
         return ""
     table = []
@@ -183,7 +187,8 @@ def _accuracy(rows: Sequence[Row]) -> str:
             counts = len(exact), len(ran) - len(exact), len(its) - len(ran), tensors
             table.append((backend, dtype, *counts, f"{len(same)} of {len(ran)}"))
     headings = ("backend", "dtype", "passed", "FAILED", "not served", "tensors", "same bits twice")
-    failures = "\n".join(f"- {sentence}" for sentence in accuracy.failures(list(rows)))
+    wrong = [*accuracy.failures(list(rows)), *norms.failures(_of(rows, "norm_accuracy"))]
+    failures = "\n".join(f"- {sentence}" for sentence in wrong)
     return "\n\n".join(filter(None, ("## Accuracy\n" + _table(headings, table), failures)))
 
 
@@ -273,6 +278,38 @@ def _output_cell(row: Row) -> str:
     return f"{row['ratio']:.2f}{goal}"
 
 
+def _norms(rows: Sequence[Row]) -> str:
+    """One table for each norm and mode: contenders down, widths across."""
+    raced = _of(rows, "residual_norm")
+    if not raced:
+        return ""
+    copy_gbps = roofline.highest(rows).copy_gbps
+    parts = [f"## Residual norms\n{_NORMS_LEGEND}"]
+    for norm, mode, dtype in dict.fromkeys((row["norm"], row["mode"], row["dtype"]) for row in raced):
+        its = [row for row in raced if (row["norm"], row["mode"], row["dtype"]) == (norm, mode, dtype)]
+        widths = _in_order(its, "channels")
+        table = []
+        for variant in _in_order(its, "variant"):
+            by_width = {row["channels"]: row for row in its if row["variant"] == variant}
+            table.append((variant, *(_norm_cell(by_width.get(width), copy_gbps) for width in widths)))
+        headings = ("", *(f"C = {width}" for width in widths))
+        timed = [cells for cells in table if set(cells[1:]) != {"-"}]
+        if timed:
+            size = f"{its[0]['batch']} x {its[0]['tokens']}"
+            parts.append(f"### {norm}, {mode}, {dtype}, {size} tokens\n" + _table(headings, timed))
+    return "\n\n".join(parts)
+
+
+def _norm_cell(row: Row | None, copy_gbps: float) -> str:
+    if row is None or row["median_ms"] is None:
+        return "FAIL" if row is not None and row["failed"] else "-"
+    figures = [f"{1e3 * row['median_ms']:.3g} µs", f"{row['gbps']:.0f} GB/s", f"{row['gbps'] / copy_gbps:.0%}"]
+    if row["speedup"] is not None:
+        figures.append(f"{row['speedup']:.2f}x")
+    wrong = any(not error["passed"] for error in row["errors"].values())
+    return ", ".join(figures) + (" FAIL" if wrong else "")
+
+
 def _models(rows: Sequence[Row]) -> str:
     models = _of(rows, "model")
     table = [
@@ -331,6 +368,7 @@ def _refusals(rows: Sequence[Row]) -> str:
     for kind, field, what in (
         ("race", "variant", "cases"),
         ("outputs", "backend", "calls"),
+        ("residual_norm", "variant", "norms"),
         ("model", "attention", "models"),
     ):
         its = _of(rows, kind)

@@ -13,7 +13,7 @@ from benchmarks import results
 from benchmarks.machine import Machine
 from benchmarks.results import Row, Writer
 
-NAMES = ("environment", "accuracy", "race", "outputs", "models", "tune")  # in the order in which they run
+NAMES = ("environment", "accuracy", "race", "outputs", "norms", "models", "tune")  # in the order in which they run
 DEFAULT = NAMES[:-1]
 
 

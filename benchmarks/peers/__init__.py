@@ -24,6 +24,7 @@ __all__ = [
     "eager",
     "everyone",
     "guarded",
+    "interpreter_reason",
     "pack_of",
     "peers",
     "sdpa",
@@ -36,7 +37,7 @@ eager, sdpa = EAGER.packed, pytorch.SDPA.packed
 def peers(size: Size) -> list[Peer]:
     """The contenders of ``python -m benchmarks``, on packed qkv, usable or not; the formula is the last."""
     packed: tuple[Layout, None] = ("packed", None)
-    ours = [p.unless(_interpreter_reason) if p.name == "vitreg:triton" else p for p in vitreg.peers(*packed)]
+    ours = [p.unless(interpreter_reason) if p.name == "vitreg:triton" else p for p in vitreg.peers(*packed)]
     flex = pytorch.flex(*packed).unless(partial(_flex_reason, size))
     return [*ours, *pytorch.sdpa(*packed), flex, xformers.peer(*packed), Peer("eager", eager)]
 
@@ -47,7 +48,8 @@ def everyone(layout: Layout, pack: Pack | None) -> list[Peer]:
     return [*vitreg.peers(layout, pack), *torchs, xformers.peer(layout, pack), *flash_attention.peers(layout, pack)]
 
 
-def _interpreter_reason(qkv: Tensor) -> str | None:
+def interpreter_reason(*inputs: Tensor) -> str | None:
+    """Why our own kernels are not raced in this process, if they are not."""
     if triton_mode.INTERPRETING:
         return "runs under Triton's interpreter here, whose speed says nothing about a GPU's"
     return None

@@ -33,7 +33,7 @@ def sdpa(layout: Layout, pack: Pack | None) -> list[Peer]:
 
 def flex(layout: Layout, pack: Pack | None) -> Peer:
     """FlexAttention, compiled for each shape at the first call; uncompiled it holds N x N."""
-    return Peer("torch:flex", heads_first(_flex).attend(layout, pack), context=_recompiles)
+    return Peer("torch:flex", heads_first(_flex).attend(layout, pack), context=recompiles)
 
 
 def varlen(layout: Layout, pack: Pack | None) -> Peer:
@@ -56,7 +56,8 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def _recompiles() -> AbstractContextManager[object]:
+def recompiles() -> AbstractContextManager[object]:
+    """Within, a compiled contender may meet every case of a run."""
     import torch._dynamo
 
     return torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT)

@@ -86,7 +86,7 @@ def test_the_stages_run_in_order_and_every_output_says_that_it_was_dry(stages, p
     assert [row["stage"] for row in rows(path, "stage")] == list(stage.DEFAULT)
     assert all(row["unfinished"] == 0 and row["error"] is None and row["seconds"] >= 0 for row in rows(path, "stage"))
     assert stages["tune"].did == []
-    assert "2/5 accuracy: Stands in." in told.out
+    assert "2/6 accuracy: Stands in." in told.out
     assert "More words" not in told.out
     assert "Nothing failed." in told.out
     assert told.out.startswith("DRY RUN")
@@ -109,7 +109,7 @@ def test_a_run_of_some_stages_is_finished_by_the_others(stages, path, capsys):
     assert [row["stage"] for row in rows(path, "stage")] == ["environment", "race"]
     assert driver.main(["--dry-run"]) == 0
     assert "from row 8 of a cut run" in capsys.readouterr().out
-    assert [stages[name].did for name in stage.NAMES[1:]] == [[0, 1, 2]] * 4 + [[]]
+    assert [stages[name].did for name in stage.NAMES[1:]] == [[0, 1, 2]] * 5 + [[]]
 
 
 def test_stages_have_their_share_of_the_time_and_one_alone_has_all_it_needs(stages, path):
@@ -199,7 +199,7 @@ def test_an_unknown_stage_is_one_sentence_and_status_2(stages, path, capsys, arg
     assert driver.main(arguments) == 2
     told = capsys.readouterr().err
     assert "unknown stage" in told
-    assert "environment,accuracy,race,outputs,models,tune" in told
+    assert "environment,accuracy,race,outputs,norms,models,tune" in told
     assert told.count("\n") == 1
     assert not path.exists()
 

@@ -63,6 +63,12 @@ def made_up_rows():
     yield outputs_row(("lse",), 1.25, None)
     yield outputs_row((), 1.0, None)
     yield outputs_row(("received_attention",), 1.375, 1.35)
+    yield norm_row("vitreg:triton", 384, 0.02, ours=True, speedup=1.5)
+    yield norm_row("vitreg:triton", 768, 0.04, ours=True, speedup=1.5, errors={"residual": error(False)})
+    yield norm_row("torch:compile", 384, 0.03)
+    yield norm_row("xformers", 384, None, reason="has no LayerNorm")
+    yield norm_accuracy_row("residual_norm:triton", {"normalized": error(True), "grad_x": error(False)})
+    yield norm_accuracy_row("assemble:triton", {"tokens": error(True)})
     yield model_row("vitreg: triton", True, 100.0, 1.17)
     yield model_row("own: cudnn", False, 117.0, 1.0)
     yield model_row("vitreg: wrong", True, 90.0, 1.3) | {"errors": {"features": error(True), "grad_qkv": error(False)}}
@@ -125,6 +131,39 @@ def race_row(variant, tokens, mode, ms, *, layout="packed", dtype="bf16", **chan
         "errors": ms and {"output": error(True)},
         **changes,
     }
+
+
+def norm_row(variant, channels, ms, **changes):
+    return {
+        "kind": "residual_norm",
+        "variant": variant,
+        "ours": False,
+        "reason": None,
+        "failed": False,
+        "norm": "LayerNorm",
+        "dtype": "bf16",
+        "mode": "forward",
+        "batch": 64,
+        "tokens": 261,
+        "channels": channels,
+        "bytes": 10**8,
+        "peak_gbps": 4000.0,
+        "median_ms": ms,
+        "p20_ms": ms,
+        "p80_ms": ms,
+        "samples": ms and 9,
+        "gbps": ms and 60 / ms,
+        "peak_fraction": ms and 60 / ms / 4000,
+        "best_peer": "torch:compile",
+        "speedup": ms and 1.0,
+        "errors": ms and {"residual": error(True)},
+        **changes,
+    }
+
+
+def norm_accuracy_row(backend, errors):
+    row = accuracy_row(backend, "bf16", errors)
+    return row | {"kind": "norm_accuracy", "case": "64 x 261 x 1024"}
 
 
 def outputs_row(outputs, ratio, goal):
@@ -268,6 +307,20 @@ def test_outputs_models_and_stages_are_told(rows):
     stages = section(text, "## Stages")
     assert "| accuracy | 90 | 12 |  |" in stages
     assert "| race | 3 | unknown | IndexError: no \\| way |" in stages
+
+
+def test_norms_are_told(rows):
+    text = report.markdown(rows)
+    told = section(text, "### LayerNorm, forward, bf16, 64 x 261 tokens")
+    assert "|  | C = 384 | C = 768 |" in told
+    assert lines(told)["vitreg:triton"] == ["20 µs, 3000 GB/s, 75%, 1.50x", "40 µs, 1500 GB/s, 38%, 1.50x FAIL"]
+    assert lines(told)["torch:compile"] == ["30 µs, 2000 GB/s, 50%, 1.00x", "-"]
+    assert "xformers" not in told
+    assert "- xformers, 1 of 1 norms: has no LayerNorm" in section(text, "## Not timed")
+    accuracy = section(text, "## Accuracy")
+    assert "| residual_norm:triton | bf16 | 0 | 1 | 0 | 2 | 1 of 1 |" in accuracy
+    assert "| assemble:triton | bf16 | 1 | 0 | 0 | 1 | 1 of 1 |" in accuracy
+    assert "- residual_norm:triton on 64 x 261 x 1024 in bf16: grad_x is 0.001 off" in accuracy
 
 
 def test_a_sweep_is_told(rows):

@@ -14,13 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.gpu import accuracy, outputs, race, warm
+from benchmarks.gpu import accuracy, calls, norms, outputs, race, warm
 from benchmarks.gpu.stage import Setup
 from benchmarks.results import Writer
 from benchmarks.shapes import Case
 from vitreg_kernels import functional
 from vitreg_kernels._runtime import dispatch, triton_mode
+from vitreg_kernels.ops.assemble.backends import triton as assemble
 from vitreg_kernels.ops.attention.backends import triton
+from vitreg_kernels.ops.residual_norm.backends import triton as residual_norm
+from vitreg_kernels.ops.token_norms.backends import triton as token_norms
 
 pytest.importorskip("triton", reason="triton is not installed: it exists for Linux x86-64 only")
 if triton_mode.INTERPRETING:
@@ -94,6 +97,20 @@ def test_the_outputs_stage_launches_what_was_rehearsed(writer, monkeypatch):
     assert launched == rehearsed(partial(outputs.rehearse, device=CPU), cases)
     assert all(row["reason"] is None for row in writer.find(backend="triton"))
     assert len(launched) >= len(outputs._ASKED)
+
+
+@pytest.mark.usefixtures("pretending")
+def test_the_norms_stage_launches_what_was_rehearsed(writer, monkeypatch, ceilings):
+    for backend in (assemble, residual_norm, token_norms):
+        monkeypatch.setattr(backend, "REQUIREMENTS", backend.REQUIREMENTS._replace(devices=("cpu",)))
+    writer.extend([{"kind": "roofline", **ceilings._asdict()}])
+    launched = keys(lambda: list(norms.run(DRY, writer)))
+    checked = rehearsed(norms.rehearse_check, norms._checks(DRY))
+    raced = rehearsed(partial(norms.rehearse_race, device=CPU), norms._cases(DRY))
+    assert launched == checked | raced
+    assert min(len(checked), len(raced)) >= 3
+    served = [row for row in writer.find(kind="norm_accuracy") if row["backend"].endswith(":triton")]
+    assert {row["backend"].partition(":")[0] for row in served if not row["reasons"]} == {op.name for op in calls.OPS}
 
 
 class NoDriver:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from test_features import tiny_model
 
-from benchmarks import attention, features, overhead, results
+from benchmarks import attention, features, monitoring, norms, overhead, results, roofline, timing
 from benchmarks.shapes import Case
+from vitreg_kernels import RegisterViT, ViTConfig
 from vitreg_kernels.ops.attention.backends import sdpa
+from vitreg_kernels.ops.residual_norm.backends import composite
 
 for package in ("matplotlib", "skimage", "sklearn", "tqdm"):
     pytest.importorskip(package, reason="the benchmark's own packages: pip install 'vitreg_kernels[bench]'")
@@ -19,7 +21,7 @@ from benchmarks import __main__ as driver  # noqa: E402
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path, machine):
+def small(monkeypatch, tmp_path, machine, ceilings):
     """The whole driver on a tiny model and one small race; the path of its result file."""
     path = tmp_path / "results" / "run.json"
     monkeypatch.setattr(features, "_IMAGES", {"quick": {56: 2}})
@@ -27,6 +29,16 @@ def small(monkeypatch, tmp_path, machine):
     monkeypatch.setattr(attention, "_BUDGET_S", {"quick": 0.01})
     monkeypatch.setattr(attention, "cases", lambda *_: iter([Case(1, 2, 54, "fp32", "forward")]))
     monkeypatch.setattr(overhead, "_BUDGET_S", 0.01)
+    tiny = [norms.Case(16, "fp32", mode, batch=3, tokens=9) for mode in norms.MODES]
+    monkeypatch.setattr(norms, "cases", lambda device: tiny)
+    monkeypatch.setattr(norms, "_BUDGET_S", {"quick": 0.0})
+    quick = [peer for peer in norms.norms.peers(rms=False) if peer.name != "torch:compile"]  # takes seconds
+    monkeypatch.setattr(norms.norms, "peers", lambda rms: quick)
+    monkeypatch.setattr(monitoring, "_SIZES", {"quick": (1, 1)})
+    vit = RegisterViT(ViTConfig(image_size=28, dim=32, depth=1, num_heads=1))
+    monkeypatch.setattr(monitoring.RegisterViT, "preset", lambda name: vit)
+    monkeypatch.setattr(roofline, "measure", lambda device: ceilings)
+    monkeypatch.setattr(timing, "last_level_cache", lambda device: 2**12)
     monkeypatch.setattr(driver.results, "default_path", lambda *_: path)
     monkeypatch.setattr(driver.pretrained, "load", lambda name: tiny_model())
     monkeypatch.setattr(driver.machine, "describe", lambda device: machine)
@@ -47,18 +59,27 @@ def test_the_main_job(small, monkeypatch, capsys):
     assert run(monkeypatch) == 0
     printed = capsys.readouterr().out
     for words in (
-        "1/3",
-        "2/3",
-        "3/3",
+        *(f"{part}/5 " for part in (1, 2, 3, 4, 5)),
         "1/4 registers at 56 px",
         "1/1 N=54 fp32 forward",
+        "2/2 LayerNorm C=16 fp32 backward",
         "grey patches*",
         "torch:math",
+        "counting the fused norms",
     ):
         assert words in printed
     assert "results are as accurate as the rule asks" in printed
     assert small.with_suffix(".png").stat().st_size > 0
-    assert kinds(small) == {"registers", "norms", "features", "roofline", "attention", "overhead"}
+    assert kinds(small) == {
+        "registers",
+        "norms",
+        "features",
+        "roofline",
+        "attention",
+        "overhead",
+        "residual_norm",
+        "monitor",
+    }
 
 
 def test_a_wrong_backend_is_named_and_the_status_is_1(small, monkeypatch, capsys):
@@ -68,9 +89,17 @@ def test_a_wrong_backend_is_named_and_the_status_is_1(small, monkeypatch, capsys
         result = forward(inputs)
         return result._replace(output=result.output * (1 + 1e-4))
 
+    normalize = composite.forward
+
+    def slightly_off(inputs):
+        result = normalize(inputs)
+        return result._replace(normalized=result.normalized * (1 + 1e-4))
+
     monkeypatch.setattr(sdpa, "forward", slightly_wrong)
+    monkeypatch.setattr(composite, "forward", slightly_off)
     assert run(monkeypatch) == 1
     told = capsys.readouterr().err
+    assert "vitreg:composite at N = 9, C = 16 in fp32, forward: normalized is" in told
     assert "sdpa at N = 21 in fp32, a tiny ViT: features is" in told
     assert "vitreg:sdpa at N = 54 in fp32, forward: output is" in told
     assert "reference" not in told
@@ -84,7 +113,9 @@ def test_a_crash_of_ours_is_named_and_the_status_is_1(small, monkeypatch, capsys
     monkeypatch.setattr(
         attention, "race", lambda *arguments: monkeypatch.setattr(sdpa, "forward", crash) or attend(*arguments)
     )
-    monkeypatch.setattr(overhead, "run", lambda writer: [])  # it calls the default backend, which is the broken one
+    # They call the default backend, which is the broken one.
+    monkeypatch.setattr(overhead, "run", lambda writer: [])
+    monkeypatch.setattr(monitoring, "run", lambda *arguments: [])
     assert run(monkeypatch) == 1
     told = capsys.readouterr()
     assert "vitreg:sdpa at N = 54 in fp32, forward: IndexError: out of its bounds" in told.err

