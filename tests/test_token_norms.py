@@ -16,6 +16,7 @@ from residual_norm_cases import LAYOUTS
 from token_norms_cases import (
     DISTRIBUTION,
     KINDS,
+    ODD_NORMS,
     USABLE,
     Spec,
     assert_parity,
@@ -33,7 +34,6 @@ from vitreg_kernels import NormDistribution, TokenLayout
 from vitreg_kernels._runtime.triton_mode import INTERPRETING
 from vitreg_kernels.functional import residual_layer_norm, token_norm_stats, token_norms
 from vitreg_kernels.ops.token_norms.api import accumulate
-from vitreg_kernels.ops.token_norms.bins import bin_edges
 
 F32, F64 = torch.float32, torch.float64
 LAYOUT = TokenLayout(num_registers=4)
@@ -162,18 +162,6 @@ class TestNorms:
             stats = token_norm_stats(x, LAYOUT, backend=backend.NAME)
             empty = NormDistribution.zeros((), "cpu")
             assert all(torch.equal(a, b) for group in stats for a, b in zip(group, empty, strict=True))
-
-
-# Norms where bins begin, just before, in the open-ended bins, of no sign, and that are no numbers.
-EDGES = bin_edges("cpu")[1:-1]
-ODD_NORMS = torch.cat(
-    (
-        EDGES,
-        torch.nextafter(EDGES, torch.zeros(1)),
-        torch.tensor([0.0, -0.0, 1e-45, 1e-38, 1e-6, 2.0**-12, 2.0**20, 1e9, 3.4e38]),
-        torch.tensor([math.inf, -math.inf, math.nan, -math.nan]),
-    )
-)
 
 
 class TestCounting:

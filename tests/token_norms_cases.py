@@ -21,6 +21,7 @@ from vitreg_kernels._runtime.dispatch import Request
 from vitreg_kernels.accuracy import compare
 from vitreg_kernels.functional import token_norm_stats, token_norms
 from vitreg_kernels.ops.token_norms.backends import BACKENDS
+from vitreg_kernels.ops.token_norms.bins import bin_edges
 
 USABLE = [b for b in BACKENDS if not b.not_supported_reasons(Request("cpu", (0, 0), torch.float32, channels=64))]
 
@@ -66,6 +67,17 @@ KINDS = [
     Spec(num_cls_tokens=0, num_registers=0),
     Spec(num_cls_tokens=2, num_registers=19),
 ]
+
+# Norms where bins begin, just before, in the open-ended bins, of no sign, and that are no numbers.
+EDGES = bin_edges("cpu")[1:-1]
+ODD_NORMS = torch.cat(
+    (
+        EDGES,
+        torch.nextafter(EDGES, torch.zeros(1)),
+        torch.tensor([0.0, -0.0, 1e-45, 1e-38, 1e-6, 2.0**-12, 2.0**20, 1e9, 3.4e38]),
+        torch.tensor([math.inf, -math.inf, math.nan, -math.nan]),
+    )
+)
 
 
 def make_call(spec: Spec) -> Call:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from harness import BAND, guarded, guarded_like
 from residual_norm_cases import LAYOUTS
-from token_norms_cases import KINDS, Spec, assert_parity, assert_same_counts, counted, make_call, run
-from torch import Tensor
+from token_norms_cases import KINDS, ODD_NORMS, Spec, assert_parity, assert_same_counts, counted, make_call, run
 from torch.library import opcheck
 
 from vitreg_kernels import NormDistribution, TokenLayout
@@ -34,28 +33,23 @@ def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class GuardedDistribution:
-    """One between guard bands, filled with what counts nothing; integers stand for NaN in the bands of counts."""
+    """One of no tokens, between bands of numbers that no kernel leaves as they are.
 
-    _CANARY = -(2**62)
+    Distributions are added to, so a band of NaN would hide a sum: it stays NaN. -0.0 becomes 0.0 whatever is added.
+    """
 
     def __init__(self) -> None:
         zeros = NormDistribution.zeros((3,), "cpu")
-        self.memory = [self._around(x) for x in zeros]
-        self.view = NormDistribution(
-            *(m.as_strided(x.shape, x.stride(), BAND) for m, x in zip(self.memory, zeros, strict=True))
-        )
+        self.memory = [x.new_full((x.numel() + 2 * BAND,), -0.0 if x.is_floating_point() else -1) for x in zeros]
+        pairs = zip(self.memory, zeros, strict=True)
+        self.view = NormDistribution(*(m.as_strided(x.shape, x.stride(), BAND) for m, x in pairs))
         for view, x in zip(self.view, zeros, strict=True):
             view.copy_(x)
-
-    @classmethod
-    def _around(cls, x: Tensor) -> Tensor:
-        size = (x.numel() + 2 * BAND,)
-        return x.new_full(size, torch.nan if x.is_floating_point() else cls._CANARY)
 
     def check_bands(self) -> None:
         for name, memory in zip(NormDistribution._fields, self.memory, strict=True):
             for band in (memory[:BAND], memory[-BAND:]):
-                intact = band.isnan() if band.is_floating_point() else band == self._CANARY
+                intact = (band == 0) & band.signbit() if band.is_floating_point() else band == -1
                 assert intact.all(), f"{name}: written outside its bounds"
 
 
@@ -88,6 +82,17 @@ def test_guarded(spec: Spec, dtype: torch.dtype) -> None:
     total.run()
     into.check_bands()
     assert_same_counts(into.view._asdict(), counted(norms.view, call["layout"]), str(spec))
+
+
+def test_norms_of_every_bin_and_beyond() -> None:
+    """Each in the first group and in the last: beyond the first bin and the last one begins other memory."""
+    norms, into = guarded((2, len(ODD_NORMS)), torch.float32), GuardedDistribution()
+    norms.view.copy_(torch.stack((ODD_NORMS, ODD_NORMS.flip(0))))
+    layout = TokenLayout(num_cls_tokens=len(ODD_NORMS) // 2, num_registers=0)
+    for launch in counting_launches(norms.view, layout, into.view):
+        launch.run()
+    into.check_bands()
+    assert_same_counts(into.view._asdict(), counted(norms.view, layout), "odd norms")
 
 
 @every_dtype

@@ -36,8 +36,10 @@ def forward(inputs: AssembleInputs) -> Tensor:
 
 
 def _with_rows(prefix: list[Tensor], rows: Tensor) -> list[Tensor]:
-    """Prefix tokens, the first of them with the rows there are for them. Nothing here is larger than an image."""
-    if not rows.shape[1]:
-        return prefix
-    tokens = torch.cat(prefix, dim=1)
-    return [tokens[:, : rows.shape[1]] + rows, tokens[:, rows.shape[1] :]]
+    """Prefix tokens with their rows; CLS tokens, or registers, have either all of theirs or none."""
+    found, first = [], 0
+    for tokens in prefix:
+        last = first + tokens.shape[1]
+        found.append(tokens + rows[:, first:last] if last <= rows.shape[1] else tokens)
+        first = last
+    return found
