@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.timm_vits import import_timm
 from vitreg_kernels import RegisterViT
 
 if TYPE_CHECKING:
@@ -127,8 +128,7 @@ def from_timm_hub(name: str) -> Pretrained:
     """
     if importlib.util.find_spec("timm") is None:
         raise ModuleNotFoundError(f"the model '{TIMM_PREFIX}{name}' needs timm: run `pip install timm`")
-    import timm
-
+    timm = import_timm()
     try:
         module = timm.create_model(name, pretrained=True, num_classes=0)
     except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -123,7 +124,7 @@ def main() -> None:
     print(f"\nToken norms of the last steps\n{progress.norms.table()}")
     print(f"\n{accuracy(model, held_out):.1%} of the digits held out are told right")
     draw(progress.norms, read_csv(history)).savefig(picture, dpi=150)
-    print(f"{history}\n{picture}")
+    print(f"{os.path.relpath(history)}\n{os.path.relpath(picture)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The smallest calls there are: an empty batch, one token, tokens that are all prefix."""
+"""The smallest calls there are: one token, tokens that are all prefix. An empty batch is in tests/contract."""
 
 from __future__ import annotations
 
@@ -6,25 +6,10 @@ import pytest
 import torch
 from cases import PLAIN_BACKENDS, Spec, make_options, make_qkv, views
 
-from vitreg_kernels.functional import register_attention, register_attention_qkv
+from vitreg_kernels.functional import register_attention
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 every_backend = pytest.mark.parametrize("backend", PLAIN_BACKENDS)
-
-
-@every_backend
-@pytest.mark.parametrize(
-    "spec", [Spec(), Spec(mask="key_padding"), Spec(rope="halves"), Spec(rope="pairs", rope_batch=True)], ids=str
-)
-def test_empty_batch(backend, spec):
-    spec = spec._replace(batch=0)
-    qkv = make_qkv(spec).requires_grad_()
-    output, statistics = register_attention_qkv(qkv, **make_options(spec), backend=backend)
-    assert output.shape == (0, 21, 32)
-    shapes = [(0, 2, 21), (0, 2, 5, 21), (0, 2, 21), (0, 2), (0, 21)]
-    assert [tuple(x.shape) for x in statistics] == shapes
-    output.sum().backward()
-    assert qkv.grad.shape == qkv.shape
 
 
 @every_backend
@@ -57,13 +42,3 @@ def test_all_tokens_are_prefix(backend):
     turned = register_attention(*views(qkv), **options, backend=backend)
     del options["rope"]
     torch.testing.assert_close(turned, register_attention(*views(qkv), **options, backend=backend))
-
-
-@every_backend
-def test_runs_without_a_graph_where_none_is_wanted(backend):
-    qkv = make_qkv(Spec()).requires_grad_()
-    with torch.no_grad():
-        assert not register_attention_qkv(qkv, backend=backend).requires_grad
-    with torch.inference_mode():
-        assert register_attention_qkv(qkv, backend=backend).is_inference()
-    assert register_attention_qkv(qkv, backend=backend).requires_grad

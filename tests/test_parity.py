@@ -1,4 +1,4 @@
-"""Every backend usable here against fp64, by the one accuracy rule: output, gradients, statistics.
+"""Every backend of attention usable here on the shapes of ViTs and at extremes, beside what tests/contract holds it to.
 
 ``TRITON_INTERPRET=1 pytest tests/test_parity.py`` adds the Triton kernels.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import LAYOUTS, VIT_TOKENS, Spec, assert_parity, make_options, make_qkv, run, specs, views
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from cases import LAYOUTS, VIT_TOKENS, Spec, assert_parity, make_options, make_qkv, run, views
 
 from vitreg_kernels._runtime.triton_mode import INTERPRETING
 from vitreg_kernels.check import Yardstick, usable_backends
@@ -26,27 +24,6 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, to
 
 def test_there_is_something_to_test():
     assert ({"triton", "sdpa"} if INTERPRETING else {"sdpa"}) <= {backend.NAME for backend in USABLE}
-
-
-@every_backend
-@settings(max_examples=10 if INTERPRETING else 100)
-@given(data=st.data())
-def test_any_call(backend, data):
-    dtypes = tuple(dtype for dtype in backend.REQUIREMENTS.dtypes if dtype != torch.float64)
-    spec = data.draw(specs(backend.REQUIREMENTS._replace(dtypes=dtypes), degenerate=False))
-    assert_parity(spec, backend.NAME, draws=4 if INTERPRETING else 10)
-
-
-@every_backend
-@settings(max_examples=120)
-@given(data=st.data())
-def test_any_call_in_double(backend, data):
-    """fp64 has no eager error to be measured by; there a backend agrees with the reference outright."""
-    if torch.float64 not in backend.REQUIREMENTS.dtypes:
-        pytest.skip("not declared")
-    spec = data.draw(specs(backend.REQUIREMENTS._replace(dtypes=(torch.float64,)), degenerate=True))
-    yardstick = Yardstick(make_qkv(spec), **make_options(spec))
-    torch.testing.assert_close(run(yardstick, backend.NAME), yardstick.exact, rtol=1e-12, atol=1e-12)
 
 
 @every_backend
@@ -129,12 +106,3 @@ def test_gradient_of_the_packed_projection(backend):
     if backend.OPAQUE:
         assert actual.is_contiguous()
     torch.testing.assert_close(actual, expected)
-
-
-@every_backend
-def test_bitwise_the_same_from_run_to_run(backend):
-    spec = Spec(batch=3, heads=3, tokens=69, rope="pairs", mask="key_padding")
-    yardstick = Yardstick(make_qkv(spec), **make_options(spec))
-    first, second = (run(yardstick, backend.NAME) for _ in range(2))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name

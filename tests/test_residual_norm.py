@@ -1,4 +1,4 @@
-"""residual_layer_norm by every backend usable here, against fp64 by the one accuracy rule, and at its edges.
+"""residual_layer_norm by every backend usable here, beside what tests/contract holds it to.
 
 ``TRITON_INTERPRET=1 pytest tests/test_residual_norm.py`` adds the Triton kernels.
 """
@@ -6,16 +6,12 @@
 from __future__ import annotations
 
 import math
-import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from residual_norm_cases import (
     DIFFERENTIABLE,
     KINDS,
-    LAYOUTS,
     PLAIN,
     USABLE,
     Spec,
@@ -25,9 +21,7 @@ from residual_norm_cases import (
     make_call,
     make_upstream,
     run,
-    specs,
 )
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitreg_kernels._runtime.triton_mode import INTERPRETING
 from vitreg_kernels.functional import residual_layer_norm
@@ -49,24 +43,6 @@ def test_there_is_something_to_test():
 
 
 class TestParity:
-    @every_backend
-    @settings(max_examples=10 if INTERPRETING else 100)
-    @given(data=st.data())
-    def test_any_call(self, backend, data):
-        spec = data.draw(specs([dtype for dtype in backend.REQUIREMENTS.dtypes if dtype != F64]))
-        assert_parity(spec, backend.NAME, draws=4 if INTERPRETING else 10)
-
-    @every_backend
-    @settings(max_examples=60)
-    @given(data=st.data())
-    def test_any_call_in_double(self, backend, data):
-        """fp64 has no eager error to be measured by; there a backend agrees with the reference outright."""
-        needs(backend, F64)
-        spec = data.draw(specs([F64]))
-        call, upstream = make_call(spec), make_upstream(spec)
-        expected = run("reference", call, upstream)
-        torch.testing.assert_close(run(backend.NAME, call, upstream), expected, rtol=1e-11, atol=1e-11)
-
     @every_backend
     @every_dtype
     @pytest.mark.parametrize("channels", [384, 768, 1024, 1280, 1536, 4096])
@@ -108,18 +84,9 @@ class TestParity:
 class TestResult:
     @every_backend
     @every_kind
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_memory_of_the_outputs(self, backend, spec, layout):
-        call = make_call(spec._replace(layout=layout))
-        assert call["x"].is_contiguous() == (layout == "contiguous")
-        residual, normalized, token_norms = residual_layer_norm(**call, backend=backend.NAME)
-        assert (residual is call["x"]) == (not spec.branch)
-        for output in (normalized, token_norms, *([residual] if spec.branch else [])):
-            assert output.is_contiguous()
-        compact = {name: x.clone(memory_format=torch.contiguous_format) if isinstance(x, torch.Tensor) else x
-                   for name, x in call.items()}  # fmt: skip
-        expected = residual_layer_norm(**compact, backend=backend.NAME)
-        torch.testing.assert_close(tuple(expected), (residual, normalized, token_norms))
+    def test_without_a_branch_the_residual_is_x(self, backend, spec):
+        x = (call := make_call(spec))["x"].requires_grad_()
+        assert (residual_layer_norm(**call, backend=backend.NAME).residual is x) == (not spec.branch)
 
     @every_backend
     def test_a_dropped_sample_passes_unchanged(self, backend):
@@ -145,16 +112,6 @@ class TestResult:
         assert norms[0, 2].isnan()
         assert norms[1, 7] == norms[1, 8] == math.inf
         assert spoilt["normalized"][~others].isnan().any(-1).all()
-
-    @every_backend
-    @every_dtype
-    def test_bitwise_the_same_from_run_to_run(self, backend, dtype):
-        needs(backend, dtype)
-        spec = Spec(batch=3, tokens=40, channels=96, dtype=dtype)
-        first, second = (run(backend.NAME, make_call(spec), make_upstream(spec)) for _ in range(2))
-        assert first.keys() == second.keys()
-        for name in first:
-            assert torch.equal(first[name], second[name]), name
 
     @every_backend
     @pytest.mark.parametrize(
@@ -185,87 +142,7 @@ class TestResult:
         assert_passed(Yardstick(call, upstream).compare(results), backend.NAME)
 
 
-class TestGradients:
-    @every_backend
-    @every_kind
-    @pytest.mark.parametrize("arrives", ["residual", "normalized"])
-    def test_at_one_output_only(self, backend, spec, arrives):
-        call, upstream = make_call(spec), make_upstream(spec)
-        upstream = {arrives: upstream[arrives]}
-        if arrives == "residual" and not spec.branch:
-            leaf = call["x"].requires_grad_()
-            assert residual_layer_norm(**call, backend=backend.NAME).residual is leaf
-            return
-        actual = run(backend.NAME, call, upstream)
-        torch.testing.assert_close(actual, run("reference", call, upstream))
-        assert ("grad_weight" in actual) == (arrives == "normalized")
-
-    @every_backend
-    @every_kind
-    @pytest.mark.parametrize("wanted", [*((name,) for name in DIFFERENTIABLE), ("x", "weight"), ("branch", "bias")])
-    def test_of_some_inputs_only(self, backend, spec, wanted):
-        call, upstream = make_call(spec), make_upstream(spec)
-        wanted = [name for name in wanted if name in call]
-        if not wanted:
-            return
-        if not spec.branch:
-            del upstream["residual"]
-        everything = run(backend.NAME, call, upstream)
-        some = run(backend.NAME, call, upstream, wanted)
-        gradients = {name for name in some if name.startswith("grad_")}
-        assert gradients == {f"grad_{name}" for name in wanted}
-        for name in gradients:
-            torch.testing.assert_close(some[name], everything[name])
-
-    @every_backend
-    @every_kind
-    def test_the_norms_carry_none(self, backend, spec):
-        call = make_call(spec)
-        leaves = {name: call[name].requires_grad_() for name in DIFFERENTIABLE if name in call}
-        result = residual_layer_norm(**{**call, **leaves}, backend=backend.NAME)
-        assert result.residual.requires_grad
-        assert result.normalized.requires_grad
-        assert not result.token_norms.requires_grad
-        with torch.no_grad():
-            assert not residual_layer_norm(**{**call, **leaves}, backend=backend.NAME).normalized.requires_grad
-        with torch.inference_mode():
-            assert residual_layer_norm(**{**call, **leaves}, backend=backend.NAME).normalized.is_inference()
-
-    @every_backend
-    @pytest.mark.parametrize("spec", KINDS[:2], ids=str)
-    def test_upstream_gradients_in_any_strides(self, backend, spec):
-        """As ``sum().backward()`` and permutations give them."""
-        call = make_call(spec)
-        one = torch.ones(()).expand(2, 9, 48)
-        permuted = make_upstream(spec)["normalized"].transpose(1, 2).contiguous().transpose(1, 2)
-        for residual, normalized in ((one, permuted), (permuted, one)):
-            upstream = {"residual": residual, "normalized": normalized}
-            actual, expected = (run(name, call, upstream) for name in (backend.NAME, "reference"))
-            torch.testing.assert_close(actual, expected)
-
-    @every_backend
-    def test_functional_gradient(self, backend):
-        call = make_call(Spec())
-
-        def loss(x, name):
-            result = residual_layer_norm(**{**call, "x": x}, backend=name)
-            return result.residual.square().sum() + result.normalized.sin().sum()
-
-        actual, expected = (torch.func.grad(loss)(call["x"], name) for name in (backend.NAME, "reference"))
-        torch.testing.assert_close(actual, expected)
-
-
 class TestEdges:
-    @every_backend
-    @every_kind
-    def test_empty_batch(self, backend, spec):
-        spec = spec._replace(batch=0)
-        upstream = {"normalized": make_upstream(spec)["normalized"]}
-        results = run(backend.NAME, make_call(spec), upstream)
-        assert results["residual"].shape == results["normalized"].shape == results["grad_x"].shape == (0, 9, 48)
-        assert results["token_norms"].shape == (0, 9)
-        assert torch.equal(results["grad_weight"], torch.zeros(48))
-
     @every_backend
     @pytest.mark.parametrize("rms", [False, True])
     def test_one_channel(self, backend, rms):
@@ -290,89 +167,3 @@ class TestEdges:
         assert results["token_norms"][0, 3] == 0.0
         expected = run("reference", call, upstream)["grad_x"][0, 3]
         torch.testing.assert_close(results["grad_x"][0, 3], expected, rtol=1e-4, atol=1e-2)
-
-
-class TestAutocast:
-    @every_backend
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @every_kind
-    def test_only_the_normalized_tokens_change_dtype(self, backend, dtype, spec):
-        """An fp32 residual stream stays fp32; what the next product reads is what it would have cast."""
-        needs(backend, dtype)
-        call = make_call(spec)
-        plain = residual_layer_norm(**call, backend=backend.NAME)
-        with torch.autocast("cpu", dtype):
-            residual, normalized, token_norms = residual_layer_norm(**call, backend=backend.NAME)
-        assert torch.equal(residual, plain.residual)
-        assert torch.equal(token_norms, plain.token_norms)
-        assert torch.equal(normalized, plain.normalized.to(dtype))
-
-    @every_backend
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_gradients_come_back_in_the_inputs_dtype(self, backend, dtype):
-        needs(backend, dtype)
-        call = make_call(Spec())
-        call["branch"] = call["branch"].to(dtype)
-        leaves = {name: call[name].requires_grad_() for name in DIFFERENTIABLE}
-        with torch.autocast("cpu", dtype):
-            result = residual_layer_norm(**{**call, **leaves}, backend=backend.NAME)
-        (result.normalized.float().square().sum() + result.residual.square().sum()).backward()
-        for name, leaf in leaves.items():
-            assert leaf.grad.dtype == leaf.dtype, name
-            assert leaf.grad.any(), name
-
-    @every_backend
-    def test_double_is_left_alone(self, backend):
-        needs(backend, F64)
-        with torch.autocast("cpu", torch.bfloat16):
-            result = residual_layer_norm(**make_call(Spec(dtype=F64)), backend=backend.NAME)
-        assert all(x.dtype == F64 for x in result)
-
-
-@pytest.mark.usefixtures("dynamo")
-class TestCompile:
-    @staticmethod
-    def assert_same(compiled, spec, backend):
-        """Outputs and gradients, compiled and not."""
-        results = []
-        for function in (residual_layer_norm, compiled):
-            call = make_call(spec)
-            leaves = {name: call[name].requires_grad_() for name in DIFFERENTIABLE if name in call}
-            result = function(**{**call, **leaves}, backend=backend)
-            upstream = make_upstream(spec)
-            outputs = [getattr(result, name) for name in upstream]
-            gradients = torch.autograd.grad(outputs, list(leaves.values()), list(upstream.values()))
-            results.append((*result, *gradients))
-        torch.testing.assert_close(results[1], results[0])
-
-    @every_backend
-    @every_kind
-    def test_whole_graph(self, backend, spec):
-        compiled = torch.compile(residual_layer_norm, backend="aot_eager", fullgraph=True)
-        self.assert_same(compiled, spec, backend.NAME)
-
-    @every_backend
-    def test_sizes_change_under_a_recompile_limit(self, backend):
-        """One graph for the first length, one for all others, one more once the batch changes too."""
-        counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(residual_layer_norm, backend=counter, fullgraph=True)
-        with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
-            for batch, tokens in ((2, 21), (2, 33), (2, 54), (3, 70), (4, 15)):
-                self.assert_same(compiled, Spec(batch=batch, tokens=tokens), backend.NAME)
-        assert counter.frame_count == 3
-
-    @every_backend
-    def test_autocast_is_seen_while_tracing(self, backend):
-        def function(**call):
-            with torch.autocast("cpu", torch.float16):
-                return residual_layer_norm(**call, backend=backend.NAME)
-
-        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-        call = make_call(Spec())
-        assert compiled(**call).normalized.dtype == torch.float16
-        torch.testing.assert_close(tuple(compiled(**call)), tuple(function(**call)))
-
-    @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a compiler")
-    def test_inductor(self):
-        """The compiler people use."""
-        self.assert_same(torch.compile(residual_layer_norm, fullgraph=True), Spec(), None)

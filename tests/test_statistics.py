@@ -59,14 +59,6 @@ def test_only_what_was_asked_for(backend):
 
 
 @every_backend
-def test_no_gradient(backend):
-    qkv = make_qkv(Spec()).requires_grad_()
-    output, statistics = register_attention(*views(qkv), num_prefix_tokens=5, outputs=OUTPUT_NAMES, backend=backend)
-    assert output.requires_grad
-    assert not any(x.requires_grad for x in statistics)
-
-
-@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "spec",

@@ -81,10 +81,13 @@ def test_a_count_that_is_off_by_one_is_named(writer, monkeypatch):
     assert all(s.startswith("token_norm_stats:composite on 2 x 9 in") and "patches histogram" in s for s in told)
 
 
-def test_a_token_that_is_never_written_or_read_beyond_shows(writer, monkeypatch):
+def test_a_token_that_is_never_written_shows(writer, monkeypatch):
     right = assemble.forward
 
+    poison = []
+
     def leaves_one_out(inputs):
+        poison.append(torch.are_deterministic_algorithms_enabled())
         tokens = right(inputs)
         written = torch.ones_like(tokens, dtype=torch.bool)
         written[-1, -1] = False
@@ -92,6 +95,8 @@ def test_a_token_that_is_never_written_or_read_beyond_shows(writer, monkeypatch)
 
     monkeypatch.setattr(assemble, "forward", leaves_one_out)
     list(norms.run(DRY, writer))
+    assert poison
+    assert all(poison)
     assert any("tokens is 1.8e+308 off" in sentence for sentence in norms.failures(writer.rows))
 
 
@@ -119,7 +124,7 @@ def test_nothing_is_begun_after_the_deadline_and_the_next_run_goes_on(writer, mo
     clock = itertools.count()
     monkeypatch.setattr(stage.time, "monotonic", lambda: next(clock))
     list(norms.run(DRY._replace(deadline=9), writer))
-    assert 0 < norms.unfinished(DRY, writer) < everything
+    assert 2 < norms.unfinished(DRY, writer) < everything  # the races, and some of the checks
     list(norms.run(DRY, writer))
     assert norms.unfinished(DRY, writer) == 0
 

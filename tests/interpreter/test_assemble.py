@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from assemble_cases import DIFFERENTIABLE, KINDS, Spec, Yardstick, make_call, make_upstream, run
-from harness import BAND, Guarded, guarded, guarded_like
+from harness import Guarded, guarded, guarded_like
 from residual_norm_cases import LAYOUTS, assert_passed
 from torch import Tensor
 from torch.library import opcheck
@@ -109,10 +109,6 @@ def test_programs_enough_for_a_gpu() -> None:
 
 
 class TestOps:
-    @pytest.mark.parametrize("spec", [*KINDS, Spec(dtype=torch.float16), Spec(layout="permuted")], ids=str)
-    def test_forward(self, spec: Spec) -> None:
-        opcheck(OPS.assemble_forward.default, (*inputs_of(make_call(spec)), "triton"))
-
     @pytest.mark.parametrize("half", [("patches",), PARAMETERS[:2]], ids=str)
     def test_a_mixture_of_dtypes(self, half: tuple[str, ...]) -> None:
         call, upstream = make_call(Spec()), make_upstream(Spec())
@@ -122,34 +118,6 @@ class TestOps:
         assert torch.equal(results["tokens"], yardstick.eager["tokens"])
         assert_passed(yardstick.compare(results), str(half))
         opcheck(OPS.assemble_forward.default, (*inputs_of(call)._replace(dtype=torch.float32), "triton"))
-
-    @every_kind
-    def test_backward(self, spec: Spec) -> None:
-        inputs, upstream = inputs_of(make_call(spec)), make_upstream(spec)["tokens"]
-        dtypes = [None if x is None else torch.float16 for x in inputs[1:4]]
-        for wanted in (dtypes, [*dtypes[:2], None], [None, None, dtypes[2]], [None, None, None]):
-            opcheck(OPS.assemble_backward.default, (upstream, *inputs.sizes, *wanted, "triton"))
-
-    def test_they_refuse_nothing_silently(self) -> None:
-        """Both have a fake and one kernel for all devices, neither an autograd formula of its own."""
-        for name in ("vitreg::assemble_forward", "vitreg::assemble_backward"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
-            assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd")
-            assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
-
-    def test_what_has_no_derivative_says_so(self) -> None:
-        """A second derivative and a forward-mode one raise, where torch would go on without the op's part."""
-        call = make_call(Spec())
-
-        def assembled(patches: Tensor) -> Tensor:
-            return assemble_tokens(**{**call, "patches": patches}, backend="triton")
-
-        patches = call["patches"].clone().requires_grad_()
-        (grad,) = torch.autograd.grad(assembled(patches).square().sum(), patches, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.square().sum().backward()
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(assembled, (call["patches"],), (torch.randn_like(call["patches"]),))
 
     @pytest.mark.parametrize("spec", [Spec(), Spec(cls_tokens=0, registers=0)], ids=str)
     def test_the_patches_gradient_is_a_view_of_the_upstream_one(self, spec: Spec) -> None:
@@ -180,19 +148,6 @@ class TestCompile:
         with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
             yield
 
-    @pytest.mark.parametrize("position", ["prefix", "cls", "patches", None])
-    def test_one_graph_for_all_lengths_with_gradients(self, position: str | None) -> None:
-        compiled = torch.compile(assemble_tokens, fullgraph=True)
-        for patches in (16, 37, 49, 17):
-            spec = Spec(patches=patches, position=position, layout="permuted")
-            results = []
-            for function in (assemble_tokens, compiled):
-                leaves = {name: x.requires_grad_() for name, x in make_call(spec).items()}
-                tokens = function(**leaves, backend="triton")
-                gradients = torch.autograd.grad(tokens, list(leaves.values()), make_upstream(spec)["tokens"])
-                results.append((tokens, *gradients))
-            torch.testing.assert_close(results[1], results[0])
-
     def test_used_twice(self) -> None:
         """The view that is the patches' gradient meets other gradients of the same memory in a compiled graph too."""
 
@@ -207,23 +162,3 @@ class TestCompile:
             function(call).backward()
             results.append([x.grad for x in call.values()])
         torch.testing.assert_close(results[1], results[0])
-
-
-class TestAddresses:
-    """Index arithmetic beyond 2^31 elements, in memory of which only the pages that hold a value are committed."""
-
-    @pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "token", "channel"])
-    def test_strides(self, axis: int) -> None:
-        far = 2**30 + 64  # itself fits 32 bits
-        spec = Spec(batch=3, patches=3, channels=3, registers=0, dtype=torch.float16)
-        strides = [16, 4, 1]
-        strides[axis] = far
-        memory = torch.empty(4 * far, dtype=torch.float16)
-        call, upstream = make_call(spec), make_upstream(spec)
-        moved = []
-        for slot, values in enumerate((call["patches"], upstream["tokens"])):
-            moved.append(memory.as_strided(values.shape, strides, BAND + 64 * slot))
-            moved[-1].copy_(values)
-        elsewhere = run("triton", call | {"patches": moved[0]}, {"tokens": moved[1]})
-        for name, expected in run("triton", call, upstream).items():
-            assert torch.equal(elsewhere[name], expected), name

@@ -90,15 +90,6 @@ def test_packed_statistics_are_by_image() -> None:
         torch.testing.assert_close(getattr(statistics, name), getattr(exact, name))
 
 
-def test_empty_batch() -> None:
-    inputs = call(17, 1, batch=0, heads=2, outputs=OUTPUT_NAMES)
-    output, statistics = triton.forward(inputs)
-    assert output.shape == (0, 2, 17, 32)
-    assert statistics.max_logit.shape == (0, 2)
-    assert statistics.token_norms.shape == (0, 17)
-    triton.backward(inputs, output, statistics.lse, output, *(torch.empty_like(output) for _ in range(3)))
-
-
 def test_without_prefix() -> None:
     _, statistics = triton.forward(call(17, 0, outputs=("prefix_attention",)))
     assert statistics.prefix_attention.shape == (1, 1, 0, 17)

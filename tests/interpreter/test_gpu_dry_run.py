@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.gpu import __main__ as driver
-from benchmarks.gpu import race
+from benchmarks.gpu import calls, race
 
 
 def of_kind(path, kind):
@@ -42,8 +42,8 @@ def test_a_dry_run_of_the_default_stages(monkeypatch, tmp_path, capsys):
     assert status == 0, told.err
     rows = results.load(path)
     assert rows[: len(left)] == left
-    for kind in ("accuracy", "race", "outputs", "model"):
-        assert any(row["kind"] == kind for row in rows)
+    for kind in ("accuracy", "race", "outputs", "norm_accuracy", "residual_norm", "model"):
+        assert any(row["kind"] == kind for row in rows), kind
     # Nothing was done twice.
     counts = Counter((row["backend"], row["case"], row["dtype"]) for row in of_kind(path, "accuracy"))
     assert set(counts.values()) == {1}
@@ -59,6 +59,9 @@ def test_a_dry_run_of_the_default_stages(monkeypatch, tmp_path, capsys):
     served = [row for row in of_kind(path, "accuracy") if row["backend"] == "triton" and row["errors"]]
     assert {row["dtype"] for row in served} == {"fp16", "fp32", "tf32"}
     assert all(row["deterministic"] and "training grad_key" in row["errors"] for row in served)
+    norms = [row for row in of_kind(path, "norm_accuracy") if row["backend"].endswith(":triton")]
+    assert {row["backend"].partition(":")[0] for row in norms} == {op.name for op in calls.OPS}
+    assert all(row["deterministic"] and row["errors"] for row in norms)
     assert all(row["unfinished"] == 0 and row["error"] is None for row in of_kind(path, "stage"))
     for ending in (".md", ".png"):
         assert path.with_suffix(ending).stat().st_size > 0

@@ -1,4 +1,4 @@
-"""The opaque ops as torch sees them: schemas, fakes, autograd; with the Triton kernels behind them."""
+"""The opaque ops with the Triton kernels behind them, beside what the contract holds them to."""
 
 from __future__ import annotations
 
@@ -12,44 +12,14 @@ from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 TOKENS, PREFIX = 21, 5
 
 
-def calls() -> dict[str, tuple]:
-    """Arguments of the ops between the tensors and the backend, by name."""
-    patches = TOKENS - PREFIX
-    angle = torch.rand(patches, 16)
-    bounds = torch.tensor([0, 9, TOKENS], dtype=torch.int32)
-    keep = torch.rand(2, 1, 1, TOKENS) > 0.3
-    return {
-        "plain": (None, None, None, False, None, 0, PREFIX, 0.25),
-        "mask": (keep, None, None, False, None, 0, PREFIX, 0.25),
-        "rope": (None, angle.cos(), angle.sin(), True, None, 0, PREFIX, 0.25),
-        "packed": (None, None, None, False, bounds, 12, PREFIX, 0.25),
-    }
-
-
-def qkv_of(name: str) -> torch.Tensor:
-    return torch.randn(1 if name == "packed" else 2, TOKENS, 3, 2, 16)
-
-
 def unpacked(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-@pytest.mark.parametrize(
-    ("name", "outputs"),
-    [("plain", []), ("plain", ["lse"]), *((name, list(OUTPUT_NAMES)) for name in ("plain", "mask", "rope", "packed"))],
-)
-def test_forward(name: str, outputs: list[str]) -> None:
-    arguments = (*unpacked(qkv_of(name)), *calls()[name], outputs, "triton")
-    opcheck(torch.ops.vitreg.attention_forward.default, arguments)
-
-
-@pytest.mark.parametrize("name", ["plain", "mask", "rope", "packed"])
-def test_backward(name: str) -> None:
-    qkv, call = qkv_of(name), calls()[name]
-    output, lse, *_ = torch.ops.vitreg.attention_forward(*unpacked(qkv), *call, ["lse"], "triton")
-    grad = torch.randn_like(output)
-    opcheck(torch.ops.vitreg.attention_backward.default, (grad, *unpacked(qkv), *call, output, lse, "triton"))
-    opcheck(torch.ops.vitreg.attention_backward_qkv.default, (grad, qkv, *call, output, lse, "triton"))
+@pytest.mark.parametrize("outputs", [[], ["lse"]], ids=str)
+def test_forward_without_statistics(outputs: list[str]) -> None:
+    arguments = (*unpacked(torch.randn(2, TOKENS, 3, 2, 16)), None, None, None, False, None, 0, PREFIX, 0.25, outputs)
+    opcheck(torch.ops.vitreg.attention_forward.default, (*arguments, "triton"))
 
 
 def test_packed_gradient_is_one_contiguous_tensor() -> None:
@@ -58,26 +28,6 @@ def test_packed_gradient_is_one_contiguous_tensor() -> None:
     (grad,) = torch.autograd.grad(output, qkv, torch.randn_like(output))
     assert grad.shape == qkv.shape
     assert grad.is_contiguous()
-
-
-def test_statistics_carry_no_gradient() -> None:
-    query = torch.randn(1, 2, TOKENS, 16, requires_grad=True)
-    output, statistics = functional.register_attention(
-        query, query, query, num_prefix_tokens=PREFIX, outputs=OUTPUT_NAMES, backend="triton"
-    )
-    assert output.requires_grad
-    assert not any(x.requires_grad for x in statistics)
-
-
-def test_functional_gradient() -> None:
-    """torch.func.grad sees through the op."""
-    query, key, value = unpacked(torch.randn(1, TOKENS, 3, 2, 16))
-
-    def loss(query: torch.Tensor, backend: str) -> torch.Tensor:
-        return functional.register_attention(query, key, value, backend=backend).square().sum()
-
-    grad, expected = (torch.func.grad(loss)(query, backend) for backend in ("triton", "reference"))
-    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rope_reaches_the_kernel_through_the_op() -> None:
@@ -99,23 +49,6 @@ def test_rope_reaches_the_kernel_through_the_op() -> None:
     torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(results[1], results[3], rtol=1e-4, atol=1e-5)
     assert (results[0] - results[1]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_what_has_no_derivative_says_so(packed: bool) -> None:
-    """A second derivative and a forward-mode one raise, where torch would go on without the attention's part."""
-
-    def attend(qkv: torch.Tensor) -> torch.Tensor:
-        if packed:
-            return functional.register_attention_qkv(qkv, backend="triton")
-        return functional.register_attention(*unpacked(qkv), backend="triton")
-
-    qkv = torch.randn(1, 8, 3, 1, 16, requires_grad=True)
-    (grad,) = torch.autograd.grad(attend(qkv).square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.square().sum().backward()
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(attend, (qkv.detach(),), (torch.randn_like(qkv),))
 
 
 def test_an_output_that_nothing_needs_has_no_gradient() -> None:
@@ -157,7 +90,7 @@ def test_bounds_of_packed_images_need_not_be_contiguous() -> None:
     """The kernels read them one after another, so a strided view has to be copied."""
     bounds = torch.tensor([[0, 7], [9, 10**6], [TOKENS, 10**6]], dtype=torch.int32)[:, 0]
     assert not bounds.is_contiguous()
-    qkv = qkv_of("packed")
+    qkv = torch.randn(1, TOKENS, 3, 2, 16)
     results = [
         functional.register_attention_qkv(qkv, cu_seqlens=bounds, max_seqlen=12, backend=backend)
         for backend in ("triton", "reference")

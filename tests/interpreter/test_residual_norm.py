@@ -1,16 +1,12 @@
-"""The Triton kernels of residual_layer_norm in the interpreter: in guarded memory, behind the opaque ops, compiled."""
+"""The Triton kernels of residual_layer_norm in the interpreter, beside what the contract holds them to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from harness import BAND, Guarded, guarded, guarded_like
+from harness import Guarded, guarded, guarded_like
 from residual_norm_cases import (
     DIFFERENTIABLE,
-    KINDS,
-    LAYOUTS,
     PLAIN,
     Spec,
     Yardstick,
@@ -18,7 +14,6 @@ from residual_norm_cases import (
     assert_passed,
     make_call,
     make_upstream,
-    run,
 )
 from torch import Tensor
 from torch.library import opcheck
@@ -34,7 +29,6 @@ OPS = torch.ops.vitreg
 TENSORS = ("x", "branch", "layer_scale", "drop_path", "weight", "bias")
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-every_kind = pytest.mark.parametrize("spec", KINDS, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +86,6 @@ def run_guarded(call: dict, upstream: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "spec",
     [
-        *KINDS,
-        *(Spec(layout=layout) for layout in LAYOUTS if layout != "expanded"),
         Spec(batch=1, tokens=1, channels=384),
         Spec(batch=3, tokens=54, channels=100),
         Spec(batch=2, tokens=3, channels=768),
@@ -157,13 +149,9 @@ def test_one_launch_forward_and_none_for_sums_that_nobody_wants() -> None:
 
 
 class TestOps:
-    @pytest.mark.parametrize("spec", [*KINDS, Spec(dtype=torch.float16), Spec(layout="permuted")], ids=str)
-    def test_forward(self, spec: Spec) -> None:
-        opcheck(OPS.residual_norm_forward.default, (*inputs_of(make_call(spec)), "triton"))
-
-    @every_kind
+    @pytest.mark.parametrize("spec", [Spec(), PLAIN], ids=str)
     @pytest.mark.parametrize("arrives", [("residual", "normalized"), ("residual",), ("normalized",)], ids=str)
-    def test_backward(self, spec: Spec, arrives: tuple[str, ...]) -> None:
+    def test_backward_of_some_inputs_at_some_outputs(self, spec: Spec, arrives: tuple[str, ...]) -> None:
         call, upstream = make_call(spec), make_upstream(spec)
         x, branch, layer_scale, drop_path, weight, bias, _, rms, _ = inputs = inputs_of(call)
         residual, _, _, mean, rstd = OPS.residual_norm_forward(*inputs, "triton")
@@ -175,27 +163,6 @@ class TestOps:
                 OPS.residual_norm_backward.default,
                 (*gradients, *saved, branch, layer_scale, drop_path, weight, bias, torch.float16, names, "triton"),
             )
-
-    def test_they_refuse_nothing_silently(self) -> None:
-        """Both have a fake and one kernel for all devices, neither an autograd formula of its own."""
-        for name in ("vitreg::residual_norm_forward", "vitreg::residual_norm_backward"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
-            assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd")
-            assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
-
-    def test_what_has_no_derivative_says_so(self) -> None:
-        """A second derivative and a forward-mode one raise, where torch would go on without the op's part."""
-        call = make_call(Spec())
-
-        def normalized(x: Tensor) -> Tensor:
-            return residual_layer_norm(**{**call, "x": x}, backend="triton").normalized
-
-        x = call["x"].clone().requires_grad_()
-        (grad,) = torch.autograd.grad(normalized(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.square().sum().backward()
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(normalized, (call["x"],), (torch.randn_like(call["x"]),))
 
     def test_a_branch_is_kept_only_where_its_values_are_needed(self) -> None:
         kept = []
@@ -214,46 +181,3 @@ class TestOps:
         assert torch.equal(x.grad, branch.grad)
         x.grad.zero_()
         assert branch.grad.any()
-
-
-class TestCompile:
-    @pytest.fixture(autouse=True)
-    def _strict_compiler(self) -> Iterator[None]:
-        torch.compiler.reset()
-        with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-            yield
-
-    @pytest.mark.parametrize("spec", [Spec(), PLAIN, Spec(rms=True, bias=False)], ids=str)
-    def test_one_graph_for_all_lengths_with_gradients(self, spec: Spec) -> None:
-        compiled = torch.compile(residual_layer_norm, fullgraph=True)
-        for tokens in (21, 37, 50, 22):
-            call, upstream = make_call(spec._replace(tokens=tokens)), make_upstream(spec._replace(tokens=tokens))
-            leaves = {name: call[name].requires_grad_() for name in DIFFERENTIABLE if name in call}
-            results = []
-            for function in (residual_layer_norm, compiled):
-                result = function(**{**call, **leaves}, backend="triton")
-                outputs = [getattr(result, name) for name in upstream]
-                gradients = torch.autograd.grad(outputs, list(leaves.values()), list(upstream.values()))
-                results.append((*result, *gradients))
-            torch.testing.assert_close(results[1], results[0])
-
-
-class TestAddresses:
-    """Index arithmetic beyond 2^31 elements, in memory of which only the pages that hold a value are committed."""
-
-    @pytest.mark.parametrize("axis", ["batch", "token"])
-    def test_strides(self, axis: str) -> None:
-        far = 2**31 + 64
-        strides, shape = ((far, 64, 1), (2, 3, 16)) if axis == "batch" else ((0, far // 2, 1), (1, 3, 16))
-        memory = torch.empty(far + 2**20, dtype=torch.float16)
-        spec = Spec(batch=shape[0], tokens=3, channels=16, dtype=torch.float16)
-        call, upstream = make_call(spec), make_upstream(spec)
-        moved = []
-        for slot, values in enumerate((call["x"], call["branch"], *upstream.values())):
-            moved.append(memory.as_strided(shape, strides, BAND + 16 * slot))
-            moved[-1].copy_(values)
-        elsewhere = run(
-            "triton", call | {"x": moved[0], "branch": moved[1]}, dict(zip(upstream, moved[2:], strict=True))
-        )
-        for name, expected in run("triton", call, upstream).items():
-            assert torch.equal(elsewhere[name], expected), name

@@ -1,0 +1,360 @@
+"""What every op promises, by every backend of it that runs here, tested by the same code.
+
+A new op is one adapter in this folder and one line in ``OPS``. The Triton kernels are held to the same in the
+interpreter's process, by tests/interpreter/test_contract.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from contract import memory
+from contract.assemble import Assemble
+from contract.attention import Attention, PackedAttention
+from contract.op import Op, Tensors, errors, mapped, run
+from contract.residual_norm import ResidualNorm
+from contract.token_norms import TokenNorms, TokenNormStats
+from vitreg_kernels._runtime.triton_mode import INTERPRETING
+
+OPS: tuple[Op, ...] = (Attention(), PackedAttention(), ResidualNorm(), TokenNorms(), TokenNormStats(), Assemble())
+
+HALF = (torch.float16,) if INTERPRETING else (torch.float16, torch.bfloat16)  # the interpreter garbles bf16
+
+every_op = pytest.mark.parametrize("op", OPS, ids=str)
+BACKENDS = [pytest.param(op, b, id=f"{op}-{b.NAME}") for op in OPS for b in op.backends]
+every_backend = pytest.mark.parametrize(("op", "backend"), BACKENDS)
+# The reference is what the others are held against; the ops' own tests hold it against formulas of their own.
+OTHERS = [p for p in BACKENDS if p.values[1].NAME != "reference"]
+every_other = pytest.mark.parametrize(("op", "backend"), OTHERS)
+
+
+def kinds(first: int = 0, end: int | None = None) -> pytest.MarkDecorator:
+    calls = [(*p.values, spec, f"{p.id}-{spec}") for p in BACKENDS for spec in p.values[0].KINDS[first:end]]
+    return pytest.mark.parametrize(("op", "backend", "spec"), [pytest.param(*call, id=name) for *call, name in calls])
+
+
+_MOST = 2 if INTERPRETING else None  # the interpreter takes long for a call
+every_kind, most_kinds, most_but_the_first = kinds(), kinds(0, _MOST), kinds(1, _MOST)
+
+
+def same(actual: Tensors, expected: Tensors) -> None:
+    """To within the roundings of another order of summation."""
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def same_bits(actual: Tensors, expected: Tensors) -> None:
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        assert torch.equal(x, expected[name]), name
+
+
+@every_op
+def test_there_is_something_to_test(op):
+    names = [backend.NAME for backend in op.backends]
+    assert names == ["triton"] if INTERPRETING else "reference" in names and len(names) >= 2
+
+
+def test_ops_are_one_kernel_for_all_devices_and_a_fake():
+    """None has an autograd formula of its own: autograd.Functions join them."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vitreg::")]
+    assert len(names) >= 10
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd"), name
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"), name
+        assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None, name
+
+
+class TestParity:
+    @pytest.mark.skipif(INTERPRETING, reason="takes too long; there, calls of every kind are run in guarded memory")
+    @every_other
+    def test_any_call(self, op, backend):
+        """Outputs, gradients and statistics keep the accuracy rule against fp64."""
+        dtypes = tuple(dtype for dtype in backend.REQUIREMENTS.dtypes if dtype != torch.float64)
+
+        @settings(max_examples=op.EXAMPLES)
+        @given(spec=op.specs(backend.REQUIREMENTS._replace(dtypes=dtypes)))
+        def holds(spec):
+            calls = [op.make_call(spec._replace(seed=spec.seed + 2 * i)) for i in range(10)]
+            broken = errors(op, calls, [run(op, backend.NAME, call) for call in calls])
+            assert not broken, "\n".join((f"{backend.NAME} on {spec}", *broken))
+
+        holds()
+
+    @pytest.mark.skipif(INTERPRETING, reason="the kernels have no fp64")
+    @every_other
+    def test_any_call_in_double(self, op, backend):
+        """fp64 has no eager error to be measured by; there a backend agrees with the reference outright."""
+
+        @settings(max_examples=op.EXAMPLES)
+        @given(spec=op.specs(backend.REQUIREMENTS._replace(dtypes=(torch.float64,))))
+        def holds(spec):
+            call = op.make_call(spec)
+            actual, expected = (run(op, name, call) for name in (backend.NAME, "reference"))
+            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+        holds()
+
+
+class TestMemory:
+    @every_backend
+    def test_any_strides(self, op, backend):
+        """The same numbers from inputs and upstream gradients that lie otherwise, in outputs that lie as before."""
+        call = op.make_call(op.KINDS[0])
+        expected = run(op, backend.NAME, call)
+        for layout in memory.LAYOUTS:
+            lay_out = partial(memory.laid_out, layout=layout)
+            actual = run(op, backend.NAME, mapped(call, lay_out), arrange=lay_out)
+            same(actual, expected)
+            for name in actual.keys() - op.aliases(call):
+                if not name.startswith("grad_"):
+                    assert actual[name].stride() == expected[name].stride(), name
+
+    @every_backend
+    def test_upstream_gradients_that_are_one_number(self, op, backend):
+        """As ``sum().backward()`` gives them, with stride 0."""
+        call = op.make_call(op.KINDS[0])
+        expanded, whole = (lambda x: x.flatten()[0].expand(x.shape), lambda x: x.flatten()[0].repeat(x.shape))
+        same(run(op, backend.NAME, call, arrange=expanded), run(op, backend.NAME, call, arrange=whole))
+
+    @every_backend
+    def test_strides_beyond_the_32_bit_range(self, op, backend, far_memory):
+        """Along each axis."""
+        call = op.make_call(op.KINDS[0]._replace(dtype=torch.float16))
+        expected = run(op, backend.NAME, call)
+        for axis in range(call[op.TOKENS[0]].ndim):
+            slots = iter(range(16))
+
+            def far(x: Tensor, axis=axis, slots=slots) -> Tensor:
+                return memory.far(x, axis, far_memory, next(slots)) if axis < x.ndim else x
+
+            moved = {name: far(call[name]) for name in op.TOKENS if name in call}
+            actual = run(op, backend.NAME, call | moved, arrange=far)
+            if backend.OPAQUE:
+                same_bits(actual, expected)
+            else:  # torch may take another kernel; an element read from the wrong place is off by about 1
+                torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-2)
+
+    @most_kinds
+    def test_nothing_is_changed_and_nothing_shared(self, op, backend, spec):
+        """Inputs and upstream gradients are as before, and an output is nobody else's memory."""
+        call, upstream = op.make_call(spec), []
+        before = mapped(call, Tensor.clone)
+        results = run(op, backend.NAME, call, arrange=lambda x: upstream.append((x, x.clone())) or x)
+        for x, old in zip(tree_leaves(call), tree_leaves(before), strict=True):
+            assert not isinstance(x, Tensor) or torch.equal(x, old)
+        assert all(torch.equal(x, old) for x, old in upstream)
+        held = {x.untyped_storage().data_ptr() for x in tree_leaves(call) if isinstance(x, Tensor)}
+        outputs = [x for name, x in results.items() if not name.startswith("grad_") and name not in op.aliases(call)]
+        outputs = [x for x in outputs if x.numel()]
+        if not isinstance(op, TokenNormStats):  # whose groups are views of one distribution
+            held = [*held, *(x.untyped_storage().data_ptr() for x in outputs)]
+            assert len(set(held)) == len(held)
+
+    @every_backend
+    @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETING else [torch.float32, *HALF], ids=str)
+    def test_bitwise_the_same_from_run_to_run(self, op, backend, dtype):
+        first, second = (run(op, backend.NAME, op.make_call(op.KINDS[0]._replace(dtype=dtype))) for _ in range(2))
+        same_bits(first, second)
+
+    @every_kind
+    def test_empty_batch(self, op, backend, spec):
+        if getattr(spec, "lengths", ()):
+            return  # a pack has one row of tokens
+        call = op.make_call(spec._replace(batch=0))
+        results = run(op, backend.NAME, call)
+        full = run(op, "reference", op.make_call(spec))
+        assert results.keys() == full.keys()
+        for name, x in results.items():
+            assert x.dtype == full[name].dtype
+            if x.numel():  # a parameter's gradient, or a count
+                assert x.shape == full[name].shape
+                assert not x.isfinite().logical_and(x != 0).any(), name
+            else:
+                assert x.shape == (0, *full[name].shape[1:]) or not full[name].numel(), name
+
+
+class TestGradients:
+    @most_kinds
+    def test_statistics_carry_none_and_are_exact_enough(self, op, backend, spec):
+        for dtype in (torch.float32, *HALF):
+            call = op.make_call(spec._replace(dtype=dtype))
+            leaves = {name: call[name].detach().requires_grad_() for name in op.INPUTS if name in call}
+            for name, x in op.outputs(backend.NAME, call | leaves).items():
+                assert x.requires_grad == (name in op.OUTPUTS), name
+                if name not in op.OUTPUTS:
+                    assert x.dtype == op.statistic_dtype(name), name
+
+    @every_backend
+    def test_none_where_none_is_wanted(self, op, backend):
+        call = op.make_call(op.KINDS[0])
+        leaves = call | {name: call[name].detach().requires_grad_() for name in op.INPUTS}
+        with torch.no_grad():
+            assert not any(x.requires_grad for x in op.outputs(backend.NAME, leaves).values())
+        with torch.inference_mode():
+            assert all(x.is_inference() for x in op.outputs(backend.NAME, leaves).values())
+
+    @most_kinds
+    def test_of_one_input_alone(self, op, backend, spec):
+        call = op.make_call(spec)
+        everything = run(op, backend.NAME, call)
+        for name in op.INPUTS if op.OUTPUTS else ():
+            if name in call:
+                alone = run(op, backend.NAME, call, inputs=[name])
+                assert {found for found in alone if found.startswith("grad_")} == {f"grad_{name}"}
+                same(alone, {found: everything[found] for found in alone})
+
+    @most_kinds
+    def test_at_one_output_alone(self, op, backend, spec):
+        call = op.make_call(spec)
+        for output in op.OUTPUTS:
+            if output not in op.aliases(call):
+                same(*(run(op, name, call, at=[output]) for name in (backend.NAME, "reference")))
+
+    @every_backend
+    def test_functional_gradient(self, op, backend):
+        """torch.func.grad sees through the op."""
+        call = op.make_call(op.KINDS[0])
+        name = op.INPUTS[0]
+
+        def loss(x: Tensor, by: str) -> Tensor:
+            outputs = op.outputs(by, call | {name: x})
+            return sum((outputs[output].sin().sum() for output in op.OUTPUTS), x.sum())
+
+        actual, expected = (torch.func.grad(loss)(call[name], by) for by in (backend.NAME, "reference"))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+    @every_backend
+    def test_what_has_no_derivative_says_so(self, op, backend):
+        """A second derivative and a forward-mode one raise, where torch would go on without the kernel's part."""
+        if not (backend.OPAQUE and op.OUTPUTS):
+            return
+        call = op.make_call(op.KINDS[0])
+        name = op.INPUTS[0]
+
+        def output(x: Tensor) -> Tensor:
+            return op.outputs(backend.NAME, call | {name: x})[op.OUTPUTS[-1]]
+
+        x = call[name].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(output(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.square().sum().backward()
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(output, (call[name],), (torch.randn_like(call[name]),))
+
+
+class _Recorded(TorchDispatchMode):
+    """Keeps every op of this library that is called, with its arguments as they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "vitreg":
+            kept = tree_map_only(Tensor, lambda x: x.detach().clone(), (arguments, options or {}))
+            self.calls.append((function, *kept))
+        return function(*arguments, **(options or {}))
+
+
+class TestOpaqueOps:
+    @every_kind
+    def test_operators_are_what_they_say(self, op, backend, spec):
+        """Schema, fake, registration and dynamic shapes of all that a forward and a backward call, each by itself."""
+        with _Recorded() as recorded:
+            run(op, backend.NAME, op.make_call(spec))
+        assert recorded.calls or not backend.OPAQUE
+        for function, arguments, options in recorded.calls:
+            opcheck(function, arguments, options)
+
+
+class TestAutocast:
+    @most_kinds
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    def test_outputs(self, op, backend, spec, dtype):
+        call = op.make_call(spec)
+        expected = op.under_autocast(backend.NAME, call, dtype)
+        with torch.autocast("cpu", dtype):
+            actual = op.outputs(backend.NAME, call)
+        same_bits(actual, expected)
+        assert all(x.dtype == expected[name].dtype for name, x in actual.items())
+
+    @every_backend
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    def test_gradients_come_back_in_the_inputs_dtype(self, op, backend, dtype):
+        call = op.make_call(op.KINDS[0])
+        with torch.autocast("cpu", dtype):
+            results = run(op, backend.NAME, call)
+        for name in op.INPUTS if op.OUTPUTS else ():
+            assert results[f"grad_{name}"].dtype == call[name].dtype, name
+            assert results[f"grad_{name}"].any(), name
+
+    @pytest.mark.skipif(INTERPRETING, reason="the kernels have no fp64")
+    @every_backend
+    def test_double_is_left_alone(self, op, backend):
+        call = op.make_call(op.KINDS[0]._replace(dtype=torch.float64))
+        expected = op.outputs(backend.NAME, call)
+        with torch.autocast("cpu", torch.bfloat16):
+            same_bits(op.outputs(backend.NAME, call), expected)
+
+
+@pytest.mark.usefixtures("dynamo")
+class TestCompile:
+    @staticmethod
+    def assert_same(op, backend, compiled, call):
+        """Outputs and gradients, compiled and not."""
+        same(run(op, backend, call, function=compiled), run(op, backend, call))
+
+    @most_but_the_first
+    def test_whole_graph(self, op, backend, spec):
+        if op.traced(backend, spec):
+            compiled = torch.compile(op.outputs, backend="aot_eager", fullgraph=True)
+            self.assert_same(op, backend.NAME, compiled, op.make_call(spec))
+
+    @pytest.mark.parametrize(("op", "backend"), [p for p in OTHERS if not isinstance(p.values[0], PackedAttention)])
+    def test_sizes_change_under_a_recompile_limit(self, op, backend):
+        """One graph for the first length, one for all others, one more once the batch changes too.
+
+        Of the fullest call; attention's two functions differ in nothing that is traced here.
+        """
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(op.outputs, backend=counter, fullgraph=True)
+        with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+            for batch, tokens in ((2, 21), (2, 26), (3, 17), (4, 18)):
+                call = op.make_call(op.resized(op.KINDS[0], batch, tokens))
+                self.assert_same(op, backend.NAME, compiled, call)
+        assert counter.frame_count <= 3
+
+    @every_backend
+    def test_autocast_is_seen_while_tracing(self, op, backend):
+        def function(call):
+            with torch.autocast("cpu", torch.float16):
+                return op.outputs(backend.NAME, call)
+
+        call = op.make_call(op.KINDS[0])
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        actual, expected = compiled(call), function(call)
+        assert all(x.dtype == expected[name].dtype for name, x in actual.items())
+        torch.testing.assert_close(actual, expected)
+
+    @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a compiler")
+    @pytest.mark.parametrize("op", [op for op in OPS if not isinstance(op, PackedAttention)], ids=str)
+    def test_inductor(self, op):
+        """The compiler people use, and the backend that a call gets which names none."""
+        name = "triton" if INTERPRETING else None
+        self.assert_same(op, name, torch.compile(op.outputs, fullgraph=True), op.make_call(op.KINDS[0]))
+
+
+@pytest.fixture(scope="module")
+def far_memory() -> Tensor:
+    return memory.far_memory()
