@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from benchmarks import (
     attention,
+    end_to_end,
     features,
+    lengths,
     machine,
     model_report,
     monitoring,
@@ -32,9 +34,10 @@ from benchmarks import (
 from benchmarks.attention import Progress
 from benchmarks.photographs import NAMES
 from benchmarks.results import Row, Writer
-from benchmarks.shapes import Size
+from benchmarks.shapes import Size, in_words
 
 _PICTURED = NAMES[:4]
+_JUDGED = ("attention", "features", "residual_norm", "lengths", "end_to_end")
 
 
 def main() -> int:
@@ -55,7 +58,7 @@ def main() -> int:
         + (f", from row {writer.resumed + 1} of a cut run" if writer.resumed else "")
     )
 
-    print(f"\n1/5 A real model: reading {arguments.model}")
+    print(f"\n1/6 A real model: reading {arguments.model}")
     try:
         model = pretrained.load(arguments.model)
         maps = features.attention_maps(model, _PICTURED)
@@ -67,23 +70,33 @@ def main() -> int:
         list(features.run(arguments.size, writer, progress, model, device))
     print(f"\n{model_report.table(writer.rows)}")
 
-    print("\n2/5 Attention alone: every backend and every peer on the shapes of ViTs, interleaved")
+    print("\n2/6 Attention alone: every backend and every peer on the shapes of ViTs, interleaved")
     with _progress_bar() as progress:
         list(attention.run(arguments.size, writer, progress, device))
+        if device.type == "cpu":
+            list(lengths.run(arguments.size, writer, progress))
     list(overhead.run(writer))
-    print(f"\n{report.table(writer.rows)}")
+    print("\n" + "\n\n".join(filter(None, (report.table(writer.rows), lengths.table(writer.rows)))))
 
-    print("\n3/5 Residual norms alone: residual, its norm and the token norms in one op, interleaved")
+    print("\n3/6 Residual norms alone: residual, its norm and the token norms in one op, interleaved")
     with _progress_bar() as progress:
         list(norms.run(arguments.size, writer, progress, device))
     print(f"\n{norm_report.table(writer.rows)}")
 
-    print("\n4/5 A training step of a ViT-S/14, its token norms monitored and not")
+    print("\n4/6 A training step of a ViT-S/14, its token norms monitored and not")
     with _progress_bar() as progress:
         list(monitoring.run(arguments.size, writer, progress, device))
     print(f"\n{monitoring.table(writer.rows)}")
 
-    print("\n5/5 Drawing the bars and the attention maps")
+    print("\n5/6 Whole ViTs of timm on a CPU, unchanged and with RegisterAttention in every block")
+    if device.type == "cpu":
+        with _progress_bar() as progress:
+            list(end_to_end.run(arguments.size, writer, progress))
+        print(f"\n{end_to_end.table(writer.rows)}")
+    else:
+        print("    make gpu measures them on a GPU")
+
+    print("\n6/6 Drawing the bars and the attention maps")
     picture_path = writer.path.with_suffix(".png")
     picture.save(picture_path, writer.rows, maps)
     writer.finish()
@@ -123,15 +136,15 @@ def _progress_bar() -> Iterator[Progress]:
 
 def _verdict(rows: Sequence[Row]) -> int:
     """Judges our own backends; a peer's errors stand in the table only."""
-    ours = [row for row in rows if row["kind"] in ("attention", "features", "residual_norm") and row.get("ours", True)]
+    ours = [row for row in rows if row["kind"] in _JUDGED and row.get("ours", True)]
     failures = [f"{_named(row)}: {row['reason']}" for row in ours if row["failed"]]
     failures += [
         f"{_named(row)}: {tensor} is {error['max']:.3g} off, the eager formula's {error['eager_max']:.3g}"
         for row in ours
-        for tensor, error in (row["errors"] or {}).items()
+        for tensor, error in (row.get("errors") or {}).items()
         if not error["passed"]
     ]
-    checked = sum(len(row["errors"] or {}) for row in ours)
+    checked = sum(len(row.get("errors") or {}) for row in ours)
     if failures:
         print(
             f"\n{len(failures)} failures, {checked} results checked. A result that is named breaks the accuracy rule:",
@@ -149,10 +162,10 @@ def _verdict(rows: Sequence[Row]) -> int:
 
 def _named(row: Row) -> str:
     width = f", C = {row['channels']}" if row["kind"] == "residual_norm" else ""
-    return (
-        f"{row.get('variant') or row['backend']} at N = {row['tokens']}{width} in {row['dtype']}, "
-        f"{row.get('mode') or row['model']}"
-    )
+    who = row.get("variant") or row.get("attention") or row["backend"]
+    threads = f", {in_words(row['threads'])}" if row.get("threads") else ""
+    what = row.get("mode") or row.get("model") or row["kind"]
+    return f"{who} at N = {row['tokens']}{width} in {row['dtype']}, {what}{threads}"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
 
@@ -15,7 +17,7 @@ import torch
 
 import vitreg_kernels
 
-PACKAGES = ("torch", "triton", "xformers", "numpy")
+PACKAGES = ("torch", "triton", "xformers", "onnxruntime", "timm", "numpy")
 ROOT = Path(__file__).parent.parent
 _SOURCES = ("vitreg_kernels/**/*.py", "vitreg_kernels/**/*.json", "csrc/**/*", "benchmarks/**/*.py")
 
@@ -39,6 +41,17 @@ class Machine(TypedDict):
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Within, torch has so many threads for the work of a CPU; ``None`` leaves those it has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def lost(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from benchmarks import roofline
 from benchmarks.results import Errors, Row
 from benchmarks.roofline import Roofline
-from benchmarks.shapes import DTYPES, LENGTHS, MODES, DType, Mode
+from benchmarks.shapes import DTYPES, LENGTHS, MODES, DType, Mode, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,29 +21,28 @@ _HEADINGS = _LINE.format(
     "", "median ms", "p20-p80 ms", "GFLOP/s", "% peak", "GB/s", "x peer", "max error", "eager's", ""
 ).rstrip()
 _LEGEND = (
-    "GFLOP/s and GB/s count useful work and traffic only. % peak: of the ceiling above of the fastest matrix product "
-    "that can serve the dtype. x peer: time of the fastest contender that is not ours / this time. Errors: of the "
-    "output, or the gradient furthest from the eager formula's error, against fp64 on the first and the last image; "
-    "FAIL breaks the accuracy rule."
+    "GFLOP/s and GB/s count useful work and traffic only. % peak: of the highest ceiling above that can serve the "
+    "dtype: of a matrix product or, where there are native kernels, of multiplying on registers alone. x peer: time "
+    "of the fastest contender that is not ours / this time. Errors: of the output, or the gradient furthest from the "
+    "eager formula's error, against fp64 on the first and the last image; FAIL breaks the accuracy rule."
 )
 _BAR_GROUP = 0.8  # of the distance between two lengths
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The attention, ceiling and overhead rows as text of at most 100 columns, grouped by length.
+    """The attention, ceiling and overhead rows as text of at most 100 columns, grouped by length and threads.
 
     Rows of other kinds are left out.
     """
     attention, rooflines, overheads = (
         [row for row in rows if row["kind"] == kind] for kind in ("attention", "roofline", "overhead")
     )
-    ceilings = roofline.highest(rooflines)
-    parts = [_header(rooflines[-1], ceilings)] if ceilings else []
+    parts = [_header(rooflines)] if rooflines else []
     if attention:
         parts.append(textwrap.fill(_LEGEND, WIDTH))
-    parts += [
-        _length([row for row in attention if row["tokens"] == n], ceilings) for n in _in_order(attention, "tokens")
-    ]
+    for tokens, threads in dict.fromkeys((row["tokens"], row["threads"]) for row in attention):
+        raced = [row for row in attention if (row["tokens"], row["threads"]) == (tokens, threads)]
+        parts.append(_length(raced, roofline.highest(rooflines, threads)))
     parts += [refusals(attention), _overheads(overheads) if overheads else ""]
     return "\n\n".join(filter(None, parts))
 
@@ -52,11 +51,14 @@ def draw_bars(axes: Axes, rows: Sequence[Row], dtype: DType, mode: Mode) -> None
     """Draws GFLOP/s of every contender by length, with p20-p80 whiskers and the run's peak as a dashed line.
 
     Given the whole run's ``rows``, a contender has one place and one colour in every panel: vitreg_kernels in reds, its
-    peers in blues. The caller makes the figure and the legend (``axes.get_legend_handles_labels()``).
+    peers in blues. Of several numbers of threads the highest is drawn. The caller makes the figure and the legend
+    (``axes.get_legend_handles_labels()``).
     """
     import matplotlib
 
     raced = [row for row in rows if row["kind"] == "attention" and row["reason"] is None]
+    threads = max((row["threads"] for row in raced if row["threads"]), default=None)
+    raced = [row for row in raced if row["threads"] == threads]
     panel = [row for row in raced if row["dtype"] == dtype and row["mode"] == mode]
     lengths = sorted(_in_order(panel, "tokens"))
     width = _BAR_GROUP / max(len(_in_order(raced, "variant")), 1)
@@ -74,7 +76,7 @@ def draw_bars(axes: Axes, rows: Sequence[Row], dtype: DType, mode: Mode) -> None
             ]
             axes.bar(at, heights, width, color=colour, label=name, yerr=whiskers, error_kw={"elinewidth": 0.7})
             place += width
-    ceilings = roofline.highest(rows)
+    ceilings = roofline.highest(rows, threads)
     if panel and ceilings:
         axes.axhline(ceilings.peak_gflops(dtype), color="grey", linestyle="--", linewidth=1, label="measured peak")
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
@@ -86,26 +88,39 @@ def _in_order(rows: Sequence[Row], field: str) -> list:
     return list(dict.fromkeys(row[field] for row in rows))
 
 
-def _header(row: Row, ceilings: Roofline) -> str:
-    machine, versions = row["machine"], row["machine"]["packages"]
+def _header(rooflines: Sequence[Row]) -> str:
+    machine, versions = rooflines[-1]["machine"], rooflines[-1]["machine"]["packages"]
     changes = " with changes" if machine["dirty"] else ""
-    products = ", ".join(f"{dtype} {number(gflops)}" for dtype, gflops in ceilings.product_gflops.items())
+    ceilings = [_ceilings(roofline.highest(rooflines, threads)) for threads in _in_order(rooflines, "threads")]
     return "\n".join(
         (
             f"{machine['device']} ({machine['capability']}), {machine['threads']} threads, Python {machine['python']}",
             ", ".join(f"{name} {version}" for name, version in versions.items()),
             f"commit {machine['commit'][:12]}{changes}",
-            f"ceilings: matrix product GFLOP/s {products}; copy {number(ceilings.copy_gbps)} GB/s",
+            *ceilings,
         )
     )
 
 
+def _ceilings(ceilings: Roofline) -> str:
+    def figures(gflops: dict[DType, float]) -> str:
+        return ", ".join(f"{dtype} {number(value)}" for dtype, value in gflops.items())
+
+    of = "" if ceilings.threads is None else f" of {in_words(ceilings.threads)}"
+    products = f"matrix product GFLOP/s {figures(ceilings.product_gflops)}"
+    registers = ceilings.register_gflops
+    return f"ceilings{of}: {products}; copy {number(ceilings.copy_gbps)} GB/s" + (
+        f"\n  multiplying on registers alone: GFLOP/s {figures(registers)}" if registers else ""
+    )
+
+
 def _length(rows: Sequence[Row], ceilings: Roofline) -> str:
-    """All races of one length."""
+    """All races of one length by one number of threads."""
     first = rows[0]
+    threads = "" if first["threads"] is None else f", {in_words(first['threads'])}"
     lines = [
         f"N = {first['tokens']} ({LENGTHS[first['tokens']]}, {first['prefix_tokens']} prefix tokens)"
-        f", B = {first['batch']}, H = {first['heads']}, D = {first['head_dim']}",
+        f", B = {first['batch']}, H = {first['heads']}, D = {first['head_dim']}{threads}",
         _HEADINGS,
     ]
     for dtype in DTYPES:

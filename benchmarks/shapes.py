@@ -32,14 +32,16 @@ LENGTHS: dict[int, str] = {
     1374: "518 px, patch 14",
 }
 
-# (B, H) by device and size. A GPU needs B*H >= 1024 to be full; two CPU cores are busy with far less, and bf16 without
-# bf16 units takes seconds a call at the long lengths.
+# (B, H) by device and size. A GPU needs B*H >= 1024 to be full; two CPU cores are busy with a ViT-S's six heads, and
+# with fewer they would not share the work as they do in a model.
 _BATCH_AND_HEADS: dict[tuple[str, Size], dict[int, tuple[int, int]]] = {
-    ("cpu", "quick"): {54: (4, 6), 201: (1, 6), 261: (1, 6), 1029: (1, 2), 1374: (1, 2)},
+    ("cpu", "quick"): {54: (4, 6), 201: (1, 6), 261: (1, 6), 1029: (1, 6), 1374: (1, 6)},
     ("cpu", "full"): {54: (32, 6), 201: (8, 6), 261: (8, 6), 1029: (2, 6), 1374: (2, 6)},
     ("cuda", "quick"): {54: (64, 16), 201: (64, 16), 261: (64, 16), 1029: (16, 16), 1374: (16, 16)},
     ("cuda", "full"): {54: (256, 16), 201: (64, 16), 261: (64, 16), 1029: (64, 16), 1374: (64, 16)},
 }
+# Where the quick size races on one thread too; the full size does everywhere.
+_QUICK_ONE_THREAD = (201, 1029)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Case:
         heads, dtype, mode, head_dim, prefix_tokens, layout: what they say.
         tokens: of an image; in the multi-crop layout of all images of a sample.
         crops: (images, tokens an image) of a sample in the multi-crop layout.
+        threads: of torch's, on a CPU; ``None`` for those it has.
     """
 
     batch: int
@@ -62,6 +65,7 @@ class Case:
     prefix_tokens: int = NUM_PREFIX_TOKENS
     layout: Layout = "packed"
     crops: tuple[tuple[int, int], ...] = ()
+    threads: int | None = None
 
     @property
     def flops(self) -> int:
@@ -83,12 +87,29 @@ class Case:
         crops = " + ".join(f"{images}x{tokens}" for images, tokens in self.crops)
         layout = "" if self.layout == "packed" else f" {self.layout}"
         head_dim = "" if self.head_dim == HEAD_DIM else f" D={self.head_dim}"
-        return f"N={crops or self.tokens} {self.dtype} {self.mode}{layout}{head_dim}"
+        threads = "" if self.threads is None else f" {in_words(self.threads)}"
+        return f"N={crops or self.tokens} {self.dtype} {self.mode}{layout}{head_dim}{threads}"
 
 
 def cases(size: Size, device: torch.device) -> Iterator[Case]:
-    """Every length, dtype and mode of a ``size`` on ``device`` (``cpu`` or ``cuda``), shortest first."""
+    """Every length, dtype and mode of a ``size`` on ``device`` (``cpu`` or ``cuda``), shortest first.
+
+    On a CPU by all of torch's threads, then by one alone: in the quick size at some lengths, in the full size at all.
+    """
     for tokens, (batch, heads) in _BATCH_AND_HEADS[device.type, size].items():
-        for dtype in DTYPES:
-            for mode in MODES:
-                yield Case(batch, heads, tokens, dtype, mode)
+        for threads in _threads(size, device, tokens):
+            for dtype in DTYPES:
+                for mode in MODES:
+                    yield Case(batch, heads, tokens, dtype, mode, threads=threads)
+
+
+def in_words(threads: int) -> str:
+    """How many threads."""
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def _threads(size: Size, device: torch.device, tokens: int) -> tuple[int | None, ...]:
+    if device.type != "cpu":
+        return (None,)
+    every = torch.get_num_threads()
+    return (every, 1) if every > 1 and (size == "full" or tokens in _QUICK_ONE_THREAD) else (every,)

@@ -1,8 +1,4 @@
-"""Whole models: timm's ViTs with their own attention, and with every block's attention swapped for a RegisterAttention.
-
-The weights are random: a step costs the same with any. They are set so that attention matters (queries and keys of
-normal size, LayerScale of 1, not the 1e-5 it starts training with), or its errors would not be seen in the features.
-"""
+"""Whole models: timm's ViTs with their own attention, and with RegisterAttention in every block."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ from benchmarks.machine import Machine, lost
 from benchmarks.peers import Stopped, guarded
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import DTYPES, DType
-from vitreg_kernels import RegisterAttention, UnsupportedError, explain
+from benchmarks.timm_vits import Model, build, first_and_last, formula, register_attention, with_attention
 from vitreg_kernels.accuracy import compare
 from vitreg_kernels.ops.attention.backends import BACKENDS
 
@@ -76,20 +72,6 @@ class ModelRow(TypedDict):
 
 
 results.ROW_TYPES["model"] = ModelRow
-
-
-class Model(NamedTuple):
-    """A model of timm's.
-
-    Attributes:
-        name: timm's.
-        batch: images a call, as many as fill a GPU of 40 GB or more.
-        options: for ``timm.create_model``.
-    """
-
-    name: str
-    batch: int
-    options: dict[str, Any]
 
 
 class Piece(NamedTuple):
@@ -187,16 +169,8 @@ def contenders(module: nn.Module, own: tuple[str, ...] = tuple(_OWN)) -> list[Co
     """The model's own attention by some backends of torch's SDPA, and ours by default and by each opaque backend."""
     theirs = [Contender(name, False, partial(_Under, _OWN[name]), partial(sdpa_kernel, _OWN[name])) for name in own]
     backends = {"vitreg: default": None} | {f"vitreg: {b.NAME}": b.NAME for b in BACKENDS if b.OPAQUE}
-    ours = [Contender(n, True, partial(_register_attention, module, b)) for n, b in backends.items()]
+    ours = [Contender(n, True, partial(register_attention, module, b)) for n, b in backends.items()]
     return [*theirs, *ours]
-
-
-def with_attention(module: nn.Module, place: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A model of its own around the very same parameters, with ``place(attention)`` in each block."""
-    tree = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-    for block in tree.blocks:
-        block.attn = place(block.attn)
-    return tree
 
 
 class _Under(nn.Module):
@@ -234,7 +208,7 @@ def _found(writer: Writer, piece: Piece) -> list[Row]:
 
 
 def _rows(piece: Piece, setup: Setup, writer: Writer) -> list[Row]:
-    built = guarded(partial(_built, piece.model, setup.device), ours=False)
+    built = guarded(partial(build, piece.model, setup.device, DTYPES[_DTYPE]), ours=False)
     row = {
         "kind": "model",
         "model": piece.model.name,
@@ -304,41 +278,10 @@ def _rows(piece: Piece, setup: Setup, writer: Writer) -> list[Row]:
     return rows
 
 
-def _built(model: Model, device: torch.device) -> nn.Module:
-    """The model with random weights; raises whatever stands in the way of timm."""
-    import timm
-
-    torch.manual_seed(0)
-    with device:
-        module = timm.create_model(model.name, pretrained=False, **model.options)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith("attn.qkv.weight"):
-                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
-            elif name.endswith("gamma"):
-                parameter.fill_(1.0)
-    return module.to(device, DTYPES[_DTYPE])
-
-
 def _own_of(piece: Piece, writer: Writer) -> tuple[str, ...]:
     """Which of the model's own race: compiling takes long, so compiled only the one that won uncompiled."""
     eager = writer.find(kind="model", model=piece.model.name, mode=piece.mode, compiled=False) if piece.compiled else []
     return (eager[0]["best_own"],) if eager and eager[0]["best_own"] else tuple(_OWN)
-
-
-def _register_attention(module: nn.Module, backend: str | None, own: nn.Module) -> RegisterAttention:
-    """A RegisterAttention that holds the two projections of timm's, and so the same parameters.
-
-    Raises:
-        UnsupportedError: if the backend cannot serve it; torch.compile would wrap the reason up in its own words.
-    """
-    reasons = explain(own.qkv.weight.new_empty(1, own.num_heads, 1, own.head_dim), backend=backend).reasons
-    if backend in reasons:
-        raise UnsupportedError("; ".join(reasons[backend]))
-    dim, registers = own.qkv.in_features, module.num_reg_tokens
-    swapped = RegisterAttention(dim, own.num_heads, num_registers=registers, backend=backend, device="meta")
-    swapped.qkv, swapped.proj = own.qkv, own.proj
-    return swapped
 
 
 def _tree(module: nn.Module, contender: Contender, piece: Piece, setup: Setup) -> nn.Module:
@@ -363,12 +306,8 @@ def _task(module: nn.Module, piece: Piece, device: torch.device) -> _Task:
         # A rate of 0 costs the same, and every contender meets the same weights.
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
 
-    def formula(attention: nn.Module) -> nn.Module:
-        attention.fused_attn = False
-        return attention
-
     eager = with_attention(module, formula).train(piece.mode == "training")
-    few = _ends(images)
+    few = first_and_last(images)
     rounded = _results(eager, few, piece.mode, eager.blocks[0].attn.qkv.weight)
     double = copy.deepcopy(eager).double()
     exact = _results(double, few.double(), piece.mode, double.blocks[0].attn.qkv.weight)
@@ -424,13 +363,8 @@ def _results(tree: nn.Module, images: Tensor, mode: ModelMode, weight: nn.Parame
     """
     if mode == "forward":
         with torch.inference_mode():
-            return {"features": _ends(tree.forward_features(images))}
-    ends = _ends(tree.forward_features(images))
+            return {"features": first_and_last(tree.forward_features(images))}
+    ends = first_and_last(tree.forward_features(images))
     upstream = torch.randn(ends.shape, generator=torch.Generator().manual_seed(1)).to(DTYPES[_DTYPE])
     (grad,) = torch.autograd.grad(ends, weight, upstream.to(ends))
     return {"features": ends.detach(), "grad_qkv": grad}
-
-
-def _ends(batch: Tensor) -> Tensor:
-    """The first and the last image, which may be one."""
-    return batch[:: max(len(batch) - 1, 1)]

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from benchmarks.peers import flash_attention, pytorch, vitreg, xformers
+from benchmarks.peers import flash_attention, onnxruntime, pytorch, vitreg, xformers
 from benchmarks.peers.base import Attend, Peer, Stopped, Tensors, attempt, guarded
 from benchmarks.peers.layouts import EAGER, Pack, Ways, pack_of
 from benchmarks.shapes import Layout, Size
@@ -39,7 +39,8 @@ def peers(size: Size) -> list[Peer]:
     packed: tuple[Layout, None] = ("packed", None)
     ours = [p.unless(interpreter_reason) if p.name == "vitreg:triton" else p for p in vitreg.peers(*packed)]
     flex = pytorch.flex(*packed).unless(partial(_flex_reason, size))
-    return [*ours, *pytorch.sdpa(*packed), flex, xformers.peer(*packed), Peer("eager", eager)]
+    torchs = [*pytorch.sdpa(*packed), pytorch.compiled(), flex]
+    return [*ours, *torchs, onnxruntime.peer(), xformers.peer(*packed), Peer("eager", eager)]
 
 
 def everyone(layout: Layout, pack: Pack | None) -> list[Peer]:
@@ -59,6 +60,6 @@ def _flex_reason(size: Size, qkv: Tensor) -> str | None:
     if qkv.is_cuda:
         return None
     if size == "quick":
-        return "compiles anew for every shape, too slow for the quick size on a CPU; the full size races it"
+        return "compiles seconds for every shape, too slow for the quick size on a CPU; the full size races it"
     # torch's own words for it get lost in the compiler.
     return "has no backward on a CPU" if qkv.requires_grad else None

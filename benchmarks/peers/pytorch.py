@@ -1,4 +1,6 @@
-"""torch's own attention: scaled_dot_product_attention by backend, FlexAttention, and the variable-length kernel."""
+"""torch's own attention: scaled_dot_product_attention by backend, the formula compiled, FlexAttention, and the
+variable-length kernel.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.peers.base import Peer, needs_gpu
-from benchmarks.peers.layouts import Pack, heads_first, several_lengths
+from benchmarks.peers.layouts import EAGER, Pack, heads_first, several_lengths
 from benchmarks.shapes import Layout
 
 _RECOMPILE_LIMIT = 64  # a compiled contender meets more shapes, dtypes and modes than torch's default of 8
@@ -31,6 +33,11 @@ def sdpa(layout: Layout, pack: Pack | None) -> list[Peer]:
     return [Peer(n, attend, context=partial(sdpa_kernel, b)) for n, b in zip(names, backends.values(), strict=True)]
 
 
+def compiled() -> Peer:
+    """The formula on packed qkv by ``torch.compile``, anew for each shape at the first call."""
+    return Peer("torch:compile", _compiled, context=recompiles)
+
+
 def flex(layout: Layout, pack: Pack | None) -> Peer:
     """FlexAttention, compiled for each shape at the first call; uncompiled it holds N x N."""
     return Peer("torch:flex", heads_first(_flex).attend(layout, pack), context=recompiles)
@@ -42,6 +49,15 @@ def varlen(layout: Layout, pack: Pack | None) -> Peer:
         reason = "is for images of several lengths; with one length it is the kernel of torch:flash"
         return Peer("torch:varlen", _varlen, refuses=lambda *inputs: reason)
     return Peer("torch:varlen", partial(several_lengths(_varlen), pack=pack), refuses=needs_gpu)
+
+
+def _compiled(qkv: Tensor) -> Tensor:
+    return _compiled_formula()(qkv)
+
+
+@cache
+def _compiled_formula() -> Callable[..., Tensor]:
+    return torch.compile(EAGER.packed, dynamic=False, fullgraph=True)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import subprocess
+import types
 
 import pytest
 import torch
@@ -41,7 +43,59 @@ def test_flops_and_bytes_of_forward_and_backward():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_both_sizes_cover_every_length_dtype_and_mode(size, device):
     covered = [(case.tokens, case.dtype, case.mode) for case in shapes.cases(size, torch.device(device))]
-    assert covered == list(itertools.product(shapes.LENGTHS, shapes.DTYPES, shapes.MODES))
+    assert list(dict.fromkeys(covered)) == list(itertools.product(shapes.LENGTHS, shapes.DTYPES, shapes.MODES))
+
+
+@pytest.mark.parametrize(("size", "of_one"), [("quick", {201, 1029}), ("full", set(shapes.LENGTHS))])
+def test_a_cpu_races_by_all_of_its_threads_and_by_one(size, of_one, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    its = list(shapes.cases(size, CPU))
+    assert {case.tokens for case in its if case.threads == 4} == set(shapes.LENGTHS)
+    assert {case.tokens for case in its if case.threads == 1} == of_one
+    assert {case.threads for case in its} == {1, 4}
+    assert min(case.batch * case.heads for case in its) >= 6
+    assert str(its[0]) == "N=54 fp32 forward 4 threads"
+    assert {case.threads for case in shapes.cases(size, torch.device("cuda"))} == {None}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert len(list(shapes.cases(size, CPU))) == len(shapes.LENGTHS) * 4
+
+
+def test_a_case_runs_on_its_threads_and_the_ceilings_are_theirs(tmp_path, monkeypatch, machine):
+    monkeypatch.setattr(timing, "last_level_cache", lambda device: 2**12)
+    todo = [dataclasses.replace(TINY, threads=n) for n in (2, 1)]
+    monkeypatch.setattr(attention, "cases", lambda size, device: todo)
+    monkeypatch.setattr(attention, "_BUDGET_S", {"quick": 0.0})
+    seen = []
+    peer = peers.Peer("other", lambda qkv: seen.append(torch.get_num_threads()) or peers.eager(qkv))
+    monkeypatch.setattr(attention, "peers", lambda size: [peer])
+
+    def measure(device):
+        threads = torch.get_num_threads()
+        speeds = {"fp32": 50.0 * threads, "bf16": 10.0}
+        return roofline.Roofline({"fp32": 1.0, "bf16": 1.0}, 20.0, speeds, threads)
+
+    monkeypatch.setattr(roofline, "measure", measure)
+    before = torch.get_num_threads()
+    run = attention.run("quick", Writer(tmp_path / "run.json", RUN, machine), lambda *_: None, CPU)
+    rows = []
+    for row in run:
+        assert torch.get_num_threads() == before, "a caller between two rows has the threads of one"
+        rows.append((row["threads"], row["peak_gflops"], row["peak_source"]))
+    assert rows == [(2, 100.0, "registers"), (1, 50.0, "registers")]
+    assert seen == [2] * (len(seen) // 2) + [1] * (len(seen) // 2)
+
+
+def test_threads_are_given_back_after_an_error():
+    before = torch.get_num_threads()
+
+    def breaks():
+        with machine_module.threads(before + 1):
+            assert torch.get_num_threads() == before + 1
+            raise IndexError("broke")
+
+    with pytest.raises(IndexError, match="broke"):
+        breaks()
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("case", [TINY, TINY_BACKWARD], ids=str)
@@ -135,13 +189,13 @@ def test_the_contenders_are_all_backends_and_at_least_four_agree():
     contenders = peers.peers("quick")
     names = [peer.name for peer in contenders]
     assert names[: len(BACKENDS)] == [f"vitreg:{backend.NAME}" for backend in BACKENDS]
-    assert {"torch:math", "torch:flash", "torch:efficient", "torch:cudnn", "torch:flex", "xformers", "eager"} <= set(
-        names
-    )
+    torchs = {f"torch:{name}" for name in ("math", "flash", "efficient", "cudnn", "compile", "flex")}
+    assert {*torchs, "onnxruntime", "xformers", "eager"} <= set(names)
     assert [peer.name for peer in contenders if peer.ours] == names[: len(BACKENDS)]
     qkv, grad_output = contest.inputs_of(Case(1, 2, 54, "fp32", "forward+backward"), CPU)()
     wanted = contest.job(peers.eager, qkv, grad_output)
-    answers = {peer.name: peers.attempt(peer, contest.job, qkv, grad_output) for peer in contenders}
+    compiles = "torch:compile"  # for seconds
+    answers = {p.name: peers.attempt(p, contest.job, qkv, grad_output) for p in contenders if p.name != compiles}
     for answer in answers.values():
         if isinstance(answer, peers.Stopped):
             assert answer.reason
@@ -157,6 +211,46 @@ def test_bf16_may_be_widened_so_its_ceiling_is_the_faster_product(ceilings):
     gpu = roofline.Roofline({"fp32": 10.0, "bf16": 90.0}, 5.0)
     assert (gpu.peak_gflops("fp32"), gpu.peak_gflops("bf16")) == (10.0, 90.0)
     assert gpu.raised_to(ceilings) == roofline.Roofline({"fp32": 100.0, "bf16": 90.0}, 20.0)
+
+
+def test_the_ceiling_is_that_of_registers_where_no_product_reaches_it():
+    native = roofline.Roofline({"fp32": 70.0, "bf16": 80.0}, 5.0, {"fp32": 60.0, "bf16": 200.0}, threads=2)
+    assert [native.peak_gflops(dtype) for dtype in ("fp32", "bf16")] == [70.0, 200.0]
+    assert [native.peak_source(dtype) for dtype in ("fp32", "bf16")] == ["product", "registers"]
+    later = roofline.Roofline({"fp32": 90.0, "bf16": 80.0}, 5.0, {"fp32": 80.0, "bf16": 100.0}, threads=2)
+    assert native.raised_to(later).register_gflops == {"fp32": 80.0, "bf16": 200.0}
+    assert native.raised_to(later).threads == 2
+    product = roofline.Roofline({"fp32": 70.0, "bf16": 80.0}, 5.0, threads=1)
+    assert product.peak_source("bf16") == "product"
+    assert product.raised_to(native) == native._replace(threads=None)
+    rows = [{"kind": "roofline", **found._asdict()} for found in (native, product)]
+    assert roofline.highest(rows, 1) == product
+    assert roofline.highest(rows, 2) == native
+    assert roofline.highest(rows).peak_gflops("bf16") == 200.0
+
+
+def test_the_loop_on_registers_is_there_with_native_kernels_only(monkeypatch):
+    monkeypatch.setattr(roofline, "_product_gflops", lambda dtype, device: 1.0)
+    monkeypatch.setattr(roofline, "_copy_gbps", lambda device: 1.0)
+    monkeypatch.setattr(roofline.torch.ops, "vitreg_native", types.SimpleNamespace())
+    assert roofline.measure(CPU) == roofline.Roofline({"fp32": 1.0, "bf16": 1.0}, 1.0, None, torch.get_num_threads())
+    asked = []
+    library = types.SimpleNamespace(peak_gflops=lambda dtype, seconds: asked.append((dtype, seconds)) or len(asked))
+    monkeypatch.setattr(roofline.torch.ops, "vitreg_native", library)
+    assert roofline.measure(CPU).register_gflops == {"fp32": 1, "bf16": 2}
+    assert asked == [(torch.float32, roofline._BUDGET_S), (torch.bfloat16, roofline._BUDGET_S)]
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.vitreg_native, "peak_gflops"), reason="there are no native kernels here")
+def test_the_loop_on_registers_uses_all_threads_and_is_no_slower_in_bf16():
+    with machine_module.threads(1):
+        one = roofline._register_gflops(CPU)
+    with machine_module.threads(2):
+        two = roofline._register_gflops(CPU)
+    assert one["bf16"] > 0.9 * one["fp32"] > 1.0
+    assert two["fp32"] > 1.2 * one["fp32"]
+    with pytest.raises(RuntimeError, match="fp32, bf16 and fp16 only"):
+        torch.ops.vitreg_native.peak_gflops(torch.float64, 0.01)
 
 
 def test_a_cut_race_goes_on_where_it_stopped(tmp_path, monkeypatch, machine, ceilings, contenders):

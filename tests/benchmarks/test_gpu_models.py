@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import math
-import runpy
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,16 +11,19 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend
 
-from benchmarks import results
+from benchmarks import results, timm_vits
 from benchmarks.gpu import models
 from benchmarks.gpu.stage import Setup
 from benchmarks.peers import Stopped
 from benchmarks.results import Writer
+from benchmarks.timm_vits import build, with_attention
 from vitreg_kernels import RegisterAttention
 from vitreg_kernels.ops.attention.backends import sdpa
 
-runpy.run_path(str(Path(__file__).parents[1] / "integrations" / "conftest.py"))  # lets timm be imported
-timm = pytest.importorskip("timm")
+try:
+    timm_vits.import_timm()
+except ModuleNotFoundError as error:
+    pytest.skip(str(error), allow_module_level=True)
 
 CPU = torch.device("cpu")
 DRY = Setup(CPU, dry=True, deadline=math.inf)
@@ -100,12 +100,12 @@ def same_piece(a, b):
 
 
 def test_swapped_attention_holds_the_same_parameters():
-    module = models._built(TRAINING.model, CPU)
+    module = build(TRAINING.model, CPU, torch.bfloat16)
     weights = {id(p) for p in module.parameters()}
     for contender in models.contenders(module, ("own: flash",)):
         if contender.name == "vitreg: triton":
             continue
-        tree = models.with_attention(module, contender.place)
+        tree = with_attention(module, contender.place)
         assert {id(p) for p in tree.parameters()} == weights
         kinds = {type(block.attn) for block in tree.blocks}
         assert kinds == {RegisterAttention if contender.ours else models._Under}
@@ -117,7 +117,7 @@ def test_swapped_attention_holds_the_same_parameters():
 
 def test_training_changes_no_weights():
     """Or each contender would train from where the last one stopped."""
-    module = models._built(TRAINING.model, CPU)
+    module = build(TRAINING.model, CPU, torch.bfloat16)
     before = [p.clone() for p in module.parameters()]
     task = models._task(module, TRAINING, CPU)
     models._call(module.train(), task, task.images)
@@ -182,43 +182,25 @@ def test_own_attention_that_is_wrong_is_no_failure_of_ours(writer, only, monkeyp
     only(FORWARD)
     attend = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: 1.05 * attend(*a, **k))
-    monkeypatch.setattr(models, "_register_attention", lambda module, backend, own: formula(own))
+    monkeypatch.setattr(models, "register_attention", lambda module, backend, own: timm_vits.formula(own))
     rows = by_attention(models.run(DRY, writer))
     assert not rows["own: flash"]["errors"]["features"]["passed"]
     assert rows["vitreg: default"]["errors"]["features"]["passed"]
     assert models.failures(writer.rows) == []
 
 
-def formula(attention):
-    attention.fused_attn = False
-    return attention
-
-
 @pytest.mark.parametrize("missing", ["timm", "torchvision"])
 def test_a_missing_library_is_one_row_a_model(writer, monkeypatch, missing):
-    def built(model, device):
+    def fail(model, device, dtype):
         raise ModuleNotFoundError(f"No module named '{missing}'")
 
-    monkeypatch.setattr(models, "_built", built)
+    monkeypatch.setattr(models, "build", fail)
     rows = list(models.run(DRY, writer))
     assert [(row["attention"], row["mode"], row["compiled"]) for row in rows] == [("any", None, None)] * 2
     assert len({row["model"] for row in rows}) == 2
     assert all(missing in row["reason"] and not row["failed"] for row in rows)
     assert models.unfinished(DRY, writer) == 0
     assert models.failures(rows) == []
-
-
-def test_timm_is_imported_where_it_is_used(monkeypatch):
-    importing = builtins.__import__
-
-    def without_timm(name, *rest):
-        if name == "timm":
-            raise ModuleNotFoundError("No module named 'timm'")
-        return importing(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_timm)
-    with pytest.raises(ModuleNotFoundError, match="timm"):
-        models._built(TRAINING.model, CPU)
 
 
 def test_a_cut_run_is_gone_on_with(writer, tmp_path, machine, monkeypatch):
@@ -249,7 +231,7 @@ def test_the_piece_with_the_goal_comes_first_and_compiling_last():
 
 def test_blocks_share_one_graph_and_contenders_none(dynamo, monkeypatch):
     """Or compiling would take minutes, and cuDNN's blocks would run flash."""
-    module = models._built(TRAINING.model, CPU)
+    module = build(TRAINING.model, CPU, torch.bfloat16)
     monkeypatch.setitem(models._OWN, "own: math", SDPBackend.MATH)
     counter = CompileCounter()
     monkeypatch.setattr(torch.nn.Module, "compile", compile_with(counter))
@@ -312,7 +294,7 @@ def test_after_a_kernel_that_broke_the_gpu_nothing_runs(writer, only, monkeypatc
 
 def test_peak_memory_is_of_one_call(monkeypatch):
     calls = []
-    module = models._built(FORWARD.model, CPU)
+    module = build(FORWARD.model, CPU, torch.bfloat16)
     task = models._task(module, FORWARD, CPU)._replace(images=SimpleNamespace(device=torch.device("cuda")))
     monkeypatch.setattr(models, "_results", lambda *_: task.exact | {"features": task.rounded["features"]})
     monkeypatch.setattr(models, "_call", lambda *_: calls.append("call"))

@@ -12,6 +12,7 @@ from benchmarks import results
 from benchmarks.gpu import environment, report, stage
 from benchmarks.machine import lost
 from benchmarks.results import Writer
+from benchmarks.roofline import Roofline
 
 pytest.importorskip("matplotlib", reason="the benchmark's own package: pip install 'vitreg_kernels[bench]'")
 
@@ -42,7 +43,7 @@ def made_up_rows():
         "memory_clock_mhz": 3201.0,
         "peers": {"xformers": "0.0.99"},
     }
-    yield {"kind": "roofline", "product_gflops": {"fp32": 5e4, "bf16": 7e5}, "copy_gbps": 4000.0}
+    yield {"kind": "roofline", **Roofline({"fp32": 5e4, "bf16": 7e5}, 4000.0)._asdict()}
     for dtype, passed in (("bf16", True), ("fp16", False)):
         yield accuracy_row("triton", dtype, {"output": error(True), "grad_key": error(passed)})
     yield accuracy_row("xformers", "bf16", None) | {"reasons": ["cannot be imported"], "deterministic": None}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_features import tiny_model
 
-from benchmarks import attention, features, monitoring, norms, overhead, results, roofline, timing
+from benchmarks import attention, end_to_end, features, lengths, monitoring, norms, overhead, results, roofline, timing
 from benchmarks.shapes import Case
 from vitreg_kernels import RegisterViT, ViTConfig
 from vitreg_kernels.ops.attention.backends import sdpa
@@ -19,6 +20,28 @@ for package in ("matplotlib", "skimage", "sklearn", "tqdm"):
 
 from benchmarks import __main__ as driver  # noqa: E402
 
+ERRORS = {"max": 1.0, "mean": 1.0, "eager_max": 1.0, "eager_mean": 1.0, "passed": True}
+WHOLE_VIT = {
+    "kind": "end_to_end",
+    "model": "a ViT of timm's",
+    "attention": "vitreg:sdpa",
+    "ours": True,
+    "compiled": False,
+    "dtype": "bf16",
+    "batch": 8,
+    "tokens": 261,
+    "goal": 1.2,
+    "reason": None,
+    "failed": False,
+    "median_ms": 2.0,
+    "p20_ms": 1.0,
+    "p80_ms": 3.0,
+    "samples": 3,
+    "images_per_s": 4000.0,
+    "speedup": 1.5,
+    "errors": {"features": ERRORS},
+}
+
 
 @pytest.fixture
 def small(monkeypatch, tmp_path, machine, ceilings):
@@ -28,7 +51,12 @@ def small(monkeypatch, tmp_path, machine, ceilings):
     monkeypatch.setattr(features, "_TIMING_BUDGET_S", {"quick": 0.01})
     monkeypatch.setattr(attention, "_BUDGET_S", {"quick": 0.01})
     monkeypatch.setattr(attention, "cases", lambda *_: iter([Case(1, 2, 54, "fp32", "forward")]))
+    raced = [peer for peer in attention.peers("quick") if peer.name != "torch:compile"]  # takes seconds
+    monkeypatch.setattr(attention, "peers", lambda size: raced)
     monkeypatch.setattr(overhead, "_BUDGET_S", 0.01)
+    monkeypatch.setattr(lengths, "PAIRS", ((7, 8),))
+    monkeypatch.setattr(lengths, "_ROUNDS", {"quick": 1})
+    monkeypatch.setattr(end_to_end, "measure", lambda piece, budget_s: [WHOLE_VIT])
     tiny = [norms.Case(16, "fp32", mode, batch=3, tokens=9) for mode in norms.MODES]
     monkeypatch.setattr(norms, "cases", lambda device: tiny)
     monkeypatch.setattr(norms, "_BUDGET_S", {"quick": 0.0})
@@ -59,13 +87,16 @@ def test_the_main_job(small, monkeypatch, capsys):
     assert run(monkeypatch) == 0
     printed = capsys.readouterr().out
     for words in (
-        *(f"{part}/5 " for part in (1, 2, 3, 4, 5)),
+        *(f"{part}/6 " for part in range(1, 7)),
         "1/4 registers at 56 px",
         "1/1 N=54 fp32 forward",
         "2/2 LayerNorm C=16 fp32 backward",
         "grey patches*",
         "torch:math",
         "counting the fused norms",
+        "2/2 N=7 beside 8 bf16",
+        "N = 7/8 fp32  torch:sdpa",
+        "a ViT of timm's, bf16, eager, 8 images x 261 tokens",
     ):
         assert words in printed
     assert "results are as accurate as the rule asks" in printed
@@ -79,6 +110,8 @@ def test_the_main_job(small, monkeypatch, capsys):
         "overhead",
         "residual_norm",
         "monitor",
+        "lengths",
+        "end_to_end",
     }
 
 
@@ -120,6 +153,23 @@ def test_a_crash_of_ours_is_named_and_the_status_is_1(small, monkeypatch, capsys
     told = capsys.readouterr()
     assert "vitreg:sdpa at N = 54 in fp32, forward: IndexError: out of its bounds" in told.err
     assert "vitreg:sdpa       every case: FAIL IndexError: out of its bounds" in told.out
+
+
+def test_a_wrong_whole_vit_is_named_and_the_status_is_1(small, monkeypatch, capsys):
+    wrong = WHOLE_VIT | {"errors": {"features": ERRORS | {"passed": False}}}
+    monkeypatch.setattr(end_to_end, "measure", lambda piece, budget_s: [wrong])
+    assert run(monkeypatch) == 1
+    assert "vitreg:sdpa at N = 261 in bf16, a ViT of timm's: features is 1 off" in capsys.readouterr().err
+
+
+def test_a_gpu_has_its_own_command_for_whole_vits(small, monkeypatch, capsys):
+    monkeypatch.setattr(driver.machine, "default_device", lambda: SimpleNamespace(type="cuda"))
+    for module in (features, attention, norms, monitoring):
+        monkeypatch.setattr(module, "run", lambda *arguments: [])
+    monkeypatch.setattr(driver.picture, "save", lambda *arguments: None)
+    run(monkeypatch)
+    assert "make gpu measures them on a GPU" in capsys.readouterr().out
+    assert not {"lengths", "end_to_end"} & kinds(small)
 
 
 def test_nothing_checked_is_one_sentence_and_status_1(capsys):

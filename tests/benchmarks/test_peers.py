@@ -13,8 +13,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import contest, peers
-from benchmarks.peers import EAGER, Peer, Stopped, attempt, everyone, flash_attention, guarded, pack_of, xformers
+from benchmarks import contest, machine, peers
+from benchmarks.peers import (
+    EAGER,
+    Peer,
+    Stopped,
+    attempt,
+    everyone,
+    flash_attention,
+    guarded,
+    onnxruntime,
+    pack_of,
+    pytorch,
+    xformers,
+)
 from benchmarks.shapes import Case
 from vitreg_kernels import UnsupportedError
 from vitreg_kernels._runtime import triton_mode
@@ -80,8 +92,6 @@ def test_what_runs_here_agrees_in_every_layout(layout):
 
 
 def test_flex_attention_serves_packed_and_separate_inputs(monkeypatch):
-    from benchmarks.peers import pytorch
-
     monkeypatch.setattr(pytorch, "_compiled_flex", lambda: F.scaled_dot_product_attention)  # of the same layout
     for layout in CASES:
         agrees(pytorch.flex(layout, PACKS[layout]).attend, layout)
@@ -209,6 +219,61 @@ def test_torchs_kernel_for_several_lengths_gets_its_layout_and_takes_no_other(mo
     assert varlen["multicrop"].refuses(torch.zeros(1)) == "runs on cuda, not on cpu"
     for layout in ("packed", "separate"):
         assert "one length" in varlen[layout].refuses(torch.zeros(1))
+
+
+@pytest.fixture
+def onnxruntime_peer():
+    (peer,) = (peer for peer in peers.peers("quick") if peer.name == "onnxruntime")
+    yield peer
+    onnxruntime._session.cache_clear()
+
+
+def test_onnxruntime_gives_what_the_formula_does_on_as_many_threads_as_torch(onnxruntime_peer, monkeypatch):
+    library = pytest.importorskip("onnxruntime")
+    onnxruntime._session.cache_clear()
+    threads, session = [], library.InferenceSession
+
+    def watch(model, options, **rest):
+        threads.append(options.intra_op_num_threads)
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+        return session(model, options, **rest)
+
+    monkeypatch.setattr(library, "InferenceSession", watch)
+    for count in (2, 1, 2):
+        for heads, tokens in ((3, 11), (3, 7), (2, 11)):
+            qkv, _ = contest.inputs_of(Case(2, heads, tokens, "fp32", "forward", 16), CPU)()
+            with machine.threads(count):
+                torch.testing.assert_close(onnxruntime_peer.attend(qkv), peers.eager(qkv))
+    assert threads == [2, 2, 1, 1]  # a session for each number of heads and threads, of any batch and length
+
+
+def test_onnxruntime_refuses_in_a_few_words(onnxruntime_peer):
+    qkv = torch.zeros(1, 3, 3, 1, 16)
+    assert onnxruntime_peer.refuses(qkv) is None
+    assert onnxruntime_peer.refuses(qkv.bfloat16()) == "has no MultiHeadAttention in bfloat16 on a CPU"
+    assert onnxruntime_peer.refuses(qkv.requires_grad_()) == "has no backward"
+    assert onnxruntime_peer.refuses(qkv.to("meta")) == "is raced on CPUs only"
+
+
+def test_without_onnxruntime_it_says_so_itself(onnxruntime_peer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    onnxruntime._session.cache_clear()
+    stopped = attempt(onnxruntime_peer, contest.job, *contest.inputs_of(Case(1, 1, 3, "fp32", "forward", 16), CPU)())
+    assert not stopped.failed
+    assert "onnxruntime" in stopped.reason
+
+
+def test_the_compiled_contender_is_the_formula_compiled_whole(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append((function, options)) or function)
+    pytorch._compiled_formula.cache_clear()
+    try:
+        (peer,) = (peer for peer in peers.peers("quick") if peer.name == "torch:compile")
+        agrees(peer.attend, "packed")
+        assert peer.refuses(torch.zeros(1)) is None
+    finally:
+        pytorch._compiled_formula.cache_clear()
+    assert asked == [(EAGER.packed, {"dynamic": False, "fullgraph": True})]
 
 
 def test_too_little_memory_is_nobodys_failure():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.features import Maps
+from benchmarks.roofline import Roofline
 from benchmarks.shapes import Case
 
 matplotlib = pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib")
@@ -17,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from benchmarks import picture  # noqa: E402
 
 NAMES = ("astronaut", "cat")
-CEILINGS = {"kind": "roofline", "product_gflops": {"fp32": 100.0, "bf16": 50.0}, "copy_gbps": 20.0}
+CEILINGS = {"kind": "roofline", **Roofline({"fp32": 100.0, "bf16": 50.0}, 20.0)._asdict()}
 MACHINE = {"device": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "capability": "AVX2", "threads": 2}
 CONTENDERS = ("vitreg:triton", "vitreg:sdpa", "vitreg:xformers", "vitreg:reference", "torch:math", "torch:flash")
 
@@ -42,6 +43,7 @@ def rows():
                             "dtype": dtype,
                             "mode": mode,
                             "tokens": tokens,
+                            "threads": None,
                             "flops": case.flops,
                             "gflops": gflops,
                             "p20_ms": 0.9 * ms,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
 from benchmarks import report
+from benchmarks.roofline import Roofline
 from benchmarks.shapes import Case
 
 
@@ -45,12 +47,34 @@ def test_table_groups_by_length_and_names_units(rows):
 
 def test_shares_are_of_the_highest_ceilings_of_the_run_which_the_header_shows(rows, machine):
     """Whenever they were measured: the first rows were written when 100 GFLOP/s was the highest known."""
-    later = {"kind": "roofline", "product_gflops": {"fp32": 400.0, "bf16": 5.0}, "copy_gbps": 10.0, "machine": machine}
+    later = {"kind": "roofline", **Roofline({"fp32": 400.0, "bf16": 5.0}, 10.0)._asdict(), "machine": machine}
     next(row for row in rows if row.get("variant") == "vitreg:ours")["gflops"] = 60.0
     text = report.table([*rows, later])
     assert "fp32 400, bf16 10; copy 20 GB/s" in text
     line = next(line for line in text.splitlines() if "vitreg:ours" in line)
-    assert line.split()[3:5] == ["60", "15.0%"]
+    assert re.search(r" 60 +15\.0% ", line)
+
+
+def test_races_by_another_number_of_threads_stand_apart_under_their_own_ceilings(rows):
+    for row in rows:
+        if row.get("variant") == "vitreg:ours":
+            row["gflops"] = 24.0
+
+    def by(threads, scale):
+        ceilings = Roofline({"fp32": 100.0 * scale, "bf16": 10.0}, 20.0, {"fp32": 50.0, "bf16": 300.0 * scale}, threads)
+        yield {"kind": "roofline", **ceilings._asdict(), "machine": rows[0]["machine"]}
+        for row in rows:
+            if row["kind"] == "attention":
+                yield row | {"threads": threads}
+
+    text = report.table([*by(2, 4), *by(1, 2)])
+    for threads, product, registers in (("2 threads", 400, 1200), ("1 thread", 200, 600)):
+        assert f"ceilings of {threads}: matrix product GFLOP/s fp32 {product}, bf16 10; copy 20 GB/s\n" in text
+        assert f"\n  multiplying on registers alone: GFLOP/s fp32 50, bf16 {registers}\n" in text
+    heads = [line for line in text.splitlines() if line.startswith("N = ")]
+    assert [line.rpartition(", ")[2] for line in heads] == ["2 threads", "2 threads", "1 thread", "1 thread"]
+    shares = [float(share) for share in re.findall(r"vitreg:ours .* ([\d.]+)%", text)]
+    assert shares == pytest.approx([6.0, 6.0 / 3, 6.0, 6.0 / 3, 12.0, 4.0, 12.0, 4.0])
 
 
 def test_table_reports_refused_contenders_in_their_own_words(rows):
@@ -111,6 +135,16 @@ def test_bars(rows):
     edges = [(bars[0].get_x(), bars[0].get_x() + bars[0].get_width()) for bars in first.values()]
     assert all(left[1] == pytest.approx(right[0]) for left, right in itertools.pairwise(edges))
     assert [tick.get_text() for tick in panels[0].get_xticklabels()] == ["7", "9"]
+
+
+def test_bars_are_of_the_most_threads(rows):
+    figures = pytest.importorskip("matplotlib.figure")
+    raced = [row for row in rows if row["kind"] == "attention"]
+    axes = figures.Figure().subplots()
+    faster = [row | {"threads": 1, "gflops": row["gflops"] and 2 * row["gflops"]} for row in raced]
+    report.draw_bars(axes, [*(row | {"threads": 2} for row in raced), *faster], "fp32", "forward")
+    heights = [bar.get_height() for bars in axes.containers if bars.get_label() == "vitreg:ours" for bar in bars]
+    assert heights == [r["gflops"] for r in raced if (r["variant"], r["dtype"]) == ("vitreg:ours", "fp32")]
 
 
 def _raced(rows):
