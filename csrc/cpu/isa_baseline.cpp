@@ -1,0 +1,4 @@
+#define VITREG_ISA baseline
+#include "isa.h"
+
+const vitreg::Kernels vitreg::kBaseline = vitreg::baseline::kTable;
