@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__
+from ._runtime import native
 from ._runtime.dispatch import ANY_SIZE, Backend
 from .check import Result, check, usable_backends
 from .ops.attention import features
@@ -41,7 +42,7 @@ def info() -> str:
         ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "xformers")),
         f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         f"GPU: {_gpu()}",
-        "native kernels: none in this version",
+        f"native kernels: {native.described()}",
         "",
         support_table(),
         "",

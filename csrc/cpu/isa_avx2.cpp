@@ -1,4 +1,16 @@
 #define VITREG_ISA avx2
-#include "isa.h"
+#include "kernels.h"
+#include "residual_norm_backward.h"
+#include "residual_norm_forward.h"
 
-const vitreg::Kernels vitreg::kAvx2 = vitreg::avx2::kTable;
+namespace vitreg {
+
+namespace avx2 {
+
+extern const NormKernels kResidualNorm{residual_norm::forward, residual_norm::backward, residual_norm::sum_blocks};
+
+}  // namespace avx2
+
+const Kernels kAvx2{&avx2::kResidualNorm};
+
+}  // namespace vitreg

@@ -1,4 +1,16 @@
 #define VITREG_ISA avx512
-#include "isa.h"
+#include "kernels.h"
+#include "residual_norm_backward.h"
+#include "residual_norm_forward.h"
 
-const vitreg::Kernels vitreg::kAvx512 = vitreg::avx512::kTable;
+namespace vitreg {
+
+namespace avx512 {
+
+extern const NormKernels kResidualNorm{residual_norm::forward, residual_norm::backward, residual_norm::sum_blocks};
+
+}  // namespace avx512
+
+const Kernels kAvx512{&avx512::kResidualNorm};
+
+}  // namespace vitreg

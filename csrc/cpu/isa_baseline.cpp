@@ -1,4 +1,16 @@
 #define VITREG_ISA baseline
-#include "isa.h"
+#include "kernels.h"
+#include "residual_norm_backward.h"
+#include "residual_norm_forward.h"
 
-const vitreg::Kernels vitreg::kBaseline = vitreg::baseline::kTable;
+namespace vitreg {
+
+namespace baseline {
+
+extern const NormKernels kResidualNorm{residual_norm::forward, residual_norm::backward, residual_norm::sum_blocks};
+
+}  // namespace baseline
+
+const Kernels kBaseline{&baseline::kResidualNorm};
+
+}  // namespace vitreg

@@ -1,4 +1,4 @@
-// What each instruction set offers. One file isa_<name>.cpp defines each table.
+// What each instruction set offers: the tables that the files isa_<name>.cpp define.
 #pragma once
 
 #include "residual_norm.h"
@@ -6,7 +6,7 @@
 namespace vitreg {
 
 struct Kernels {
-    NormKernels residual_norm;
+    const NormKernels* residual_norm;
 };
 
 extern const Kernels kBaseline;

@@ -27,7 +27,7 @@ struct RowsOut {
 struct NormForward {
     size_t batch, tokens, channels;
     Rows x, branch;
-    const float* layer_scale;  // [C], ones where the call has none; null without a branch
+    const float* layer_scale;  // [C] or null
     const float* drop_path;    // [B] or null
     const float* weight;       // [C]
     const float* bias;         // [C] or null
@@ -46,7 +46,7 @@ struct NormBackward {
     const float* mean;  // [B, N]; null for RMSNorm
     const float* rstd;  // [B, N]
     Rows branch;        // null where layer_scale wants no gradient
-    const float* layer_scale;
+    const float* layer_scale;  // as in the forward
     const float* drop_path;
     const float* weight;
     RowsOut grad_x, grad_branch;  // the first in the residual's dtype
@@ -74,6 +74,7 @@ struct NormSums {
     Dtype dtype;
 };
 
+// The functions of one instruction set.
 struct NormKernels {
     // Rows [first, last); `scratch` has room for C floats.
     void (*forward)(const NormForward&, size_t first, size_t last, float* scratch);

@@ -82,7 +82,8 @@ void backward_rows(const NormBackward& call, size_t block) {
             if (passing != nullptr) gradient = gradient + load(passing + c, part);
             if (grad_x != nullptr) store(grad_x + c, gradient, part);
             if (grad_branch != nullptr) {
-                store(grad_branch + c, gradient * (kept * load(layer_scale + c, part)), part);
+                const F32 factor = layer_scale == nullptr ? kept : kept * load(layer_scale + c, part);
+                store(grad_branch + c, gradient * factor, part);
             }
             if (of_layer_scale != nullptr) {
                 accumulate(of_layer_scale + c, gradient, kept * load(branch + c, part), part);
@@ -93,7 +94,7 @@ void backward_rows(const NormBackward& call, size_t block) {
 
 inline void backward(const NormBackward& call, size_t block) {
     with_type(call.residual.dtype, [&](auto x) {
-        with_type(call.grad_branch.dtype, [&](auto b) {
+        with_type(call.grad_branch.data == nullptr ? call.branch.dtype : call.grad_branch.dtype, [&](auto b) {
             with_type(call.grad_normalized.dtype,
                       [&](auto y) { backward_rows<decltype(x), decltype(b), decltype(y)>(call, block); });
         });

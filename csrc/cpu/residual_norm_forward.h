@@ -36,7 +36,7 @@ void forward_rows(const NormForward& call, size_t first, size_t last, float* scr
                 static_cast<const B*>(call.branch.data) + image * call.branch.stride_b + token * call.branch.stride_n;
             const F32 kept = broadcast(call.drop_path == nullptr ? 1.0f : call.drop_path[image]);
             sweep(channels, [&](size_t c, int i, auto part) {
-                const F32 factor = kept * load(layer_scale + c, part);
+                const F32 factor = layer_scale == nullptr ? kept : kept * load(layer_scale + c, part);
                 const F32 value = fma(load(branch + c, part), factor, load(x + c, part));
                 store(residual + c, value, part);
                 // What is normalized is what is stored: the backward has nothing else to start from.

@@ -1,0 +1,177 @@
+// The ops that Python calls: tensors made plain pointers, the work dealt out to torch's threads. The only file that knows
+// torch, and of it only the stable ABI: one build serves every torch from 2.10 on.
+//
+// The Python backends check and allocate; what is checked here is what a kernel would crash on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/cpuid.h"
+#include "cpu/kernels.h"
+
+namespace {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+vitreg::Dtype dtype_of(const Tensor& x) {
+    switch (x.scalar_type()) {
+        case torch::headeronly::ScalarType::Float: return vitreg::Dtype::f32;
+        case torch::headeronly::ScalarType::BFloat16: return vitreg::Dtype::bf16;
+        case torch::headeronly::ScalarType::Half: return vitreg::Dtype::f16;
+        default: STD_TORCH_CHECK(false, "native kernels take fp32, bf16 and fp16 only");
+    }
+}
+
+// A contiguous fp32 tensor's numbers; null for none.
+float* floats(const MaybeTensor& x, int64_t numel) {
+    if (!x) return nullptr;
+    STD_TORCH_CHECK(x->scalar_type() == torch::headeronly::ScalarType::Float && x->is_contiguous() &&
+                        x->numel() == numel,
+                    "expected a contiguous fp32 tensor of ", numel, " numbers");
+    return static_cast<float*>(x->data_ptr());
+}
+
+// How many pieces of work are worth a thread, if each goes over so many numbers.
+int64_t grain(int64_t numbers) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, numbers)); }
+
+std::string cpu_isa() { return vitreg::name(vitreg::chosen()); }
+
+// ---- residual_layer_norm
+
+struct Sizes {
+    int64_t batch, tokens, channels;
+    bool operator==(const Sizes& other) const {
+        return batch == other.batch && tokens == other.tokens && channels == other.channels;
+    }
+};
+
+Sizes sizes_of(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 3, "expected [batch, tokens, channels]");
+    return {x.size(0), x.size(1), x.size(2)};
+}
+
+vitreg::Rows rows(const MaybeTensor& x, const Sizes& sizes) {
+    if (!x) return {};
+    STD_TORCH_CHECK(sizes_of(*x) == sizes && (x->stride(2) == 1 || sizes.channels == 1),
+                    "expected tokens of one shape, their channels side by side");
+    return {x->data_ptr(), dtype_of(*x), x->stride(0), x->stride(1)};
+}
+
+vitreg::RowsOut rows_out(const MaybeTensor& x, const Sizes& sizes) {
+    if (!x) return {};
+    STD_TORCH_CHECK(sizes_of(*x) == sizes && x->is_contiguous(), "expected contiguous tokens of one shape");
+    return {x->data_ptr(), dtype_of(*x)};
+}
+
+void residual_norm_forward(Tensor x, MaybeTensor branch, MaybeTensor layer_scale, MaybeTensor drop_path, Tensor weight,
+                           MaybeTensor bias, double eps, MaybeTensor residual, Tensor normalized, Tensor token_norms,
+                           MaybeTensor mean, Tensor rstd) {
+    const Sizes sizes = sizes_of(x);
+    const int64_t count = sizes.batch * sizes.tokens;
+    STD_TORCH_CHECK(branch.has_value() == residual.has_value() && (!branch || dtype_of(*residual) == dtype_of(x)),
+                    "expected a residual in x's dtype beside a branch");
+    vitreg::NormForward call{};
+    call.batch = sizes.batch;
+    call.tokens = sizes.tokens;
+    call.channels = sizes.channels;
+    call.x = rows(x, sizes);
+    call.branch = rows(branch, sizes);
+    call.layer_scale = floats(layer_scale, sizes.channels);
+    call.drop_path = floats(drop_path, sizes.batch);
+    call.weight = floats(weight, sizes.channels);
+    call.bias = floats(bias, sizes.channels);
+    call.eps = static_cast<float>(eps);
+    call.residual = rows_out(residual, sizes);
+    call.normalized = rows_out(normalized, sizes);
+    call.token_norms = floats(token_norms, count);
+    call.mean = floats(mean, count);
+    call.rstd = floats(rstd, count);
+
+    const auto run = vitreg::kernels().residual_norm->forward;
+    torch::stable::parallel_for(0, count, grain(sizes.channels), [&](int64_t first, int64_t last) {
+        std::vector<float> scratch(sizes.channels);
+        run(call, first, last, scratch.data());
+    });
+}
+
+void residual_norm_backward(MaybeTensor grad_residual, MaybeTensor grad_normalized, Tensor residual, MaybeTensor mean,
+                            Tensor rstd, MaybeTensor branch, MaybeTensor layer_scale, MaybeTensor drop_path,
+                            Tensor weight, MaybeTensor grad_x, MaybeTensor grad_branch, MaybeTensor grad_layer_scale,
+                            MaybeTensor grad_weight, MaybeTensor grad_bias) {
+    const Sizes sizes = sizes_of(residual);
+    const int64_t count = sizes.batch * sizes.tokens;
+    STD_TORCH_CHECK((!grad_residual || dtype_of(*grad_residual) == dtype_of(residual)) &&
+                        (!grad_x || dtype_of(*grad_x) == dtype_of(residual)) &&
+                        (!branch || !grad_branch || dtype_of(*branch) == dtype_of(*grad_branch)) &&
+                        (!grad_layer_scale || branch),
+                    "expected gradients in the dtypes of what they are gradients of");
+    vitreg::NormBackward call{};
+    call.batch = sizes.batch;
+    call.tokens = sizes.tokens;
+    call.channels = sizes.channels;
+    call.grad_residual = rows(grad_residual, sizes);
+    call.grad_normalized = rows(grad_normalized, sizes);
+    call.residual = rows(residual, sizes);
+    call.mean = floats(mean, count);
+    call.rstd = floats(rstd, count);
+    call.branch = rows(branch, sizes);
+    call.layer_scale = floats(layer_scale, sizes.channels);
+    call.drop_path = floats(drop_path, sizes.batch);
+    call.weight = floats(weight, sizes.channels);
+    call.grad_x = rows_out(grad_x, sizes);
+    call.grad_branch = rows_out(grad_branch, sizes);
+
+    const vitreg::NormKernels& run = *vitreg::kernels().residual_norm;
+    const int64_t blocks = call.blocks();
+    const MaybeTensor* parameters[] = {&grad_layer_scale, &grad_weight, &grad_bias};
+    float** places[] = {&call.layer_scale_sums, &call.weight_sums, &call.bias_sums};
+    std::unique_ptr<float[]> sums[3];
+    for (int i = 0; i < 3; ++i) {
+        if (!*parameters[i]) continue;
+        sums[i].reset(new float[blocks * sizes.channels]);
+        *places[i] = sums[i].get();
+    }
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+        for (int64_t block = first; block < last; ++block) run.backward(call, block);
+    });
+    for (int i = 0; i < 3; ++i) {
+        if (!*parameters[i]) continue;
+        const Tensor& gradient = **parameters[i];
+        STD_TORCH_CHECK(gradient.numel() == sizes.channels && gradient.is_contiguous(), "expected one number a channel");
+        const vitreg::NormSums sum{sums[i].get(), size_t(blocks), size_t(sizes.channels), gradient.data_ptr(),
+                                   dtype_of(gradient)};
+        torch::stable::parallel_for(0, sizes.channels, grain(blocks),
+                                    [&](int64_t first, int64_t last) { run.sum(sum, first, last); });
+    }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vitreg_native, library) {
+    library.def("cpu_isa() -> str");
+    library.def(
+        "residual_norm_forward(Tensor x, Tensor? branch, Tensor? layer_scale, Tensor? drop_path, Tensor weight, "
+        "Tensor? bias, float eps, Tensor(a!)? residual, Tensor(b!) normalized, Tensor(c!) token_norms, "
+        "Tensor(d!)? mean, Tensor(e!) rstd) -> ()");
+    library.def(
+        "residual_norm_backward(Tensor? grad_residual, Tensor? grad_normalized, Tensor residual, Tensor? mean, "
+        "Tensor rstd, Tensor? branch, Tensor? layer_scale, Tensor? drop_path, Tensor weight, Tensor(a!)? grad_x, "
+        "Tensor(b!)? grad_branch, Tensor(c!)? grad_layer_scale, Tensor(d!)? grad_weight, Tensor(e!)? grad_bias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CompositeExplicitAutograd, library) {
+    library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CPU, library) {
+    library.impl("residual_norm_forward", TORCH_BOX(&residual_norm_forward));
+    library.impl("residual_norm_backward", TORCH_BOX(&residual_norm_backward));
+}
