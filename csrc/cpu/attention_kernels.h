@@ -1,0 +1,32 @@
+// The functions of attention for one way to multiply and one dtype.
+#pragma once
+
+#include "attention_forward.h"
+
+namespace vitreg::VITREG_ISA {
+
+template <class Op, class T>
+struct Attend {
+    static auto walk(const AttentionForward& call) {
+        return Walk(call, [&call](int64_t tokens) { return Forward<Op, T>::parts(call, tokens); });
+    }
+    static int64_t forward_items(const AttentionForward& call) { return walk(call).items(); }
+    static void forward(const AttentionForward& call, int64_t begin, int64_t end) {
+        static thread_local Scratch scratch;
+        Forward<Op, T> kernel(call, scratch);
+        walk(call).run(begin, end, [&](const Span& s, int64_t part, bool fresh) { kernel.item(s, part, fresh); });
+    }
+    static constexpr AttentionKernels kernels() { return {forward_items, forward, nullptr, nullptr}; }
+};
+
+inline AttentionKernels attention_kernels(Dtype dtype) {
+#if defined(__AVX512BF16__)
+    if (dtype == Dtype::bf16) return Attend<Dot, bf16>::kernels();
+#else
+    if (dtype == Dtype::bf16) return Attend<Fma, bf16>::kernels();
+#endif
+    if (dtype == Dtype::f16) return Attend<Fma, fp16>::kernels();
+    return Attend<Fma, float>::kernels();
+}
+
+}  // namespace vitreg::VITREG_ISA
