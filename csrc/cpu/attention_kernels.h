@@ -7,14 +7,15 @@ namespace vitreg::VITREG_ISA {
 
 template <class Op, class T>
 struct Attend {
-    static auto walk(const AttentionForward& call) {
-        return Walk(call, [&call](int64_t tokens) { return Forward<Op, T>::parts(call, tokens); });
+    static int64_t forward_items(const AttentionForward& call) {
+        return count_items(call, [&](int64_t tokens) { return Forward<Op, T>::parts(call, tokens); });
     }
-    static int64_t forward_items(const AttentionForward& call) { return walk(call).items(); }
     static void forward(const AttentionForward& call, int64_t begin, int64_t end) {
         static thread_local Scratch scratch;
         Forward<Op, T> kernel(call, scratch);
-        walk(call).run(begin, end, [&](const Span& s, int64_t part, bool fresh) { kernel.item(s, part, fresh); });
+        for_items(
+            call, [&](int64_t tokens) { return Forward<Op, T>::parts(call, tokens); }, begin, end,
+            [&](const Span& span, int64_t part) { kernel.item(span, part); });
     }
     static constexpr AttentionKernels kernels() { return {forward_items, forward, nullptr, nullptr}; }
 };

@@ -28,24 +28,22 @@ inline F32 first_of(F32 a, F32 b, int n) {
 #endif
 
 struct Fma {
-    using Element = float;
-    static constexpr size_t kPerWord = 1;
+    static constexpr int kPerWord = 1;
     [[gnu::always_inline]] static F32 step(F32 a, F32 b, F32 c) { return fma(a, b, c); }
-    [[gnu::always_inline]] static void store_pair(Element* p, F32 a, F32 b) {
+    [[gnu::always_inline]] static void store_pair(float* p, F32 a, F32 b) {
         store(p, a);
         store(p + kLanes, b);
     }
-    [[gnu::always_inline]] static void store_one(Element* p, F32 a) { store(p, a); }
+    [[gnu::always_inline]] static void store_one(float* p, F32 a) { store(p, a); }
 };
 
 #if defined(__AVX512BF16__)
 struct Dot {
-    using Element = bf16;
-    static constexpr size_t kPerWord = 2;
+    static constexpr int kPerWord = 2;
     [[gnu::always_inline]] static F32 step(F32 a, F32 b, F32 c) {
         return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     }
-    [[gnu::always_inline]] static void store_pair(Element* p, F32 a, F32 b) {
+    [[gnu::always_inline]] static void store_pair(float* p, F32 a, F32 b) {
         _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
     }
     // Words of which a gives the first elements and b the second.
@@ -55,7 +53,7 @@ struct Dot {
         _mm512_storeu_si512(p, _mm512_or_si512(first, second));
     }
     // Its last word may have a partner beyond the row: a zero.
-    [[gnu::always_inline]] static void store_one(Element* p, F32 a) { store_pair(p, a, zero()); }
+    [[gnu::always_inline]] static void store_one(float* p, F32 a) { store_pair(p, a, zero()); }
 };
 #endif
 
