@@ -16,9 +16,6 @@
 namespace vitreg::VITREG_ISA {
 
 constexpr int kItemRows = 4 * kBlock;
-constexpr int kChunk = 256;  // keys; the last chunk of a head has half as many to half as many again
-
-constexpr float kLog2E = 1.44269504f;
 
 // Scores of a block: s[row, key] = sum over d of q[row, d] k[key, d], and the largest of each row, lane by lane.
 template <class Op>
@@ -91,7 +88,7 @@ public:
           whole_rows_(call.prefix_attention || call.received_attention) {
         const int longest = up_to(static_cast<int>(longest_of(call)), kLane);
         // A vector more than a chunk: rows must not lie a multiple of 4 KiB apart.
-        stride_ = (whole_rows_ || longest < kChunk * 3 / 2 ? longest : kChunk * 3 / 2) + kLane;
+        stride_ = (whole_rows_ || longest < kLongestChunk ? longest : kLongestChunk) + kLane;
         Places places(scratch);
         do {
             places.put(keys_, longest * words_);
@@ -172,24 +169,19 @@ private:
             totals_[r] = zero();
         }
 
-        const int vectors = up_to(kept_keys_.count, kLane) / kLane, step = kChunk / kLane;
-        const int chunks = whole_rows_ || vectors < step * 3 / 2 ? 1 : (vectors + step / 2) / step;
-        for (int i = 0; i < chunks; ++i) {
-            const int begin = i * step, end = i + 1 == chunks ? vectors : begin + step;
-            for (int r = 0; r < count; r += kBlock) block(span, first, r, count - r < kBlock ? count - r : kBlock, begin, end);
-        }
+        for_chunks(kept_keys_.count, whole_rows_, [&](int begin, int keys) {
+            for (int r = 0; r < count; r += kBlock) block(span, first, r, count - r < kBlock ? count - r : kBlock, begin, keys);
+        });
         for (int r = 0; r < count; ++r) finish(span, first + r, r);
     }
 
-    // One block of rows from the r-th against key vectors [begin, end).
-    void block(const Span& span, int64_t first, int r, int rows, int begin, int end) {
-        const int keys = kept_keys_.count - begin * kLane < (end - begin) * kLane ? kept_keys_.count - begin * kLane
-                                                                                   : (end - begin) * kLane;
-        if (keys == 0) return;
+    // One block of rows from the r-th against keys [begin, begin + keys).
+    void block(const Span& span, int64_t first, int r, int rows, int begin, int keys) {
+        const int vectors = up_to(keys, kLane) / kLane;
         const float factor = fabsf(call_.scale) * kLog2E;
         for (int i = 0; i < kBlock; ++i) largest_[i] = broadcast(-INFINITY);
-        score<Op>(scores_, stride_, largest_, queries_ + r * words_, rows, keys_ + begin * kLane * words_, words_,
-                  end - begin, keys - (end - begin - 1) * kLane);
+        score<Op>(scores_, stride_, largest_, queries_ + r * words_, rows, keys_ + begin * words_, words_, vectors,
+                  keys - (vectors - 1) * kLane);
         for (int i = 0; i < rows; ++i) {
             const float before = tops_[r + i], here = max_of(largest_[i]);
             if (here > before) {
@@ -199,34 +191,11 @@ private:
             const float top = tops_[r + i] == -INFINITY ? 0.0f : tops_[r + i];
             float* kept = whole_rows_ && Op::kPerWord > 1 ? kept_ + i * stride_ : nullptr;
             totals_[r + i] =
-                totals_[r + i] + exponentials<Op>(scores_ + i * stride_, kept, end - begin, factor, top * factor);
+                totals_[r + i] + exponentials<Op>(scores_ + i * stride_, kept, vectors, factor, top * factor);
         }
-        weigh(outputs_ + r * vectors_ * kLane, rows, begin * kLane / Op::kPerWord, words<Op>(keys), begin > 0);
+        multiply<Op>(outputs_ + r * vectors_ * kLane, vectors_ * kLane, scores_, stride_, 1, rows, values_, vectors_,
+                     words<Op>(kept_keys_.count), begin / Op::kPerWord, words<Op>(keys), begin > 0);
         if (whole_rows_) look(span, first + r, r, rows);
-    }
-
-    // o[row, d] (+)= sum over a chunk's keys of p[row, key] v[key, d].
-    void weigh(float* o, int rows, int first_word, int count, bool add) {
-        const float* values = values_;
-        const ptrdiff_t row = vectors_ * kLane;
-        for (int v = 0; v < vectors_;) {
-            const int width = panel_width(vectors_ - v);
-            with_width(width, [&](auto w) {
-                constexpr int kWidth = decltype(w)::value, kRows = rows_of_tile(kWidth);
-                for (int i = 0; i < rows; i += kRows) {
-                    float* to = o + i * row + v * kLane;
-                    Tile<Op, kRows, kWidth> tile;
-                    if (add)
-                        tile.read(to, row);
-                    else
-                        tile.clear();
-                    tile.add_product(scores_ + i * stride_, stride_, 1, values + first_word * width * kLane, count);
-                    tile.write(to, row);
-                }
-            });
-            values += width * kLane * words<Op>(kept_keys_.count);
-            v += width;
-        }
     }
 
     void rescale(int r, float exponent) {

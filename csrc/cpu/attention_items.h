@@ -50,4 +50,14 @@ inline void for_items(const Attention& call, Parts parts, int64_t begin, int64_t
     }
 }
 
+// Keys whose scores are looked at together; the last chunk of a head has half as many to half as many again.
+constexpr int kChunk = 256, kLongestChunk = kChunk * 3 / 2;
+
+// Calls f(first key, keys) for each chunk of `keys`, or for all as one.
+template <class F>
+inline void for_chunks(int keys, bool whole, F f) {
+    const int chunks = whole || keys < kLongestChunk ? (keys > 0) : (keys + kChunk / 2) / kChunk;
+    for (int i = 0; i < chunks; ++i) f(i * kChunk, i + 1 < chunks ? kChunk : keys - i * kChunk);
+}
+
 }  // namespace vitreg::VITREG_ISA

@@ -1,6 +1,7 @@
 // The functions of attention for one way to multiply and one dtype.
 #pragma once
 
+#include "attention_backward.h"
 #include "attention_forward.h"
 
 namespace vitreg::VITREG_ISA {
@@ -17,7 +18,17 @@ struct Attend {
             call, [&](int64_t tokens) { return Forward<Op, T>::parts(call, tokens); }, begin, end,
             [&](const Span& span, int64_t part) { kernel.item(span, part); });
     }
-    static constexpr AttentionKernels kernels() { return {forward_items, forward, nullptr, nullptr}; }
+    static int64_t backward_items(const AttentionBackward& call) {
+        return count_items(call, [&](int64_t tokens) { return Backward<Op, T>::parts(call, tokens); });
+    }
+    static void backward(const AttentionBackward& call, int64_t begin, int64_t end) {
+        static thread_local Scratch scratch;
+        Backward<Op, T> kernel(call, scratch);
+        for_items(
+            call, [&](int64_t tokens) { return Backward<Op, T>::parts(call, tokens); }, begin, end,
+            [&](const Span& span, int64_t part) { kernel.item(span, part); });
+    }
+    static constexpr AttentionKernels kernels() { return {forward_items, forward, backward_items, backward}; }
 };
 
 inline AttentionKernels attention_kernels(Dtype dtype) {

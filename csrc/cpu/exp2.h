@@ -9,6 +9,8 @@
 
 namespace vitreg::VITREG_ISA {
 
+constexpr float kLog2E = 1.44269504f;
+
 namespace detail {
 
 #if defined(__AVX512F__)

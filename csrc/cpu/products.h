@@ -39,12 +39,30 @@ struct Fma {
 
 #if defined(__AVX512BF16__)
 struct Dot {
+    // (i, i) in the i-th word.
+    [[gnu::always_inline]] static __m512i lane_pairs() {
+        return _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                  _mm512_set1_epi32(0x00010001));
+    }
     static constexpr int kPerWord = 2;
     [[gnu::always_inline]] static F32 step(F32 a, F32 b, F32 c) {
         return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     }
     [[gnu::always_inline]] static void store_pair(float* p, F32 a, F32 b) {
         _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+    }
+    // Two rows as they are, and as words of which `even` gives the first number and `odd` the second.
+    [[gnu::always_inline]] static void store_rows(float* even_row, float* odd_row, float* pairs, const F32 (&even)[2],
+                                                  const F32 (&odd)[2]) {
+        const __m512i a = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(even[1], even[0]));
+        const __m512i b = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd[1], odd[0]));
+        if (even_row) _mm512_storeu_si512(even_row, a);
+        if (odd_row) _mm512_storeu_si512(odd_row, b);
+        // Numbers 0 to 15 of both rows by turns, then 16 to 31.
+        const __m512i step = _mm512_set1_epi32(0x00200000), first = _mm512_add_epi32(lane_pairs(), step);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010));
+        _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(a, first, b));
+        _mm512_storeu_si512(pairs + kLanes, _mm512_permutex2var_epi16(a, second, b));
     }
     // Words of which a gives the first elements and b the second.
     [[gnu::always_inline]] static void store_words(float* p, F32 a, F32 b) {
@@ -130,5 +148,30 @@ struct Tile {
         }
     }
 };
+
+// C[rows, vectors] = A B, or C += A B: A[row, k] = a[row * a_row + k * a_k]; the panels of B are `panel` words long, of
+// which `steps` from the `first` are used. C has room for rows up to the next multiple of kBlock.
+template <class Op>
+inline void multiply(float* c, ptrdiff_t c_row, const float* a, ptrdiff_t a_row, ptrdiff_t a_k, int rows, const float* b,
+                     int vectors, ptrdiff_t panel, int first, int steps, bool add) {
+    for (int v = 0; v < vectors;) {
+        const int width = panel_width(vectors - v);
+        with_width(width, [&](auto w) {
+            constexpr int kWidth = decltype(w)::value, kRows = rows_of_tile(kWidth);
+            for (int r = 0; r < rows; r += kRows) {
+                float* to = c + r * c_row + v * static_cast<int>(kLanes);
+                Tile<Op, kRows, kWidth> tile;
+                if (add)
+                    tile.read(to, c_row);
+                else
+                    tile.clear();
+                tile.add_product(a + r * a_row, a_row, a_k, b + first * kWidth * static_cast<int>(kLanes), steps);
+                tile.write(to, c_row);
+            }
+        });
+        b += width * static_cast<int>(kLanes) * panel;
+        v += width;
+    }
+}
 
 }  // namespace vitreg::VITREG_ISA

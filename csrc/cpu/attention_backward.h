@@ -1,0 +1,255 @@
+// Attention, backward. With S = scale Q K^T, P = exp(S - lse) and dP = dO V^T: dS = P * (dP - delta),
+// delta = rowsum(dO * O), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO.
+//
+// One item is a head: for each chunk of keys, each group of query rows; P and dS of a group stay in the cache until dK
+// and dV have taken them, so that the sums over queries are long. Every gradient is summed in one fixed order.
+//
+// Source: Dao, "FlashAttention-2" (arXiv 2307.08691), algorithm 2.
+#pragma once
+
+#include <math.h>
+
+#include "attention_tokens.h"
+#include "exp2.h"
+#include "scratch.h"
+
+namespace vitreg::VITREG_ISA {
+
+template <class Op, class T>
+class Backward {
+public:
+    Backward(const AttentionBackward& call, Scratch& scratch)
+        : call_(call),
+          head_dim_(static_cast<int>(call.head_dim)),
+          words_(words<Op>(head_dim_)),
+          vectors_(up_to(head_dim_, kLane) / kLane),
+          row_(vectors_ * kLane),
+          factor_(fabsf(call.scale) * kLog2E) {
+        const int longest = up_to(static_cast<int>(longest_of(call)), kBlock * kLane);
+        const int chunk = up_to(longest < kLongestChunk ? longest : kLongestChunk, kBlock);
+        stride_ = chunk + kLane;
+        Places places(scratch);
+        do {
+            places.put(keys_as_columns_, longest * words_);
+            places.put(values_as_columns_, longest * words_);
+            places.put(keys_, words<Op>(longest) * row_);
+            places.put(queries_left_, longest * words_);
+            places.put(queries_, words<Op>(longest) * row_);
+            places.put(grads_left_, longest * words_);
+            places.put(grads_, words<Op>(longest) * row_);
+            places.put(grad_query_, longest * row_);
+            places.put(grad_key_, chunk * row_);
+            places.put(grad_value_, chunk * row_);
+            places.put(scores_, kScoreRows * stride_);
+            places.put(grad_p_, kScoreRows * stride_);
+            // As far as a tile of keys may look beyond a row's end.
+            places.put(p_pairs_, words<Op>(kGroup) * stride_ + kBlock);
+            places.put(ds_pairs_, words<Op>(kGroup) * stride_ + kBlock);
+            places.put(ds_rows_, kBlock * stride_);
+            places.put(lse_, longest);
+            places.put(low_, longest);
+            places.put(delta_, longest);
+            places.put(stage_, kLane * words_);
+            places.put(index_, longest);
+            places.put(copy_, longest * head_dim_);
+        } while (places.again());
+    }
+
+    static int64_t parts(const AttentionBackward&, int64_t) { return 1; }
+
+    void item(const Span& span, int64_t) {
+        const Kept kept = kept_keys(call_, span, index_);
+        const int queries = static_cast<int>(span.tokens);
+        const Rotation rotation(call_, span);
+        pack(span, kept, rotation);
+        const bool careful = read_lse(span);
+        __builtin_memset(grad_query_, 0, queries * row_ * sizeof(float));
+        if (careful) look_at_sums(queries, kept.count);
+        for_chunks(kept.count, false, [&](int begin, int keys) {
+            for (int first = 0; first < queries; first += kGroup)
+                group(first, queries - first < kGroup ? queries - first : kGroup, queries, begin, keys, kept.count);
+            for (int i = 0; i < keys; ++i) {
+                const int64_t token = kept[begin + i];
+                write(call_.grad_key, span, token, grad_key_ + i * row_, call_.scale, &rotation);
+                write(call_.grad_value, span, token, grad_value_ + i * row_, 1.0f, nullptr);
+            }
+        });
+        for (int i = 0; i < queries; ++i) write(call_.grad_query, span, i, grad_query_ + i * row_, call_.scale, &rotation);
+        if (kept.index) write_nothing(span, kept);
+    }
+
+private:
+    static constexpr bool kPairs = Op::kPerWord > 1;
+    // Query rows over which dK and dV are summed in registers.
+    static constexpr int kGroup = kPairs ? 4 * kBlock : 2 * kBlock;
+    // Where words are single numbers, P and dS take the places of the scores and of dP.
+    static constexpr int kScoreRows = kPairs ? kBlock : 0;
+    // An lse beyond it has lost too much to rounding: the sums of the probabilities it gives are looked at first.
+    static constexpr float kPreciseLse = sizeof(T) == 4 ? 32.0f : 1024.0f;
+
+    const AttentionBackward& call_;
+    const int head_dim_, words_, vectors_, row_;
+    const float factor_;
+    int stride_ = 0;
+    float *keys_as_columns_, *values_as_columns_, *keys_, *queries_left_, *queries_, *grads_left_, *grads_;
+    float *grad_query_, *grad_key_, *grad_value_, *scores_, *grad_p_, *p_pairs_, *ds_pairs_, *ds_rows_;
+    float *lse_, *low_, *delta_;  // base 2; log2 of the sum of the probabilities by this lse; rowsum(dO * O)
+    float* stage_;
+    int32_t* index_;
+    T* copy_;
+
+    void pack(const Span& span, const Kept& kept, const Rotation& rotation) {
+        const int queries = static_cast<int>(span.tokens), padded = up_to(queries, kBlock);
+        Rows<T> rows = rows_of<T>(call_.key, span, kept, 0, kept.count, head_dim_, &rotation, copy_);
+        pack_right_transposed<Op>(keys_as_columns_, rows, head_dim_, stage_);
+        pack_right<Op>(keys_, rows, head_dim_);
+        rows = rows_of<T>(call_.value, span, kept, 0, kept.count, head_dim_, nullptr, copy_);
+        pack_right_transposed<Op>(values_as_columns_, rows, head_dim_, stage_);
+        rows = rows_of<T>(call_.query, span, Kept{}, 0, queries, head_dim_, &rotation, copy_);
+        pack_right<Op>(queries_, rows, head_dim_);
+        pack_left<Op>(queries_left_, rows, head_dim_);
+        if (call_.scale < 0) negate<Op>(queries_left_, queries * words_);
+        rows = rows_of<T>(call_.grad_output, span, Kept{}, 0, queries, head_dim_, nullptr, copy_);
+        pack_right<Op>(grads_, rows, head_dim_);
+        pack_left<Op>(grads_left_, rows, head_dim_);
+        for (float* left : {queries_left_, grads_left_})
+            __builtin_memset(left + queries * words_, 0, (padded - queries) * words_ * sizeof(float));
+        for (int i = 0; i < queries; ++i) {
+            const T* output = token_of<const T>(call_.output, span, i);
+            F32 total = zero();
+            for (int d = 0; d < head_dim_; d += kLane)
+                total = fma(some_of(rows[i], d, head_dim_ - d), some_of(output, call_.output.channel, d, head_dim_ - d), total);
+            delta_[i] = sum(total);
+        }
+        for (int i = queries; i < padded; ++i) delta_[i] = 0.0f;
+    }
+
+    bool read_lse(const Span& span) {
+        const float* lse = call_.lse + (span.batch * call_.heads + span.head) * call_.tokens + span.first;
+        const int queries = static_cast<int>(span.tokens), padded = up_to(queries, kBlock);
+        bool careful = false;
+        for (int i = 0; i < queries; ++i) {
+            lse_[i] = lse[i] * kLog2E;
+            careful |= fabsf(lse[i]) > kPreciseLse;
+        }
+        for (int i = queries; i < padded; ++i) lse_[i] = 0.0f;
+        for (int i = 0; i < padded; ++i) low_[i] = 0.0f;
+        return careful;
+    }
+
+    void score(float* s, const float* left, const float* columns, int rows, int begin, int keys) {
+        multiply<Op>(s, stride_, left, words_, 1, rows, columns + begin * words_, up_to(keys, kLane) / kLane, words_, 0,
+                     words_, false);
+    }
+
+    [[gnu::always_inline]] static F32 probability(F32 s, F32 factor, F32 lse, F32 low) {
+        return exp2_of_nonpositive(fma(s, factor, zero() - lse) - low);
+    }
+
+    // low = log2 of the sum of each row's probabilities.
+    void look_at_sums(int queries, int all_keys) {
+        float* s = kPairs ? scores_ : p_pairs_;
+        const F32 factor = broadcast(factor_);
+        for (int r = 0; r < queries; r += kBlock) {
+            const int rows = queries - r < kBlock ? queries - r : kBlock;
+            float totals[kBlock] = {};
+            for_chunks(all_keys, false, [&](int begin, int keys) {
+                score(s, queries_left_ + r * words_, keys_as_columns_, rows, begin, keys);
+                for (int i = 0; i < rows; ++i) {
+                    F32 total = zero();
+                    for (int n = 0; n < keys; n += kLane) {
+                        const F32 p = probability(load(s + i * stride_ + n), factor, broadcast(lse_[r + i]), zero());
+                        total = total + (keys - n < kLane ? first_of(p, zero(), keys - n) : p);
+                    }
+                    totals[i] += sum(total);
+                }
+            });
+            for (int i = 0; i < rows; ++i)
+                if (totals[i] > 0.0f && totals[i] < INFINITY) low_[r + i] = log2f(totals[i]);
+        }
+    }
+
+    // P and dS of one row, over its scores and dP.
+    void row_of_ds(float* s, float* g, int row, int keys) const {
+        const F32 factor = broadcast(factor_), lse = broadcast(lse_[row]), low = broadcast(low_[row]);
+        const F32 delta = broadcast(delta_[row]);
+        for (int n = 0; n < keys; n += kLane) {
+            const F32 p = probability(load(s + n), factor, lse, low);
+            store(s + n, p);
+            store(g + n, p * (load(g + n) - delta));
+        }
+    }
+
+    // P and dS of the block's rows i and i + 1: in pairs of both, and dS also by rows. Zeros for keys beyond the last.
+    void rows_of_ds(int i, int r, int row, int keys) const {
+        const F32 factor = broadcast(factor_);
+        float* p_pairs = p_pairs_ + (r + i) / 2 * stride_;
+        float* ds_pairs = ds_pairs_ + (r + i) / 2 * stride_;
+        float* ds_rows = ds_rows_ + i * stride_;
+        const float *s = scores_ + i * stride_, *g = grad_p_ + i * stride_;
+        for (int n = 0; n < keys; n += 2 * kLane) {
+            F32 p[2][2], ds[2][2];
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) {
+                const F32 lse = broadcast(lse_[row + i + j]), low = broadcast(low_[row + i + j]);
+                const F32 delta = broadcast(delta_[row + i + j]);
+#pragma GCC unroll 2
+                for (int v = 0; v < 2; ++v) {
+                    const int at = j * stride_ + n + v * kLane, left = keys - n - v * kLane;
+                    p[j][v] = probability(load(s + at), factor, lse, low);
+                    ds[j][v] = p[j][v] * (load(g + at) - delta);
+                    if (left < kLane) {
+                        p[j][v] = first_of(p[j][v], zero(), left > 0 ? left : 0);
+                        ds[j][v] = first_of(ds[j][v], zero(), left > 0 ? left : 0);
+                    }
+                }
+            }
+            Op::store_rows(nullptr, nullptr, p_pairs + n, p[0], p[1]);
+            Op::store_rows(ds_rows + n / 2, ds_rows + stride_ + n / 2, ds_pairs + n, ds[0], ds[1]);
+        }
+    }
+
+    void write(const Heads& to, const Span& span, int64_t token, float* from, float factor, const Rotation* rotation) {
+        for (int v = 0; v < vectors_; ++v) store(from + v * kLane, load(from + v * kLane) * broadcast(factor));
+        if (rotation && rotation->turns(token)) rotation->turn_back(from, token, head_dim_);
+        write_token(token_of<T>(to, span, token), to.channel, from, head_dim_);
+    }
+
+    // The gradients of masked keys and values.
+    void write_nothing(const Span& span, const Kept& kept) {
+        __builtin_memset(grad_key_, 0, row_ * sizeof(float));
+        for (int64_t token = 0, i = 0; token < span.tokens; ++token) {
+            if (i < kept.count && kept[static_cast<int>(i)] == token) {
+                ++i;
+                continue;
+            }
+            write_token(token_of<T>(call_.grad_key, span, token), call_.grad_key.channel, grad_key_, head_dim_);
+            write_token(token_of<T>(call_.grad_value, span, token), call_.grad_value.channel, grad_key_, head_dim_);
+        }
+    }
+
+    // What a group of query rows and a chunk of keys give to each other's gradients.
+    void group(int first, int count, int queries, int begin, int keys, int all_keys) {
+        for (int r = 0; r < count; r += kBlock) {
+            const int row = first + r, rows = count - r < kBlock ? count - r : kBlock;
+            float* s = kPairs ? scores_ : p_pairs_ + r * stride_;
+            float* g = kPairs ? grad_p_ : ds_pairs_ + r * stride_;
+            score(s, queries_left_ + row * words_, keys_as_columns_, rows, begin, keys);
+            score(g, grads_left_ + row * words_, values_as_columns_, rows, begin, keys);
+            for (int i = 0; i < rows; i += Op::kPerWord)
+                if constexpr (kPairs)
+                    rows_of_ds(i, r, row, keys);
+                else
+                    row_of_ds(s + i * stride_, g + i * stride_, row + i, keys);
+            multiply<Op>(grad_query_ + row * row_, row_, kPairs ? ds_rows_ : g, stride_, 1, rows, keys_, vectors_,
+                         words<Op>(all_keys), begin / Op::kPerWord, words<Op>(keys), true);
+        }
+        const bool add = first > 0;
+        multiply<Op>(grad_value_, row_, p_pairs_, 1, stride_, keys, grads_, vectors_,
+                     words<Op>(queries), first / Op::kPerWord, words<Op>(count), add);
+        multiply<Op>(grad_key_, row_, ds_pairs_, 1, stride_, keys, queries_, vectors_,
+                     words<Op>(queries), first / Op::kPerWord, words<Op>(count), add);
+    }
+};
+
+}  // namespace vitreg::VITREG_ISA
