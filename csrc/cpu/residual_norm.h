@@ -22,6 +22,9 @@ struct Rows {
 struct RowsOut {
     void* data = nullptr;
     Dtype dtype = Dtype::f32;
+    // Past the caches, which have no room for it and so need not fetch what is overwritten. Rows are fp32 then, and begin
+    // at multiples of 64 bytes.
+    bool streamed = false;
 };
 
 struct NormForward {

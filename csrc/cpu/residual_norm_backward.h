@@ -54,7 +54,7 @@ void backward_rows(const NormBackward& call, size_t block) {
         F32 along = zero(), average = zero();  // mean(g * x_hat), mean(g)
         if (upstream != nullptr) {
             F32 alongs[4] = {zero(), zero(), zero(), zero()}, totals[4] = {zero(), zero(), zero(), zero()};
-            sweep(channels, [&](size_t c, int i, auto part) {
+            sweep(channels, [&](size_t c, int i, auto part) VITREG_INLINE {
                 const F32 arrived = load(upstream + c, part);
                 const F32 unit = (load(residual + c, part) - centre) * scale;
                 const F32 g = arrived * load(weight + c, part);  // zero in lanes that do not exist
@@ -80,16 +80,17 @@ void backward_rows(const NormBackward& call, size_t block) {
                 gradient = scale * (g - average - unit * along);
             }
             if (passing != nullptr) gradient = gradient + load(passing + c, part);
-            if (grad_x != nullptr) store(grad_x + c, gradient, part);
+            if (grad_x != nullptr) write(grad_x + c, gradient, part, call.grad_x.streamed);
             if (grad_branch != nullptr) {
                 const F32 factor = layer_scale == nullptr ? kept : kept * load(layer_scale + c, part);
-                store(grad_branch + c, gradient * factor, part);
+                write(grad_branch + c, gradient * factor, part, call.grad_branch.streamed);
             }
             if (of_layer_scale != nullptr) {
                 accumulate(of_layer_scale + c, gradient, kept * load(branch + c, part), part);
             }
         });
     }
+    if (call.grad_x.streamed || call.grad_branch.streamed) stream_done();
 }
 
 inline void backward(const NormBackward& call, size_t block) {

@@ -26,7 +26,7 @@ void forward_rows(const NormForward& call, size_t first, size_t last, float* scr
         const float* values = scratch;  // the residual as it is stored
 
         F32 totals[4] = {zero(), zero(), zero(), zero()}, squares[4] = {zero(), zero(), zero(), zero()};
-        const auto add = [&](F32 value, int i) {
+        const auto add = [&](F32 value, int i) VITREG_INLINE {
             totals[i] = totals[i] + value;
             squares[i] = fma(value, value, squares[i]);
         };
@@ -34,19 +34,20 @@ void forward_rows(const NormForward& call, size_t first, size_t last, float* scr
             X* residual = static_cast<X*>(call.residual.data) + row * channels;
             const B* branch =
                 static_cast<const B*>(call.branch.data) + image * call.branch.stride_b + token * call.branch.stride_n;
+            const bool kept_apart = sizeof(X) != sizeof(float) || call.residual.streamed;
             const F32 kept = broadcast(call.drop_path == nullptr ? 1.0f : call.drop_path[image]);
-            sweep(channels, [&](size_t c, int i, auto part) {
+            sweep(channels, [&](size_t c, int i, auto part) VITREG_INLINE {
                 const F32 factor = layer_scale == nullptr ? kept : kept * load(layer_scale + c, part);
                 const F32 value = fma(load(branch + c, part), factor, load(x + c, part));
-                store(residual + c, value, part);
+                write(residual + c, value, part, call.residual.streamed);
                 // What is normalized is what is stored: the backward has nothing else to start from.
                 const F32 stored = rounded<X>(value);
-                if constexpr (sizeof(X) != sizeof(float)) store(scratch + c, stored, part);
+                if (kept_apart) store(scratch + c, stored, part);
                 add(stored, i);
             });
-            if constexpr (sizeof(X) == sizeof(float)) values = residual;
+            if constexpr (sizeof(X) == sizeof(float)) values = kept_apart ? scratch : residual;
         } else {
-            sweep(channels, [&](size_t c, int i, auto part) {
+            sweep(channels, [&](size_t c, int i, auto part) VITREG_INLINE {
                 const F32 value = load(x + c, part);
                 if constexpr (sizeof(X) != sizeof(float)) store(scratch + c, value, part);
                 add(value, i);
@@ -64,7 +65,7 @@ void forward_rows(const NormForward& call, size_t first, size_t last, float* scr
             // Centred before it is squared: E[x^2] - E[x]^2 has nothing left of the variance where the mean is large.
             const F32 centre = broadcast(mean);
             F32 parts[4] = {zero(), zero(), zero(), zero()};
-            sweep(channels, [&](size_t c, int i, auto part) {
+            sweep(channels, [&](size_t c, int i, auto part) VITREG_INLINE {
                 const F32 centred = existing(load(values + c, part) - centre, part);
                 parts[i] = fma(centred, centred, parts[i]);
             });
@@ -78,15 +79,17 @@ void forward_rows(const NormForward& call, size_t first, size_t last, float* scr
         if (bias != nullptr) {
             sweep(channels, [&](size_t c, int, auto part) {
                 const F32 unit = (load(values + c, part) - centre) * scale;
-                store(normalized + c, fma(unit, load(weight + c, part), load(bias + c, part)), part);
+                const F32 result = fma(unit, load(weight + c, part), load(bias + c, part));
+                write(normalized + c, result, part, call.normalized.streamed);
             });
         } else {
             sweep(channels, [&](size_t c, int, auto part) {
                 const F32 unit = (load(values + c, part) - centre) * scale;
-                store(normalized + c, unit * load(weight + c, part), part);
+                write(normalized + c, unit * load(weight + c, part), part, call.normalized.streamed);
             });
         }
     }
+    if (call.residual.streamed || call.normalized.streamed) stream_done();
 }
 
 inline void forward(const NormForward& call, size_t first, size_t last, float* scratch) {

@@ -5,11 +5,14 @@
 
 namespace vitreg::VITREG_ISA {
 
-// Which lanes of a vector exist.
+// Which lanes of a vector exist: all, or the first n.
 struct Whole {};
 struct First {
     size_t n;
 };
+
+// For the bodies of loops, which the compiler would call otherwise, with all that they capture in memory.
+#define VITREG_INLINE __attribute__((always_inline))
 
 template <class T>
 inline F32 load(const T* p, Whole) { return load(p); }
@@ -19,22 +22,29 @@ template <class T>
 inline void store(T* p, F32 v, Whole) { store(p, v); }
 template <class T>
 inline void store(T* p, F32 v, First part) { store_first(p, v, part.n); }
+
+// store, or stream where that is asked for and there is a whole vector of floats to write.
+template <class T, class Part>
+inline void write(T* p, F32 v, Part part, bool streamed) {
+    if constexpr (sizeof(T) == sizeof(float) && sizeof(Part) == sizeof(Whole)) {
+        if (streamed) return stream(p, v);
+    }
+    store(p, v, part);
+}
+
 inline F32 existing(F32 v, Whole) { return v; }
 inline F32 existing(F32 v, First part) { return first_lanes(v, part.n); }
 
 // body(c, i, part) for the vectors of `channels` numbers: c is the first channel, part says which lanes exist, and i
 // goes round 0 to 3, for sums that need not wait for each other.
 template <class Body>
-inline __attribute__((always_inline)) void sweep(size_t channels, const Body& body) {
+inline VITREG_INLINE void sweep(size_t channels, const Body& body) {
     size_t c = 0;
     for (; c + 4 * kLanes <= channels; c += 4 * kLanes) {
-        body(c, 0, Whole{});
-        body(c + kLanes, 1, Whole{});
-        body(c + 2 * kLanes, 2, Whole{});
-        body(c + 3 * kLanes, 3, Whole{});
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) body(c + i * kLanes, i, Whole{});
     }
-    for (; c + kLanes <= channels; c += kLanes) body(c, 0, Whole{});
-    if (c < channels) body(c, 0, First{channels - c});
+    for (; c < channels; c += kLanes) body(c, 0, First{channels - c < kLanes ? channels - c : kLanes});
 }
 
 inline float sum(const F32 (&parts)[4]) { return sum((parts[0] + parts[1]) + (parts[2] + parts[3])); }

@@ -8,13 +8,15 @@
 //   F32                       a vector of kLanes floats; + - * / and comparisons are the compiler's own
 //   broadcast(x) zero()
 //   load(p) store(p, v)       kLanes elements of float, bf16 or fp16; no alignment asked for
-//   load_first(p, n)          n < kLanes elements, zeros after them; touches no memory beyond
+//   load_first(p, n)          n <= kLanes elements, zeros after them; touches no memory beyond
 //   store_first(p, v, n)      likewise
-//   first_lanes(v, n)         v in its first n < kLanes lanes, zero in the others
-//   rounded<T>(v)             v as store would round it to T, ties to even; NaN stays NaN
+//   first_lanes(v, n)         v in its first n <= kLanes lanes, zero in the others
+//   rounded<T>(v)             v as store would round it to T, ties to even; NaN stays NaN if it is quiet, as all computed ones are
 //   fma(a, b, c)              a * b + c, in one rounding where the CPU can
 //   max(a, b) min(a, b)       of lanes, b where either is NaN
 //   sum(v) max_of(v)          over the lanes
+//   stream(p, v)              stores kLanes floats past the caches; p is a multiple of a vector's size
+//   stream_done()             what was streamed is visible to others afterwards
 #pragma once
 
 #ifndef VITREG_ISA
@@ -26,7 +28,7 @@
 
 #include "types.h"
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -53,14 +55,17 @@ inline F32 widen(const bf16*, __m256i v) {
 }
 inline F32 widen(const fp16*, __m256i v) { return _mm512_cvtph_ps(v); }
 
-inline __m256i narrow(const bf16*, F32 v) {
-    // In integers, not by vcvtneps2bf16, which takes subnormal numbers for zero.
+// The upper half of each lane is v in bf16. In integers, not by vcvtneps2bf16, which takes subnormal numbers for zero.
+inline __m512i rounded_bits(F32 v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-    const __m512i kept = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), bits, half);
+}
+inline __m256i narrow(const bf16*, F32 v) {
+    const __m512i upper = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011, 0xf000d,
+                                           0xb0009, 0x70005, 0x30001);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, rounded_bits(v)));
 }
 inline __m256i narrow(const fp16*, F32 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
@@ -71,6 +76,7 @@ inline F32 first_lanes(F32 v, size_t n) { return _mm512_maskz_mov_ps(detail::fir
 inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
 inline F32 load_first(const float* p, size_t n) { return _mm512_maskz_loadu_ps(detail::first(n), p); }
 inline void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
+inline void stream(float* p, F32 v) { _mm512_stream_ps(p, v); }
 inline void store_first(float* p, F32 v, size_t n) { _mm512_mask_storeu_ps(p, detail::first(n), v); }
 
 template <class T>
@@ -124,11 +130,9 @@ inline F32 widen(const fp16*, __m128i v) { return _mm256_cvtph_ps(v); }
 inline __m128i narrow(const bf16*, F32 v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    const __m256 kept = _mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(quiet),
-                                         _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_ORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_and_si256(number, half)), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
 inline __m128i narrow(const fp16*, F32 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
@@ -140,6 +144,7 @@ inline F32 first_lanes(F32 v, size_t n) { return _mm256_and_ps(v, _mm256_castsi2
 inline F32 load(const float* p) { return _mm256_loadu_ps(p); }
 inline F32 load_first(const float* p, size_t n) { return _mm256_maskload_ps(p, detail::first(n)); }
 inline void store(float* p, F32 v) { _mm256_storeu_ps(p, v); }
+inline void stream(float* p, F32 v) { _mm256_stream_ps(p, v); }
 inline void store_first(float* p, F32 v, size_t n) { _mm256_maskstore_ps(p, detail::first(n), v); }
 
 template <class T>
@@ -186,8 +191,7 @@ inline F32 widen(const fp16*, U32 v) {
 
 inline U32 narrow(const bf16*, F32 v) {
     const U32 bits = (U32)v;
-    const U32 up = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return chosen(v == v, up, bits | 0x400000u) >> 16;
+    return (bits + ((U32)(v == v) & (0x7fffu + ((bits >> 16) & 1u)))) >> 16;
 }
 inline U32 narrow(const fp16*, F32 v) {
     const U32 bits = (U32)v & 0x7fffffffu, sign = ((U32)v >> 16) & 0x8000u;
@@ -218,6 +222,13 @@ inline F32 load(const float* p) {
     return v;
 }
 inline void store(float* p, F32 v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void stream(float* p, F32 v) {
+#if defined(__x86_64__)
+    _mm_stream_ps(p, v);
+#else
+    store(p, v);
+#endif
+}
 
 template <class T>
 inline F32 load(const T* p) {
@@ -256,5 +267,18 @@ inline F32 rounded(F32 v) {
         return detail::widen(static_cast<const T*>(nullptr), detail::narrow(static_cast<const T*>(nullptr), v));
     }
 }
+
+inline void stream_done() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+#if defined(__AVX512F__)
+template <>
+inline F32 rounded<bf16>(F32 v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(detail::rounded_bits(v), _mm512_set1_epi32(int(0xffff0000))));
+}
+#endif
 
 }  // namespace vitreg::VITREG_ISA
