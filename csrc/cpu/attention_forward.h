@@ -53,28 +53,33 @@ inline void score(float* s, ptrdiff_t stride, F32* largest, const float* q, int 
 // them in fp32.
 template <class Op>
 inline F32 exponentials(float* s, float* kept, int vectors, float factor, float offset) {
+    constexpr int kMany = kAccumulators / 6;
     const F32 by = broadcast(factor), less = broadcast(-offset);
-    float* p = s;
-    F32 total = zero(), other = zero();
+    F32 totals[kMany];
+    for (F32& total : totals) total = zero();
     int v = 0;
-    for (; v + 2 <= vectors; v += 2, p += 2 * kLane / Op::kPerWord) {
-        const F32 a = exp2_of_nonpositive(fma(load(s + v * kLane), by, less));
-        const F32 b = exp2_of_nonpositive(fma(load(s + v * kLane + kLane), by, less));
-        total = total + a;
-        other = other + b;
-        if (kept) {
-            store(kept + v * kLane, a);
-            store(kept + v * kLane + kLane, b);
+    for (; v + kMany <= vectors; v += kMany) {
+        F32 x[kMany];
+#pragma GCC unroll 4
+        for (int i = 0; i < kMany; ++i) x[i] = fma(load(s + (v + i) * kLane), by, less);
+        exp2_of_nonpositive(x);
+#pragma GCC unroll 4
+        for (int i = 0; i < kMany; ++i) {
+            totals[i] = totals[i] + x[i];
+            if (kept) store(kept + (v + i) * kLane, x[i]);
         }
-        Op::store_pair(p, a, b);
+#pragma GCC unroll 2
+        for (int i = 0; i < kMany; i += 2) Op::store_pair(s + (v + i) * kLane / Op::kPerWord, x[i], x[i + 1]);
     }
-    if (v < vectors) {
-        const F32 a = exp2_of_nonpositive(fma(load(s + v * kLane), by, less));
-        total = total + a;
-        if (kept) store(kept + v * kLane, a);
-        Op::store_one(p, a);
+    for (; v < vectors; ++v) {
+        const F32 x = exp2_of_nonpositive(fma(load(s + v * kLane), by, less));
+        totals[0] = totals[0] + x;
+        if (kept) store(kept + v * kLane, x);
+        Op::store_one(s + v * kLane / Op::kPerWord, x);
     }
-    return total + other;
+    F32 total = totals[0];
+    for (int i = 1; i < kMany; ++i) total = total + totals[i];
+    return total;
 }
 
 template <class Op, class T>
@@ -182,12 +187,15 @@ private:
         for (int i = 0; i < kBlock; ++i) largest_[i] = broadcast(-INFINITY);
         score<Op>(scores_, stride_, largest_, queries_ + r * words_, rows, keys_ + begin * words_, words_, vectors,
                   keys - (vectors - 1) * kLane);
+        // Apart from the exponentials, whose start would wait for each row's maximum.
         for (int i = 0; i < rows; ++i) {
             const float before = tops_[r + i], here = max_of(largest_[i]);
             if (here > before) {
                 tops_[r + i] = here;
                 if (begin > 0) rescale(r + i, (before - here) * factor);
             }
+        }
+        for (int i = 0; i < rows; ++i) {
             const float top = tops_[r + i] == -INFINITY ? 0.0f : tops_[r + i];
             float* kept = whole_rows_ && Op::kPerWord > 1 ? kept_ + i * stride_ : nullptr;
             totals_[r + i] =
