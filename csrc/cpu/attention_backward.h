@@ -112,7 +112,8 @@ private:
         rows = rows_of<T>(call_.grad_output, span, Kept{}, 0, queries, head_dim_, nullptr, copy_);
         pack_right<Op>(grads_, rows, head_dim_);
         pack_left<Op>(grads_left_, rows, head_dim_);
-        for (float* left : {queries_left_, grads_left_})
+        float* const lefts[] = {queries_left_, grads_left_};
+        for (float* left : lefts)
             __builtin_memset(left + queries * words_, 0, (padded - queries) * words_ * sizeof(float));
         for (int i = 0; i < queries; ++i) {
             const T* output = token_of<const T>(call_.output, span, i);
