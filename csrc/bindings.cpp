@@ -58,14 +58,14 @@ Sizes sizes_of(const Tensor& x) {
     return {x.size(0), x.size(1), x.size(2)};
 }
 
-vitreg::Rows rows(const MaybeTensor& x, const Sizes& sizes) {
+vitreg::NormRows rows(const MaybeTensor& x, const Sizes& sizes) {
     if (!x) return {};
     STD_TORCH_CHECK(sizes_of(*x) == sizes && (x->stride(2) == 1 || sizes.channels == 1),
                     "expected tokens of one shape, their channels side by side");
     return {x->data_ptr(), dtype_of(*x), x->stride(0), x->stride(1)};
 }
 
-vitreg::RowsOut rows_out(const MaybeTensor& x, const Sizes& sizes) {
+vitreg::NormRowsOut rows_out(const MaybeTensor& x, const Sizes& sizes) {
     if (!x) return {};
     STD_TORCH_CHECK(sizes_of(*x) == sizes && x->is_contiguous(), "expected contiguous tokens of one shape");
     return {x->data_ptr(), dtype_of(*x), false};
@@ -73,11 +73,11 @@ vitreg::RowsOut rows_out(const MaybeTensor& x, const Sizes& sizes) {
 
 // Lets a call write past the caches what they have no room for: that measured faster in fp32, no faster in 16 bits, and
 // slower where a cache holds the results for the next op.
-void stream_if_large(vitreg::RowsOut& a, vitreg::RowsOut& b, const Sizes& sizes) {
+void stream_if_large(vitreg::NormRowsOut& a, vitreg::NormRowsOut& b, const Sizes& sizes) {
     constexpr int64_t kCaches = 32 << 20;
     const int64_t row = sizes.channels * 4, rows = sizes.batch * sizes.tokens;
     int64_t written = 0;
-    for (vitreg::RowsOut* out : {&a, &b}) {
+    for (vitreg::NormRowsOut* out : {&a, &b}) {
         out->streamed = out->data != nullptr && out->dtype == vitreg::Dtype::f32 && row % 64 == 0 &&
                         reinterpret_cast<uintptr_t>(out->data) % 64 == 0;
         if (out->streamed) written += row * rows;
@@ -169,6 +169,103 @@ void residual_norm_backward(MaybeTensor grad_residual, MaybeTensor grad_normaliz
     }
 }
 
+// ---- attention
+
+vitreg::Heads heads(const Tensor& x, const Tensor& query) {
+    bool alike = x.dim() == 4 && x.scalar_type() == query.scalar_type();
+    for (int i = 0; alike && i < 4; ++i) alike = x.size(i) == query.size(i);
+    STD_TORCH_CHECK(alike, "expected [batch, heads, tokens, head dim] tensors of one shape and dtype");
+    return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+void check_packing(const Tensor& cu_seqlens, int64_t tokens, int64_t prefix) {
+    using torch::headeronly::ScalarType;
+    const int64_t images = cu_seqlens.numel() - 1;
+    bool right = cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() && images > 0;
+    const int32_t* at = right ? static_cast<const int32_t*>(cu_seqlens.data_ptr()) : nullptr;
+    right = right && at[0] == 0 && at[images] == tokens;
+    for (int64_t i = 0; right && i < images; ++i) right = at[i + 1] - at[i] >= std::max<int64_t>(1, prefix);
+    STD_TORCH_CHECK(right, "cu_seqlens must be int32 and rise from 0 to the number of tokens, by the prefix or more");
+}
+
+void fill_call(vitreg::Attention& call, const Tensor& query, const Tensor& key, const Tensor& value,
+               const MaybeTensor& key_mask, const MaybeTensor& cos, const MaybeTensor& sin, bool interleaved,
+               const MaybeTensor& cu_seqlens, int64_t num_prefix_tokens, double scale) {
+    STD_TORCH_CHECK(query.dim() == 4, "expected [batch, heads, tokens, head dim] tensors");
+    call.batch = query.size(0);
+    call.heads = query.size(1);
+    call.tokens = query.size(2);
+    call.head_dim = query.size(3);
+    call.num_prefix_tokens = num_prefix_tokens;
+    call.scale = static_cast<float>(scale);
+    call.query = heads(query, query);
+    call.key = heads(key, query);
+    call.value = heads(value, query);
+    if (key_mask) {
+        STD_TORCH_CHECK(key_mask->dim() == 2 && key_mask->size(0) == call.batch && key_mask->size(1) == call.tokens &&
+                            key_mask->scalar_type() == torch::headeronly::ScalarType::Bool,
+                        "expected a bool mask [batch, tokens]");
+        call.key_mask = static_cast<const bool*>(key_mask->data_ptr());
+        call.key_mask_batch = key_mask->stride(0);
+        call.key_mask_token = key_mask->stride(1);
+    }
+    if (cu_seqlens) {
+        check_packing(*cu_seqlens, call.tokens, num_prefix_tokens);
+        call.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->data_ptr());
+        call.images = cu_seqlens->numel() - 1;
+        STD_TORCH_CHECK(call.batch == 1, "expected packed images in one batch row");
+    }
+    if (cos) {
+        const int64_t patches = call.tokens - num_prefix_tokens * (cu_seqlens ? call.images : 1);
+        for (const MaybeTensor* x : {&cos, &sin}) {
+            STD_TORCH_CHECK(*x && (*x)->dim() == 3 && (*x)->size(0) == call.batch && (*x)->size(1) == patches &&
+                                (*x)->size(2) == call.head_dim && (*x)->stride(2) == 1 &&
+                                (*x)->stride(0) == cos->stride(0) && (*x)->stride(1) == cos->stride(1) &&
+                                (*x)->scalar_type() == torch::headeronly::ScalarType::Float,
+                            "expected fp32 cos and sin [batch, patches, head dim] with the same strides");
+        }
+        call.cos = static_cast<const float*>(cos->data_ptr());
+        call.sin = static_cast<const float*>(sin->data_ptr());
+        call.rope_batch = cos->stride(0);
+        call.rope_token = cos->stride(1);
+        call.rope_interleaved = interleaved;
+    }
+}
+
+void attention_forward(Tensor query, Tensor key, Tensor value, MaybeTensor key_mask, MaybeTensor cos, MaybeTensor sin,
+                       bool interleaved, MaybeTensor cu_seqlens, int64_t num_prefix_tokens, double scale, Tensor output,
+                       MaybeTensor lse, MaybeTensor prefix_attention, MaybeTensor received_attention,
+                       MaybeTensor max_logit) {
+    vitreg::AttentionForward call;
+    fill_call(call, query, key, value, key_mask, cos, sin, interleaved, cu_seqlens, num_prefix_tokens, scale);
+    const int64_t rows = call.batch * call.heads * call.tokens;
+    call.output = heads(output, query);
+    call.lse = floats(lse, rows);
+    call.prefix_attention = floats(prefix_attention, rows * num_prefix_tokens);
+    call.received_attention = floats(received_attention, rows);
+    call.max_logit = floats(max_logit, (cu_seqlens ? call.images : call.batch) * call.heads);
+    const vitreg::AttentionKernels run = vitreg::kernels().attention(dtype_of(query));
+    torch::stable::parallel_for(0, run.forward_items(call), 1,
+                                [&](int64_t first, int64_t last) { run.forward(call, first, last); });
+}
+
+void attention_backward(Tensor query, Tensor key, Tensor value, MaybeTensor key_mask, MaybeTensor cos, MaybeTensor sin,
+                        bool interleaved, MaybeTensor cu_seqlens, int64_t num_prefix_tokens, double scale,
+                        Tensor output, Tensor lse, Tensor grad_output, Tensor grad_query, Tensor grad_key,
+                        Tensor grad_value) {
+    vitreg::AttentionBackward call;
+    fill_call(call, query, key, value, key_mask, cos, sin, interleaved, cu_seqlens, num_prefix_tokens, scale);
+    call.output = heads(output, query);
+    call.lse = floats(lse, call.batch * call.heads * call.tokens);
+    call.grad_output = heads(grad_output, query);
+    call.grad_query = heads(grad_query, query);
+    call.grad_key = heads(grad_key, query);
+    call.grad_value = heads(grad_value, query);
+    const vitreg::AttentionKernels run = vitreg::kernels().attention(dtype_of(query));
+    torch::stable::parallel_for(0, run.backward_items(call), 1,
+                                [&](int64_t first, int64_t last) { run.backward(call, first, last); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vitreg_native, library) {
@@ -181,6 +278,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vitreg_native, library) {
         "residual_norm_backward(Tensor? grad_residual, Tensor? grad_normalized, Tensor residual, Tensor? mean, "
         "Tensor rstd, Tensor? branch, Tensor? layer_scale, Tensor? drop_path, Tensor weight, Tensor(a!)? grad_x, "
         "Tensor(b!)? grad_branch, Tensor(c!)? grad_layer_scale, Tensor(d!)? grad_weight, Tensor(e!)? grad_bias) -> ()");
+    const std::string call =
+        "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? cos, Tensor? sin, bool interleaved, "
+        "Tensor? cu_seqlens, int num_prefix_tokens, float scale, ";
+    library.def(("attention_forward" + call +
+                 "Tensor(a!) output, Tensor(b!)? lse, Tensor(c!)? prefix_attention, Tensor(d!)? received_attention, "
+                 "Tensor(e!)? max_logit) -> ()")
+                    .c_str());
+    library.def(("attention_backward" + call +
+                 "Tensor output, Tensor lse, Tensor grad_output, Tensor(a!) grad_query, Tensor(b!) grad_key, "
+                 "Tensor(c!) grad_value) -> ()")
+                    .c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CompositeExplicitAutograd, library) {
@@ -190,4 +298,6 @@ STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CPU, library) {
     library.impl("residual_norm_forward", TORCH_BOX(&residual_norm_forward));
     library.impl("residual_norm_backward", TORCH_BOX(&residual_norm_backward));
+    library.impl("attention_forward", TORCH_BOX(&attention_forward));
+    library.impl("attention_backward", TORCH_BOX(&attention_backward));
 }

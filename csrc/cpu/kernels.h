@@ -1,12 +1,14 @@
 // What each instruction set offers: the tables that the files isa_<name>.cpp define.
 #pragma once
 
+#include "attention.h"
 #include "residual_norm.h"
 
 namespace vitreg {
 
 struct Kernels {
     const NormKernels* residual_norm;
+    AttentionKernels (*attention)(Dtype);
 };
 
 extern const Kernels kBaseline;

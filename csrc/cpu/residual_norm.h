@@ -12,14 +12,14 @@
 namespace vitreg {
 
 // [B, N, C] with rows of C numbers side by side; `data` is null where there is none.
-struct Rows {
+struct NormRows {
     const void* data = nullptr;
     Dtype dtype = Dtype::f32;
     int64_t stride_b = 0, stride_n = 0;
 };
 
 // Contiguous [B, N, C]; `data` is null where nobody wants it.
-struct RowsOut {
+struct NormRowsOut {
     void* data = nullptr;
     Dtype dtype = Dtype::f32;
     // Past the caches, which have no room for it and so need not fetch what is overwritten. Rows are fp32 then, and begin
@@ -29,14 +29,14 @@ struct RowsOut {
 
 struct NormForward {
     size_t batch, tokens, channels;
-    Rows x, branch;
+    NormRows x, branch;
     const float* layer_scale;  // [C] or null
     const float* drop_path;    // [B] or null
     const float* weight;       // [C]
     const float* bias;         // [C] or null
     float eps;
-    RowsOut residual;  // in x's dtype; null without a branch
-    RowsOut normalized;
+    NormRowsOut residual;  // in x's dtype; null without a branch
+    NormRowsOut normalized;
     float* token_norms;  // [B, N]
     float* mean;         // [B, N]; null for RMSNorm
     float* rstd;         // [B, N]
@@ -44,15 +44,15 @@ struct NormForward {
 
 struct NormBackward {
     size_t batch, tokens, channels;
-    Rows grad_residual, grad_normalized;  // the first in the residual's dtype; one of them may be null
-    Rows residual;
+    NormRows grad_residual, grad_normalized;  // the first in the residual's dtype; one of them may be null
+    NormRows residual;
     const float* mean;  // [B, N]; null for RMSNorm
     const float* rstd;  // [B, N]
-    Rows branch;        // null where layer_scale wants no gradient
+    NormRows branch;        // null where layer_scale wants no gradient
     const float* layer_scale;  // as in the forward
     const float* drop_path;
     const float* weight;
-    RowsOut grad_x, grad_branch;  // the first in the residual's dtype
+    NormRowsOut grad_x, grad_branch;  // the first in the residual's dtype
     float* layer_scale_sums;      // [blocks, C] or null, each block's part of the gradient
     float* weight_sums;
     float* bias_sums;

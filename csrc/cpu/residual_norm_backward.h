@@ -12,13 +12,13 @@ namespace vitreg::VITREG_ISA {
 namespace residual_norm {
 
 template <class T>
-inline const T* row_of(const Rows& rows, size_t image, size_t token) {
+inline const T* row_of(const NormRows& rows, size_t image, size_t token) {
     if (rows.data == nullptr) return nullptr;
     return static_cast<const T*>(rows.data) + image * rows.stride_b + token * rows.stride_n;
 }
 
 template <class T>
-inline T* row_of(const RowsOut& rows, size_t row, size_t channels) {
+inline T* row_of(const NormRowsOut& rows, size_t row, size_t channels) {
     return rows.data == nullptr ? nullptr : static_cast<T*>(rows.data) + row * channels;
 }
 
