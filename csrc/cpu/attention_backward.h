@@ -211,9 +211,8 @@ private:
     }
 
     void write(const Heads& to, const Span& span, int64_t token, float* from, float factor, const Rotation* rotation) {
-        for (int v = 0; v < vectors_; ++v) store(from + v * kLane, load(from + v * kLane) * broadcast(factor));
         if (rotation && rotation->turns(token)) rotation->turn_back(from, token, head_dim_);
-        write_token(token_of<T>(to, span, token), to.channel, from, head_dim_);
+        write_token(token_of<T>(to, span, token), to.channel, from, factor, head_dim_);
     }
 
     // The gradients of masked keys and values.
@@ -224,8 +223,8 @@ private:
                 ++i;
                 continue;
             }
-            write_token(token_of<T>(call_.grad_key, span, token), call_.grad_key.channel, grad_key_, head_dim_);
-            write_token(token_of<T>(call_.grad_value, span, token), call_.grad_value.channel, grad_key_, head_dim_);
+            write_token(token_of<T>(call_.grad_key, span, token), call_.grad_key.channel, grad_key_, 1.0f, head_dim_);
+            write_token(token_of<T>(call_.grad_value, span, token), call_.grad_value.channel, grad_key_, 1.0f, head_dim_);
         }
     }
 

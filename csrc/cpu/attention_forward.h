@@ -239,9 +239,9 @@ private:
         const float total = sum(totals_[r]), top = tops_[r];
         float* o = outputs_ + r * vectors_ * kLane;
         const bool nothing = top == -INFINITY && total == total;  // a NaN total is a NaN row
-        const F32 share = broadcast(1.0f / total);
-        for (int v = 0; v < vectors_; ++v) store(o + v * kLane, nothing ? zero() : load(o + v * kLane) * share);
-        write_token(token_of<T>(call_.output, span, token), call_.output.channel, o, head_dim_);
+        if (nothing) __builtin_memset(o, 0, vectors_ * kLane * sizeof(float));
+        write_token(token_of<T>(call_.output, span, token), call_.output.channel, o, nothing ? 1.0f : 1.0f / total,
+                    head_dim_);
         const float logit = top * fabsf(call_.scale);
         if (call_.lse) call_.lse[row_of(span) + token] = nothing ? -INFINITY : logit + logf(total);
         if (call_.max_logit) {

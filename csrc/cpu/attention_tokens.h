@@ -23,18 +23,20 @@ inline F32 some_of(const T* token, ptrdiff_t channel, int first, int count) {
     return load(some);
 }
 
+// Numbers times a factor, to a token with any stride.
 template <class T>
-inline void write_token(T* token, ptrdiff_t channel, const float* from, int numbers) {
+inline void write_token(T* token, ptrdiff_t channel, const float* from, float factor, int numbers) {
+    const F32 by = broadcast(factor);
     for (int d = 0; d < numbers; d += kLane) {
         const int count = numbers - d < kLane ? numbers - d : kLane;
         if (channel != 1) {
             T some[kLanes];
-            store(some, load_first(from + d, count));
+            store(some, load_first(from + d, count) * by);
             for (int i = 0; i < count; ++i) token[(d + i) * channel] = some[i];
         } else if (count == kLane) {
-            store(token + d, load(from + d));
+            store(token + d, load(from + d) * by);
         } else {
-            store_first(token + d, load_first(from + d, count), count);
+            store_first(token + d, load_first(from + d, count) * by, count);
         }
     }
 }
@@ -115,7 +117,7 @@ inline Rows<T> rows_of(const Heads& x, const Span& span, const Kept& kept, int f
         const T* from = token_of<const T>(x, span, token);
         for (int d = 0; d < head_dim; d += kLane) store(row + d, some_of(from, x.channel, d, head_dim - d));
         if (turned && rotation->turns(token)) rotation->turn(row, token, head_dim);
-        write_token(copy + i * head_dim, 1, row, head_dim);
+        write_token(copy + i * head_dim, 1, row, 1.0f, head_dim);
     }
     return {copy, head_dim, count};
 }
