@@ -181,7 +181,7 @@ private:
         }
     }
 
-    // P and dS of the block's rows i and i + 1: in pairs of both, and dS also by rows. Zeros for keys beyond the last.
+    // P and dS of the block's rows i and i + 1: in pairs of both, and dS also by rows.
     void rows_of_ds(int i, int r, int row, int keys) const {
         const F32 factor = broadcast(factor_);
         float* p_pairs = p_pairs_ + (r + i) / 2 * stride_;
@@ -198,11 +198,9 @@ private:
                 for (int v = 0; v < 2; ++v) {
                     const int at = j * stride_ + n + v * kLane, left = keys - n - v * kLane;
                     p[j][v] = probability(load(s + at), factor, lse, low);
+                    // A last key's partner must not be left to chance: its probability may be inf.
+                    if (left < kLane) p[j][v] = first_of(p[j][v], zero(), left > 0 ? left : 0);
                     ds[j][v] = p[j][v] * (load(g + at) - delta);
-                    if (left < kLane) {
-                        p[j][v] = first_of(p[j][v], zero(), left > 0 ? left : 0);
-                        ds[j][v] = first_of(ds[j][v], zero(), left > 0 ? left : 0);
-                    }
                 }
             }
             Op::store_rows(nullptr, nullptr, p_pairs + n, p[0], p[1]);

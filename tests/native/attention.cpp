@@ -170,6 +170,11 @@ void check(const Case& c, Dtype dtype, double tolerance) {
     forward.lse = lse.data();
 
     const AttentionKernels kernels = isa::attention_kernels(dtype);
+    // What an earlier call left in the working memory must not show.
+    Block<T> nan = block(false);
+    AttentionForward poison = forward;
+    poison.query = poison.key = poison.value = nan.view();
+    kernels.forward(poison, 0, kernels.forward_items(poison));
     kernels.forward(forward, 0, kernels.forward_items(forward));
     // Item by item, from the last to the first: not a bit may change.
     const std::vector<T> at_once = out.data;
@@ -188,6 +193,9 @@ void check(const Case& c, Dtype dtype, double tolerance) {
     backward.grad_query = dq.view();
     backward.grad_key = dk.view();
     backward.grad_value = dv.view();
+    AttentionBackward poisoned = backward;
+    poisoned.query = poisoned.key = poisoned.value = poisoned.grad_output = nan.view();
+    kernels.backward(poisoned, 0, kernels.backward_items(poisoned));
     kernels.backward(backward, 0, kernels.backward_items(backward));
 
     double worst = 0;
@@ -235,6 +243,7 @@ void check(const Case& c, Dtype dtype, double tolerance) {
                 for (int64_t j = 0; j < d; ++j) {
                     const int64_t at = q.at(b, h, first + i, j);
                     hold(exact.out[i * d + j], number(out.data[at]));
+                    hold(exact.out[i * d + j], number(at_once[at]));
                     hold(exact.dq[i * d + j], number(dq.data[at]));
                     hold(exact.dk[i * d + j], number(dk.data[at]));
                     hold(exact.dv[i * d + j], number(dv.data[at]));
