@@ -1,4 +1,4 @@
-"""Builds the native CPU library of csrc/ where it can; where it cannot, the install is pure Python and knows the reason.
+"""Builds the native CPU library of csrc/ where it can; where it cannot, the install is pure Python and says why.
 
 What it takes: a C++17 compiler (``CXX``, or c++, g++ or clang++ on the path) and the headers of the torch that is
 installed. Both are looked for and never fetched. ``CXXFLAGS``, ``LDFLAGS`` and ``MAX_JOBS`` are heeded.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import PLAIN_BACKENDS, Spec, make_options, make_qkv, views
+from cases import PLAIN_BACKENDS, Spec, make_options, make_qkv, needs, views
 
 from vitreg_kernels.check import Yardstick
 from vitreg_kernels.functional import register_attention, register_attention_qkv
@@ -26,6 +26,7 @@ def cast(options, dtype):
     ids=str,
 )
 def test_equals_inputs_cast_by_hand(backend, dtype, spec):
+    needs(backend, spec)
     qkv, options = make_qkv(spec), make_options(spec)
     by_hand, expected = register_attention(*views(qkv.to(dtype)), **cast(options, dtype), backend=backend)
     with torch.autocast("cpu", dtype):
@@ -64,8 +65,10 @@ def test_gradients_come_back_in_the_inputs_dtype(backend):
 
 @every_backend
 def test_double_is_left_alone(backend):
+    spec = Spec(dtype=torch.float64)
+    needs(backend, spec)
     with torch.autocast("cpu", torch.bfloat16):
-        assert register_attention_qkv(make_qkv(Spec(dtype=torch.float64)), backend=backend).dtype == torch.float64
+        assert register_attention_qkv(make_qkv(spec), backend=backend).dtype == torch.float64
 
 
 @every_backend

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from cases import PLAIN_BACKENDS, Spec, make_mask, make_options, make_qkv, views
+from cases import PLAIN_BACKENDS, Spec, make_mask, make_options, make_qkv, needs, views
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitreg_kernels.functional import register_attention, register_attention_qkv
@@ -53,6 +53,7 @@ def assert_same(function, compiled, qkv, **options):
     ids=str,
 )
 def test_whole_graph(backend, function, spec):
+    needs(backend, spec)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     assert_same(function, compiled, make_qkv(spec), **make_options(spec), backend=backend)
 

@@ -16,8 +16,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 OPTIONAL = {"triton", "xformers", "timm", "transformers", "matplotlib", "torchvision", "open_clip", "onnx"}
 
 BACKENDS = {
-    "attention": ("reference", "sdpa", "triton", "xformers"),
-    "residual_norm": ("composite", "reference", "triton"),
+    "attention": ("native", "reference", "sdpa", "triton", "xformers"),
+    "residual_norm": ("composite", "native", "reference", "triton"),
 }
 
 # Each layer of the package may import what stands below it, and itself; the backends have a rule of their own.
