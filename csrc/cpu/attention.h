@@ -55,6 +55,7 @@ struct AttentionBackward : Attention {
     Heads output, grad_output;
     const float* lse = nullptr;  // [B, H, N], contiguous
     Heads grad_query, grad_key, grad_value;
+    int64_t threads = 1;  // that the items are dealt out to: it decides how many there are, and not a bit of the result
 };
 
 // The functions of one instruction set for one dtype of the tensors.

@@ -1,8 +1,8 @@
 // Attention, backward. With S = scale Q K^T, P = exp(S - lse) and dP = dO V^T: dS = P * (dP - delta),
 // delta = rowsum(dO * O), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO.
 //
-// One item is a head: for each chunk of keys, each group of query rows; P and dS of a group stay in the cache until dK
-// and dV have taken them, so that the sums over queries are long. Every gradient is summed in one fixed order.
+// For each chunk of keys, each group of query rows: P and dS of a group stay in the cache until dK and dV have taken
+// them, so that the sums over queries are long. Every gradient is summed in one fixed order, however items are cut.
 //
 // Source: Dao, "FlashAttention-2" (arXiv 2307.08691), algorithm 2.
 #pragma once
@@ -26,7 +26,7 @@ public:
           row_(vectors_ * kLane),
           factor_(fabsf(call.scale) * kLog2E) {
         const int longest = up_to(static_cast<int>(longest_of(call)), kBlock * kLane);
-        const int chunk = up_to(longest < kLongestChunk ? longest : kLongestChunk, kBlock);
+        const int chunk = up_to(longest < longest_chunk(kChunk) ? longest : longest_chunk(kChunk), kBlock);
         stride_ = chunk + kLane;
         Places places(scratch);
         do {
@@ -55,31 +55,50 @@ public:
         } while (places.again());
     }
 
-    static int64_t parts(const AttentionBackward&, int64_t) { return 1; }
+    // A head is one item where there are enough of them for the threads. Where there are not, keys and queries are dealt
+    // out apart: two of the five products are then computed for both, with the same result.
+    static bool whole(const AttentionBackward& call) {
+        const int64_t heads = images_of(call) * call.heads, rounds = (heads + call.threads - 1) / call.threads;
+        return 8 * heads >= 5 * rounds * call.threads;
+    }
 
-    void item(const Span& span, int64_t) {
-        const Kept kept = kept_keys(call_, span, index_);
-        const int queries = static_cast<int>(span.tokens);
-        const Rotation rotation(call_, span);
-        pack(span, kept, rotation);
-        const bool careful = read_lse(span);
-        __builtin_memset(grad_query_, 0, queries * row_ * sizeof(float));
-        if (careful) look_at_sums(queries, kept.count);
-        for_chunks(kept.count, false, [&](int begin, int keys) {
-            for (int first = 0; first < queries; first += kGroup)
-                group(first, queries - first < kGroup ? queries - first : kGroup, queries, begin, keys, kept.count);
-            for (int i = 0; i < keys; ++i) {
-                const int64_t token = kept[begin + i];
-                write(call_.grad_key, span, token, grad_key_ + i * row_, call_.scale, &rotation);
-                write(call_.grad_value, span, token, grad_value_ + i * row_, 1.0f, nullptr);
-            }
-        });
-        for (int i = 0; i < queries; ++i) write(call_.grad_query, span, i, grad_query_ + i * row_, call_.scale, &rotation);
-        if (kept.index) write_nothing(span, kept);
+    static int64_t parts(const AttentionBackward& call, int64_t tokens) {
+        return whole(call) ? 1 : parts_of_keys(tokens) + (tokens + kQueriesOfItem - 1) / kQueriesOfItem;
+    }
+
+    void item(const Span& span, int64_t part) {
+        if (span.image != image_ || span.head != head_) prepare(span);
+        image_ = span.image;
+        head_ = span.head;
+        const int queries = static_cast<int>(span.tokens), keys = kept_.count;
+        const int64_t first_of_queries = parts_of_keys(span.tokens);
+        if (whole(call_)) {
+            clear_queries(queries);
+            for_chunks(keys, kChunk, [&](int begin, int count) {
+                fold(0, queries, begin, count, true, true);
+                write_keys(span, begin, count);
+            });
+            write_queries(span, 0, queries);
+        } else if (part < first_of_queries) {
+            int64_t chunk = 0;
+            for_chunks(keys, kKeysOfItem, [&](int begin, int count) {
+                if (chunk++ != part) return;
+                fold(0, queries, begin, count, false, true);
+                write_keys(span, begin, count);
+            });
+        } else {
+            const int first = static_cast<int>(part - first_of_queries) * kQueriesOfItem;
+            const int count = queries - first < kQueriesOfItem ? queries - first : kQueriesOfItem;
+            clear_queries(count);
+            for_chunks(keys, kChunk, [&](int begin, int n) { fold(first, count, begin, n, true, false); });
+            write_queries(span, first, count);
+        }
+        if (part == 0 && kept_.index) write_nothing(span);
     }
 
 private:
     static constexpr bool kPairs = Op::kPerWord > 1;
+    static constexpr int kKeysOfItem = kChunk / 2, kQueriesOfItem = 4 * kBlock;
     // Query rows over which dK and dV are summed in registers.
     static constexpr int kGroup = kPairs ? 4 * kBlock : 2 * kBlock;
     // Where words are single numbers, P and dS take the places of the scores and of dP.
@@ -97,6 +116,21 @@ private:
     float* stage_;
     int32_t* index_;
     T* copy_;
+
+    int64_t image_ = -1, head_ = -1;  // what is packed
+    int queries_count_ = 0;
+    Kept kept_;
+    Rotation rotation_;
+
+    static int64_t parts_of_keys(int64_t tokens) { return count_chunks(static_cast<int>(tokens), kKeysOfItem); }
+
+    void prepare(const Span& span) {
+        queries_count_ = static_cast<int>(span.tokens);
+        kept_ = kept_keys(call_, span, index_);
+        rotation_ = Rotation(call_, span);
+        pack(span, kept_, rotation_);
+        if (read_lse(span)) look_at_sums(queries_count_, kept_.count);
+    }
 
     void pack(const Span& span, const Kept& kept, const Rotation& rotation) {
         const int queries = static_cast<int>(span.tokens), padded = up_to(queries, kBlock);
@@ -138,9 +172,8 @@ private:
         return careful;
     }
 
-    void score(float* s, const float* left, const float* columns, int rows, int begin, int keys) {
-        multiply<Op>(s, stride_, left, words_, 1, rows, columns + begin * words_, up_to(keys, kLane) / kLane, words_, 0,
-                     words_, false);
+    void score(float* s, const float* left, const float* columns, int rows, int begin, int vectors) {
+        multiply<Op>(s, stride_, left, words_, 1, rows, columns + begin * words_, vectors, words_, 0, words_, false);
     }
 
     [[gnu::always_inline]] static F32 probability(F32 s, F32 factor, F32 lse, F32 low) {
@@ -154,8 +187,8 @@ private:
         for (int r = 0; r < queries; r += kBlock) {
             const int rows = queries - r < kBlock ? queries - r : kBlock;
             float totals[kBlock] = {};
-            for_chunks(all_keys, false, [&](int begin, int keys) {
-                score(s, queries_left_ + r * words_, keys_as_columns_, rows, begin, keys);
+            for_chunks(all_keys, kChunk, [&](int begin, int keys) {
+                score(s, queries_left_ + r * words_, keys_as_columns_, rows, begin, up_to(keys, kLane) / kLane);
                 for (int i = 0; i < rows; ++i) {
                     F32 total = zero();
                     for (int n = 0; n < keys; n += kLane) {
@@ -214,10 +247,10 @@ private:
     }
 
     // The gradients of masked keys and values.
-    void write_nothing(const Span& span, const Kept& kept) {
+    void write_nothing(const Span& span) {
         __builtin_memset(grad_key_, 0, row_ * sizeof(float));
         for (int64_t token = 0, i = 0; token < span.tokens; ++token) {
-            if (i < kept.count && kept[static_cast<int>(i)] == token) {
+            if (i < kept_.count && kept_[static_cast<int>(i)] == token) {
                 ++i;
                 continue;
             }
@@ -226,27 +259,46 @@ private:
         }
     }
 
-    // What a group of query rows and a chunk of keys give to each other's gradients.
-    void group(int first, int count, int queries, int begin, int keys, int all_keys) {
-        for (int r = 0; r < count; r += kBlock) {
-            const int row = first + r, rows = count - r < kBlock ? count - r : kBlock;
-            float* s = kPairs ? scores_ : p_pairs_ + r * stride_;
-            float* g = kPairs ? grad_p_ : ds_pairs_ + r * stride_;
-            score(s, queries_left_ + row * words_, keys_as_columns_, rows, begin, keys);
-            score(g, grads_left_ + row * words_, values_as_columns_, rows, begin, keys);
-            for (int i = 0; i < rows; i += Op::kPerWord)
-                if constexpr (kPairs)
-                    rows_of_ds(i, r, row, keys);
-                else
-                    row_of_ds(s + i * stride_, g + i * stride_, row + i, keys);
-            multiply<Op>(grad_query_ + row * row_, row_, kPairs ? ds_rows_ : g, stride_, 1, rows, keys_, vectors_,
-                         words<Op>(all_keys), begin / Op::kPerWord, words<Op>(keys), true);
+    void clear_queries(int count) { __builtin_memset(grad_query_, 0, count * row_ * sizeof(float)); }
+
+    void write_queries(const Span& span, int first, int count) {
+        for (int i = 0; i < count; ++i)
+            write(call_.grad_query, span, first + i, grad_query_ + i * row_, call_.scale, &rotation_);
+    }
+
+    void write_keys(const Span& span, int begin, int count) {
+        for (int i = 0; i < count; ++i) {
+            write(call_.grad_key, span, kept_[begin + i], grad_key_ + i * row_, call_.scale, &rotation_);
+            write(call_.grad_value, span, kept_[begin + i], grad_value_ + i * row_, 1.0f, nullptr);
         }
-        const bool add = first > 0;
-        multiply<Op>(grad_value_, row_, p_pairs_, 1, stride_, keys, grads_, vectors_,
-                     words<Op>(queries), first / Op::kPerWord, words<Op>(count), add);
-        multiply<Op>(grad_key_, row_, ds_pairs_, 1, stride_, keys, queries_, vectors_,
-                     words<Op>(queries), first / Op::kPerWord, words<Op>(count), add);
+    }
+
+    // What queries [first, first + count) and keys [begin, begin + keys) give to each other's gradients; those of the
+    // keys begin anew.
+    void fold(int first, int count, int begin, int keys, bool to_queries, bool to_keys) {
+        const int vectors = up_to(keys, kLane) / kLane, panel = words<Op>(queries_count_);
+        for (int at = 0; at < count; at += kGroup) {
+            const int group = count - at < kGroup ? count - at : kGroup;
+            for (int r = 0; r < group; r += kBlock) {
+                const int row = first + at + r, rows = group - r < kBlock ? group - r : kBlock;
+                float* s = kPairs ? scores_ : p_pairs_ + r * stride_;
+                float* g = kPairs ? grad_p_ : ds_pairs_ + r * stride_;
+                score(s, queries_left_ + row * words_, keys_as_columns_, rows, begin, vectors);
+                score(g, grads_left_ + row * words_, values_as_columns_, rows, begin, vectors);
+                for (int i = 0; i < rows; i += Op::kPerWord)
+                    if constexpr (kPairs)
+                        rows_of_ds(i, r, row, keys);
+                    else
+                        row_of_ds(s + i * stride_, g + i * stride_, row + i, keys);
+                if (to_queries)
+                    multiply<Op>(grad_query_ + (at + r) * row_, row_, kPairs ? ds_rows_ : g, stride_, 1, rows, keys_,
+                                 vectors_, words<Op>(kept_.count), begin / Op::kPerWord, words<Op>(keys), true);
+            }
+            if (!to_keys) continue;
+            const int from = (first + at) / Op::kPerWord, length = words<Op>(group);
+            multiply<Op>(grad_value_, row_, p_pairs_, 1, stride_, keys, grads_, vectors_, panel, from, length, at > 0);
+            multiply<Op>(grad_key_, row_, ds_pairs_, 1, stride_, keys, queries_, vectors_, panel, from, length, at > 0);
+        }
     }
 };
 

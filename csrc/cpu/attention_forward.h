@@ -90,10 +90,12 @@ public:
           head_dim_(static_cast<int>(call.head_dim)),
           words_(words<Op>(head_dim_)),
           vectors_(up_to(head_dim_, kLane) / kLane),
-          whole_rows_(call.prefix_attention || call.received_attention) {
-        const int longest = up_to(static_cast<int>(longest_of(call)), kLane);
+          longest_(up_to(static_cast<int>(longest_of(call)), kLane)),
+          whole_rows_(call.prefix_attention || call.received_attention),
+          chunk_(whole_rows_ && longest_ > kChunk ? up_to(longest_, kChunk) : kChunk) {
+        const int longest = longest_;
         // A vector more than a chunk: rows must not lie a multiple of 4 KiB apart.
-        stride_ = (whole_rows_ || longest < kLongestChunk ? longest : kLongestChunk) + kLane;
+        stride_ = (longest < longest_chunk(chunk_) ? longest : longest_chunk(chunk_)) + kLane;
         Places places(scratch);
         do {
             places.put(keys_, longest * words_);
@@ -135,7 +137,9 @@ public:
 private:
     const AttentionForward& call_;
     const int head_dim_, words_, vectors_;
+    const int longest_;
     const bool whole_rows_;
+    const int chunk_;
     int stride_ = 0;
     float *keys_, *values_, *queries_, *scores_, *kept_, *outputs_, *tops_, *stage_, *received_;
     F32 *largest_, *totals_;
@@ -174,7 +178,7 @@ private:
             totals_[r] = zero();
         }
 
-        for_chunks(kept_keys_.count, whole_rows_, [&](int begin, int keys) {
+        for_chunks(kept_keys_.count, chunk_, [&](int begin, int keys) {
             for (int r = 0; r < count; r += kBlock) block(span, first, r, count - r < kBlock ? count - r : kBlock, begin, keys);
         });
         for (int r = 0; r < count; ++r) finish(span, first + r, r);

@@ -50,14 +50,18 @@ inline void for_items(const Attention& call, Parts parts, int64_t begin, int64_t
     }
 }
 
-// Keys whose scores are looked at together; the last chunk of a head has half as many to half as many again.
-constexpr int kChunk = 256, kLongestChunk = kChunk * 3 / 2;
+// Keys whose scores are looked at together.
+constexpr int kChunk = 256;
 
-// Calls f(first key, keys) for each chunk of `keys`, or for all as one.
+// A chunk of `each` keys may have half as many again: the last of a head has from half as many to that.
+constexpr int longest_chunk(int each) { return each * 3 / 2; }
+constexpr int count_chunks(int keys, int each) { return keys < longest_chunk(each) ? keys > 0 : (keys + each / 2) / each; }
+
+// Calls f(first key, keys) for each chunk. They begin where panels of keys do.
 template <class F>
-inline void for_chunks(int keys, bool whole, F f) {
-    const int chunks = whole || keys < kLongestChunk ? (keys > 0) : (keys + kChunk / 2) / kChunk;
-    for (int i = 0; i < chunks; ++i) f(i * kChunk, i + 1 < chunks ? kChunk : keys - i * kChunk);
+inline void for_chunks(int keys, int each, F f) {
+    const int chunks = count_chunks(keys, each);
+    for (int i = 0; i < chunks; ++i) f(i * each, i + 1 < chunks ? each : keys - i * each);
 }
 
 }  // namespace vitreg::VITREG_ISA

@@ -47,6 +47,7 @@ struct Rotation {
     int64_t stride = 0, first_patch = 0;
     bool interleaved = false;
 
+    Rotation() = default;
     Rotation(const Attention& call, const Span& span) {
         if (!call.cos) return;
         const int64_t at = span.batch * call.rope_batch + span.first_patch * call.rope_token;

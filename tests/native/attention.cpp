@@ -198,6 +198,15 @@ void check(const Case& c, Dtype dtype, double tolerance) {
     kernels.backward(poisoned, 0, kernels.backward_items(poisoned));
     kernels.backward(backward, 0, kernels.backward_items(backward));
 
+    // Cut finely, as for many threads, and from the last item to the first: not a bit may change.
+    const std::vector<T> whole[3] = {dq.data, dk.data, dv.data};
+    backward.threads = 64;
+    for (int64_t item = kernels.backward_items(backward); item-- > 0;) kernels.backward(backward, item, item + 1);
+    for (int i = 0; i < 3; ++i) {
+        const std::vector<T>& parts = (i == 0 ? dq : i == 1 ? dk : dv).data;
+        expect(std::memcmp(whole[i].data(), parts.data(), parts.size() * sizeof(T)) == 0, name + ": gradient by parts");
+    }
+
     double worst = 0;
     const auto hold = [&](double exact, double got) {
         const double error = exact == got ? 0 : std::fabs(exact - got);
