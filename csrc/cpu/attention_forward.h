@@ -124,7 +124,7 @@ public:
         image_ = span.image;
         head_ = span.head;
         max_logit_ = -INFINITY;
-        if (call_.received_attention) __builtin_memset(received_, 0, kept_keys_.count * sizeof(float));
+        if (call_.received_attention) __builtin_memset(received_, 0, longest_ * sizeof(float));
         const bool whole = parts(call_, span.tokens) == 1;
         const int64_t begin = whole ? 0 : part * kItemRows, end = whole ? span.tokens : begin + kItemRows;
         for (int64_t row = begin; row < end && row < span.tokens; row += kItemRows)
@@ -217,15 +217,18 @@ private:
         for (int v = 0; v < vectors_; ++v) store(o + v * kLane, load(o + v * kLane) * factor);
     }
 
-    // Statistics of whole rows of exponentials.
+    // Statistics of whole rows of exponentials, in vectors: those of a row end in zeros.
     void look(const Span& span, int64_t first, int r, int rows) {
-        for (int i = 0; i < rows; ++i) {
-            const float* p = (Op::kPerWord > 1 ? kept_ : scores_) + i * stride_;
-            const float share = tops_[r + i] == -INFINITY ? 0.0f : 1.0f / sum(totals_[r + i]);
-            if (call_.received_attention)
-                for (int n = 0; n < kept_keys_.count; ++n) received_[n] += p[n] * share;
-            if (call_.prefix_attention && first + i < call_.num_prefix_tokens) scatter(prefix_row(span, first + i), p, share, span.tokens);
+        const float* p = Op::kPerWord > 1 ? kept_ : scores_;
+        float shares[kBlock];
+        for (int i = 0; i < rows; ++i) shares[i] = tops_[r + i] == -INFINITY ? 0.0f : 1.0f / sum(totals_[r + i]);
+        for (int n = 0; n < kept_keys_.count && call_.received_attention; n += kLane) {
+            F32 total = load(received_ + n);
+            for (int i = 0; i < rows; ++i) total = fma(load(p + i * stride_ + n), broadcast(shares[i]), total);
+            store(received_ + n, total);
         }
+        for (int i = 0; i < rows && call_.prefix_attention && first + i < call_.num_prefix_tokens; ++i)
+            scatter(prefix_row(span, first + i), p + i * stride_, shares[i], span.tokens);
     }
 
     float* prefix_row(const Span& span, int64_t token) const {
@@ -235,8 +238,9 @@ private:
 
     // Values of the keys that take part to the places of all; 0 for the others.
     void scatter(float* to, const float* from, float factor, int64_t tokens) const {
-        if (kept_keys_.index) __builtin_memset(to, 0, tokens * sizeof(float));
-        for (int n = 0; n < kept_keys_.count; ++n) to[kept_keys_[n]] = from[n] * factor;
+        if (!kept_keys_.index) return write_token(to, 1, from, factor, static_cast<int>(tokens));
+        __builtin_memset(to, 0, tokens * sizeof(float));
+        for (int n = 0; n < kept_keys_.count; ++n) to[kept_keys_.index[n]] = from[n] * factor;
     }
 
     void finish(const Span& span, int64_t token, int r) {

@@ -41,6 +41,18 @@ inline void write_token(T* token, ptrdiff_t channel, const float* from, float fa
     }
 }
 
+// The other of each pair of neighbouring lanes; and every second lane with the other sign.
+#if defined(__AVX512F__)
+inline F32 swap_pairs(F32 v) { return _mm512_permute_ps(v, 0xb1); }
+inline F32 alternate(F32 v) { return _mm512_xor_ps(v, _mm512_castsi512_ps(_mm512_set1_epi64(int64_t{1} << 63))); }
+#elif defined(__AVX2__)
+inline F32 swap_pairs(F32 v) { return _mm256_permute_ps(v, 0xb1); }
+inline F32 alternate(F32 v) { return _mm256_xor_ps(v, _mm256_castsi256_ps(_mm256_set1_epi64x(int64_t{1} << 63))); }
+#else
+inline F32 swap_pairs(F32 v) { return F32{v[1], v[0], v[3], v[2]}; }
+inline F32 alternate(F32 v) { return F32{v[0], -v[1], v[2], -v[3]}; }
+#endif
+
 // Rotation of the patches of a span.
 struct Rotation {
     const float *cos = nullptr, *sin = nullptr;  // rows of the first patch
@@ -60,32 +72,40 @@ struct Rotation {
 
     bool turns(int64_t token) const { return cos && token >= first_patch; }
 
-    void turn(float* x, int64_t token, int head_dim) const {
-        each_pair(token, head_dim, [x](int i, int j, const float* c, const float* s) {
-            const float a = x[i], b = x[j];
-            x[i] = a * c[i] - b * s[i];
-            x[j] = b * c[j] + a * s[j];
-        });
-    }
+    // A pair (a, b) to (a cos_a - b sin_a, b cos_b + a sin_b).
+    void turn(float* x, int64_t token, int head_dim) const { apply<false>(x, token, head_dim); }
 
-    // The transposed map, of gradients.
-    void turn_back(float* x, int64_t token, int head_dim) const {
-        each_pair(token, head_dim, [x](int i, int j, const float* c, const float* s) {
-            const float a = x[i], b = x[j];
-            x[i] = a * c[i] + b * s[j];
-            x[j] = b * c[j] - a * s[i];
-        });
-    }
+    // The transposed map, of gradients: to (a cos_a + b sin_b, b cos_b - a sin_a).
+    void turn_back(float* x, int64_t token, int head_dim) const { apply<true>(x, token, head_dim); }
 
 private:
-    template <class F>
-    [[gnu::always_inline]] void each_pair(int64_t token, int head_dim, F f) const {
+    template <bool kBack>
+    void apply(float* x, int64_t token, int head_dim) const {
         const float *c = cos + (token - first_patch) * stride, *s = sin + (token - first_patch) * stride;
-        const int half = head_dim / 2;
-        if (interleaved)
-            for (int i = 0; i < half; ++i) f(2 * i, 2 * i + 1, c, s);
+        const int half = head_dim / 2, length = interleaved ? head_dim : half;
+        for (int i = 0; i < length; i += kLane) {
+            const int count = length - i;
+            if (interleaved) {
+                const F32 own = some_of(x, i, count), sines = some_of(s, i, count);
+                const F32 turned = alternate(swap_pairs(own) * (kBack ? swap_pairs(sines) : sines));
+                const F32 both = own * some_of(c, i, count);
+                put(x, i, count, kBack ? both + turned : both - turned);
+            } else {
+                const F32 a = some_of(x, i, count), b = some_of(x + half, i, count);
+                const F32 sine_a = some_of(s, i, count), sine_b = some_of(s + half, i, count);
+                const F32 turned_a = b * (kBack ? sine_b : sine_a), turned_b = a * (kBack ? sine_a : sine_b);
+                const F32 own_a = a * some_of(c, i, count), own_b = b * some_of(c + half, i, count);
+                put(x, i, count, kBack ? own_a + turned_a : own_a - turned_a);
+                put(x + half, i, count, kBack ? own_b - turned_b : own_b + turned_b);
+            }
+        }
+    }
+
+    static void put(float* x, int i, int count, F32 v) {
+        if (count >= kLane)
+            store(x + i, v);
         else
-            for (int i = 0; i < half; ++i) f(i, i + half, c, s);
+            store_first(x + i, v, count);
     }
 };
 

@@ -210,7 +210,7 @@ void check(const Case& c, Dtype dtype, double tolerance) {
     double worst = 0;
     const auto hold = [&](double exact, double got) {
         const double error = exact == got ? 0 : std::fabs(exact - got);
-        worst = error <= worst ? worst : error;  // NaN is the worst
+        if (worst == worst && !(error <= worst)) worst = error;  // NaN is the worst, and stays
     };
     for (int64_t image = 0; image < images; ++image) {
         const int64_t b = c.packed ? 0 : image, first = c.packed ? bounds[image] : 0;
