@@ -39,6 +39,11 @@ def _metadata() -> dict:
 _ISA, _FAULT = _load()
 
 
+def isa() -> str:
+    """The instruction set that native kernels run in this process; empty where there are none."""
+    return _ISA
+
+
 def faults() -> list[str]:
     """Why native kernels cannot run in this process; empty if they can."""
     return [f"there are no native kernels: {_FAULT}"] if _FAULT else []
