@@ -31,8 +31,8 @@ struct Attention {
     const bool* key_mask = nullptr;
     int64_t key_mask_batch = 0, key_mask_token = 0;
 
-    // Rotation of the patches, fp32 [B, M, D] with D contiguous, or null; batch stride 0 where it is shared. Packed: the
-    // patches of all images one after another.
+    // Rotation of the patches, fp32 [B, M, D] with D contiguous, or null; batch stride 0 where it is shared. Packed:
+    // the patches of all images one after another.
     const float *cos = nullptr, *sin = nullptr;
     int64_t rope_batch = 0, rope_token = 0;
     bool rope_interleaved = false;

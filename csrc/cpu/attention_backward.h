@@ -55,8 +55,8 @@ public:
         } while (places.again());
     }
 
-    // A head is one item where there are enough of them for the threads. Where there are not, keys and queries are dealt
-    // out apart: two of the five products are then computed for both, with the same result.
+    // A head is one item where there are enough of them for the threads. Where there are not, keys and queries are
+    // dealt out apart: two of the five products are then computed for both, with the same result.
     static bool whole(const AttentionBackward& call) {
         const int64_t heads = images_of(call) * call.heads, rounds = (heads + call.threads - 1) / call.threads;
         return 8 * heads >= 5 * rounds * call.threads;
@@ -152,8 +152,10 @@ private:
         for (int i = 0; i < queries; ++i) {
             const T* output = token_of<const T>(call_.output, span, i);
             F32 total = zero();
-            for (int d = 0; d < head_dim_; d += kLane)
-                total = fma(some_of(rows[i], d, head_dim_ - d), some_of(output, call_.output.channel, d, head_dim_ - d), total);
+            for (int d = 0; d < head_dim_; d += kLane) {
+                const int left = head_dim_ - d;
+                total = fma(some_of(rows[i], d, left), some_of(output, call_.output.channel, d, left), total);
+            }
             delta_[i] = sum(total);
         }
         for (int i = queries; i < padded; ++i) delta_[i] = 0.0f;
@@ -254,8 +256,8 @@ private:
                 ++i;
                 continue;
             }
-            write_token(token_of<T>(call_.grad_key, span, token), call_.grad_key.channel, grad_key_, 1.0f, head_dim_);
-            write_token(token_of<T>(call_.grad_value, span, token), call_.grad_value.channel, grad_key_, 1.0f, head_dim_);
+            write(call_.grad_key, span, token, grad_key_, 1.0f, nullptr);
+            write(call_.grad_value, span, token, grad_key_, 1.0f, nullptr);
         }
     }
 

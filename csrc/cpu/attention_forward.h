@@ -1,10 +1,10 @@
 // Attention, forward: blocks of query rows against all keys, a chunk of them at a time.
 //
 // A chunk's scores of a block stay in the cache: computed, turned into exponentials and multiplied with the values
-// before the next. Where a head has one chunk, as at N = 201 and 261, this is the plain softmax; where it has more, sums
-// are rescaled to the largest score so far (Milakov and Gimelshein, arXiv 1805.02867). The statistics look at whole rows
-// of probabilities, hence one chunk whatever the length. Keys that are masked are not packed: to everything behind, they
-// do not exist.
+// before the next. Where a head has one chunk, as at N = 201 and 261, this is the plain softmax; where it has more,
+// sums are rescaled to the largest score so far (Milakov and Gimelshein, arXiv 1805.02867). The statistics look at
+// whole rows of probabilities, hence one chunk whatever the length. Keys that are masked are not packed: to everything
+// behind, they do not exist.
 #pragma once
 
 #include <math.h>
@@ -130,8 +130,10 @@ public:
         for (int64_t row = begin; row < end && row < span.tokens; row += kItemRows)
             rows(span, row, static_cast<int>(span.tokens - row < kItemRows ? span.tokens - row : kItemRows));
         if (call_.max_logit) call_.max_logit[span.image * call_.heads + span.head] = max_logit_;
-        if (call_.received_attention)
-            scatter(call_.received_attention + row_of(span), received_, 1.0f / static_cast<float>(span.tokens), span.tokens);
+        if (call_.received_attention) {
+            const float share = 1.0f / static_cast<float>(span.tokens);
+            scatter(call_.received_attention + row_of(span), received_, share, span.tokens);
+        }
     }
 
 private:
@@ -179,7 +181,8 @@ private:
         }
 
         for_chunks(kept_keys_.count, chunk_, [&](int begin, int keys) {
-            for (int r = 0; r < count; r += kBlock) block(span, first, r, count - r < kBlock ? count - r : kBlock, begin, keys);
+            for (int r = 0; r < count; r += kBlock)
+                block(span, first, r, count - r < kBlock ? count - r : kBlock, begin, keys);
         });
         for (int r = 0; r < count; ++r) finish(span, first + r, r);
     }

@@ -55,7 +55,9 @@ constexpr int kChunk = 256;
 
 // A chunk of `each` keys may have half as many again: the last of a head has from half as many to that.
 constexpr int longest_chunk(int each) { return each * 3 / 2; }
-constexpr int count_chunks(int keys, int each) { return keys < longest_chunk(each) ? keys > 0 : (keys + each / 2) / each; }
+constexpr int count_chunks(int keys, int each) {
+    return keys < longest_chunk(each) ? keys > 0 : (keys + each / 2) / each;
+}
 
 // Calls f(first key, keys) for each chunk. They begin where panels of keys do.
 template <class F>

@@ -1,9 +1,9 @@
 // 2^x for x <= 0, as the softmax needs it.
 //
 // x = n + r with n whole and 0 <= r <= 1; 2^r by a polynomial of degree 5, 1 at 0 and otherwise of the least relative
-// error (Remez). The relative error of the result is below 2^-22 from -100 to 0; below -100, -inf among it, it is at most
-// 2^-100, which is nothing beside the 1 that every row of a softmax holds. NaN stays NaN. Where rounding has made x a
-// little positive the same bound holds, to x = 100.
+// error (Remez). The relative error of the result is below 2^-22 from -100 to 0. Below -100, at -inf too, the result
+// is at most 2^-100, which is nothing beside the 1 that every row of a softmax holds. NaN stays NaN. Where rounding has
+// made x a little positive the same bound holds, to x = 100.
 #pragma once
 
 #include "vec.h"

@@ -119,8 +119,8 @@ inline void transpose(float* to, ptrdiff_t to_row, const float* from, ptrdiff_t 
 
 #endif
 
-// The right operand whose columns are the rows themselves: panels of [words of D][width vectors], zeros beyond the n-th.
-// `stage` holds kLanes rows of words.
+// The right operand whose columns are the rows themselves: panels of [words of D][width vectors], zeros beyond the
+// n-th. `stage` holds kLanes rows of words.
 template <class Op, class T>
 inline void pack_right_transposed(float* to, const Rows<T>& rows, int numbers, float* stage) {
     const int vectors = up_to(rows.count, kLane) / kLane, length = words<Op>(numbers);
@@ -132,7 +132,8 @@ inline void pack_right_transposed(float* to, const Rows<T>& rows, int numbers, f
             __builtin_memset(stage + count * length, 0, (kLane - count) * length * sizeof(float));
             float* panel = to + w * kLane;
             int k = 0;
-            for (; k + kLane <= length; k += kLane) transpose(panel + k * width * kLane, width * kLane, stage + k, length);
+            for (; k + kLane <= length; k += kLane)
+                transpose(panel + k * width * kLane, width * kLane, stage + k, length);
             for (; k < length; ++k)
                 for (int i = 0; i < kLane; ++i) panel[k * width * kLane + i] = stage[i * length + k];
         }

@@ -67,7 +67,8 @@ struct Dot {
     // Words of which a gives the first elements and b the second.
     [[gnu::always_inline]] static void store_words(float* p, F32 a, F32 b) {
         const __m512i first = _mm512_srli_epi32(_mm512_castps_si512(a), 16);
-        const __m512i second = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+        const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+        const __m512i second = _mm512_and_si512(_mm512_castps_si512(b), high);
         _mm512_storeu_si512(p, _mm512_or_si512(first, second));
     }
     // Its last word may have a partner beyond the row: a zero.
@@ -152,8 +153,8 @@ struct Tile {
 // C[rows, vectors] = A B, or C += A B: A[row, k] = a[row * a_row + k * a_k]; the panels of B are `panel` words long, of
 // which `steps` from the `first` are used. C has room for rows up to the next multiple of kBlock.
 template <class Op>
-inline void multiply(float* c, ptrdiff_t c_row, const float* a, ptrdiff_t a_row, ptrdiff_t a_k, int rows, const float* b,
-                     int vectors, ptrdiff_t panel, int first, int steps, bool add) {
+inline void multiply(float* c, ptrdiff_t c_row, const float* a, ptrdiff_t a_row, ptrdiff_t a_k, int rows,
+                     const float* b, int vectors, ptrdiff_t panel, int first, int steps, bool add) {
     for (int v = 0; v < vectors;) {
         const int width = panel_width(vectors - v);
         with_width(width, [&](auto w) {
