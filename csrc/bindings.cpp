@@ -261,6 +261,7 @@ void attention_backward(Tensor query, Tensor key, Tensor value, MaybeTensor key_
     call.grad_query = heads(grad_query, query);
     call.grad_key = heads(grad_key, query);
     call.grad_value = heads(grad_value, query);
+    call.threads = torch::stable::get_num_threads();
     const vitreg::AttentionKernels run = vitreg::kernels().attention(dtype_of(query));
     torch::stable::parallel_for(0, run.backward_items(call), 1,
                                 [&](int64_t first, int64_t last) { run.backward(call, first, last); });
