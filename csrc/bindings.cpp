@@ -9,26 +9,30 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "cpu/cpuid.h"
 #include "cpu/kernels.h"
+#include "cpu/peak.h"
 
 namespace {
 
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-vitreg::Dtype dtype_of(const Tensor& x) {
-    switch (x.scalar_type()) {
+vitreg::Dtype dtype_of(torch::headeronly::ScalarType type) {
+    switch (type) {
         case torch::headeronly::ScalarType::Float: return vitreg::Dtype::f32;
         case torch::headeronly::ScalarType::BFloat16: return vitreg::Dtype::bf16;
         case torch::headeronly::ScalarType::Half: return vitreg::Dtype::f16;
         default: STD_TORCH_CHECK(false, "native kernels take fp32, bf16 and fp16 only");
     }
 }
+
+vitreg::Dtype dtype_of(const Tensor& x) { return dtype_of(x.scalar_type()); }
 
 // A contiguous fp32 tensor's numbers; null for none.
 float* floats(const MaybeTensor& x, int64_t numel) {
@@ -43,6 +47,16 @@ float* floats(const MaybeTensor& x, int64_t numel) {
 int64_t grain(int64_t numbers) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, numbers)); }
 
 std::string cpu_isa() { return vitreg::name(vitreg::chosen()); }
+
+// GFLOP/s of all threads at once.
+double peak_gflops(torch::headeronly::ScalarType type, double seconds) {
+    const vitreg::Dtype dtype = dtype_of(type);
+    std::vector<double> speeds(torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, speeds.size(), 1, [&](int64_t first, int64_t last) {
+        for (int64_t thread = first; thread < last; ++thread) speeds[thread] = vitreg::peak_gflops(dtype, seconds);
+    });
+    return std::accumulate(speeds.begin(), speeds.end(), 0.0);
+}
 
 // ---- residual_layer_norm
 
@@ -271,6 +285,7 @@ void attention_backward(Tensor query, Tensor key, Tensor value, MaybeTensor key_
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vitreg_native, library) {
     library.def("cpu_isa() -> str");
+    library.def("peak_gflops(ScalarType dtype, float seconds) -> float");
     library.def(
         "residual_norm_forward(Tensor x, Tensor? branch, Tensor? layer_scale, Tensor? drop_path, Tensor weight, "
         "Tensor? bias, float eps, Tensor(a!)? residual, Tensor(b!) normalized, Tensor(c!) token_norms, "
@@ -294,6 +309,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vitreg_native, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CompositeExplicitAutograd, library) {
     library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+    library.impl("peak_gflops", TORCH_BOX(&peak_gflops));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CPU, library) {
