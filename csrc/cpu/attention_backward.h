@@ -103,6 +103,8 @@ private:
     static constexpr int kGroup = kPairs ? 4 * kBlock : 2 * kBlock;
     // Where words are single numbers, P and dS take the places of the scores and of dP.
     static constexpr int kScoreRows = kPairs ? kBlock : 0;
+    // With so few keys the rounding of lse and of the output weighs more than a few small products.
+    static constexpr int kFewKeys = 64;
     // An lse beyond it has lost too much to rounding: the sums of the probabilities it gives are looked at first.
     static constexpr float kPreciseLse = sizeof(T) == 4 ? 32.0f : 1024.0f;
 
@@ -129,7 +131,9 @@ private:
         kept_ = kept_keys(call_, span, index_);
         rotation_ = Rotation(call_, span);
         pack(span, kept_, rotation_);
-        if (read_lse(span)) look_at_sums(queries_count_, kept_.count);
+        const bool few = kept_.count <= kFewKeys;
+        if (read_lse(span) || few) look_at_sums(queries_count_, kept_.count);
+        if (few) sum_up_delta(queries_count_, kept_.count);
     }
 
     void pack(const Span& span, const Kept& kept, const Rotation& rotation) {
@@ -202,6 +206,27 @@ private:
             });
             for (int i = 0; i < rows; ++i)
                 if (totals[i] > 0.0f && totals[i] < INFINITY) low_[r + i] = log2f(totals[i]);
+        }
+    }
+
+    // delta = sum of P dP over the keys, instead of the sum of dO O over the channels, in which O is rounded.
+    void sum_up_delta(int queries, int keys) {
+        float *s = kPairs ? scores_ : p_pairs_, *g = kPairs ? grad_p_ : ds_pairs_;
+        const F32 factor = broadcast(factor_);
+        const int vectors = up_to(keys, kLane) / kLane;
+        for (int r = 0; r < queries; r += kBlock) {
+            const int rows = queries - r < kBlock ? queries - r : kBlock;
+            score(s, queries_left_ + r * words_, keys_as_columns_, rows, 0, vectors);
+            score(g, grads_left_ + r * words_, values_as_columns_, rows, 0, vectors);
+            for (int i = 0; i < rows; ++i) {
+                const F32 lse = broadcast(lse_[r + i]), low = broadcast(low_[r + i]);
+                F32 total = zero();
+                for (int n = 0; n < keys; n += kLane) {
+                    const F32 x = probability(load(s + i * stride_ + n), factor, lse, low) * load(g + i * stride_ + n);
+                    total = total + (keys - n < kLane ? first_of(x, zero(), keys - n) : x);
+                }
+                delta_[r + i] = sum(total);
+            }
         }
     }
 
