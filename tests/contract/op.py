@@ -84,7 +84,7 @@ class Op(ABC):
 
     @property
     def backends(self) -> list[Backend]:
-        """Those to be held to the contract in this process: the Triton kernels in the interpreter's, else all others."""
+        """Those held to the contract in this process: the Triton kernels in the interpreter's, else all others."""
         plain = Request("cpu", (0, 0), torch.float32, head_dim=16, channels=16)
         return [b for b in self.BACKENDS if (b.NAME == "triton") == INTERPRETING and not b.not_supported_reasons(plain)]
 
