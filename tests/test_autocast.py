@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import PLAIN_BACKENDS, Spec, make_options, make_qkv, views
+from cases import PLAIN_BACKENDS, Spec, make_options, make_qkv, needs, views
 
 from vitreg_kernels.check import Yardstick
 from vitreg_kernels.functional import register_attention, register_attention_qkv
@@ -17,6 +17,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], 
 @every_dtype
 def test_an_additive_mask_is_cast_too(backend, dtype):
     spec = Spec(mask="additive")
+    needs(backend, spec)
     qkv, options = make_qkv(spec), make_options(spec)
     cast = options | {"attn_mask": options["attn_mask"].to(dtype)}
     by_hand, expected = register_attention(*views(qkv.to(dtype)), **cast, backend=backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import PLAIN_BACKENDS, Spec, make_mask, make_options, make_qkv, views
+from cases import PLAIN_BACKENDS, Spec, make_mask, make_options, make_qkv, needs, views
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitreg_kernels.functional import register_attention, register_attention_qkv
@@ -47,6 +47,7 @@ def assert_same(function, compiled, qkv, **options):
     ids=str,
 )
 def test_whole_graph_with_masks(backend, function, spec):
+    needs(backend, spec)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     assert_same(function, compiled, make_qkv(spec), **make_options(spec), backend=backend)
 

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitreg_kernels import UnsupportedError, explain
 from vitreg_kernels._runtime import dispatch, tuning
+from vitreg_kernels._runtime import native as _runtime_native
 from vitreg_kernels._runtime.dispatch import Request, Requirements
 from vitreg_kernels.functional import register_attention
 from vitreg_kernels.ops.attention import features
@@ -123,11 +124,21 @@ class TestAttention:
         [Spec(), Spec(dtype=torch.float64), Spec(mask="additive"), Spec(rope="pairs"), Spec(batch=1, lengths=(9, 12))],
         ids=str,
     )
-    def test_the_default_on_a_cpu_is_sdpa(self, spec, monkeypatch):
+    @pytest.mark.usefixtures("dynamo")
+    @pytest.mark.parametrize("built", [False, True], ids=["pure Python", "native"])
+    def test_the_default_on_a_cpu(self, spec, built, monkeypatch):
+        """The native kernels where there are any and they serve the call, torch's own elsewhere."""
+        if built and _runtime_native.faults():
+            pytest.skip(_runtime_native.faults()[0])
+        if not built:
+            monkeypatch.setattr(_runtime_native, "faults", lambda: ["there are none"])
+        dispatch._select_cached.cache_clear()
+        served = built and spec.dtype != torch.float64 and spec.mask is None
+        expected = "native" if served else "sdpa"
         options = make_options(spec)
         explanation = explain(*views(make_qkv(spec)), **options)
-        assert explanation.backend == "sdpa"
-        assert set(explanation.reasons) == set(NAMES) - {"sdpa"}
+        assert explanation.backend == expected
+        assert set(explanation.reasons) == set(NAMES) - {expected}
         assert all(explanation.reasons.values()), "a reason is missing"
         ran = []
         for backend in BACKENDS:
@@ -136,7 +147,8 @@ class TestAttention:
                 backend, "forward", lambda x, name=backend.NAME, forward=forward: ran.append(name) or forward(x)
             )
         register_attention(*views(make_qkv(spec)), **options)
-        assert ran == ["sdpa"]
+        assert ran == [expected]
+        dispatch._select_cached.cache_clear()
 
     @pytest.mark.parametrize("name", ["reference", "sdpa"])
     def test_the_named_one_runs(self, name, monkeypatch):

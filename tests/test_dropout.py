@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import PLAIN_BACKENDS, Spec, make_options, make_qkv, views
+from cases import Spec, make_options, make_qkv, serving, views
 
 from vitreg_kernels.functional import register_attention, register_attention_qkv
+from vitreg_kernels.ops.attention import features
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 P = 0.25
 
-every_backend = pytest.mark.parametrize("backend", PLAIN_BACKENDS)
+every_backend = pytest.mark.parametrize("backend", serving(features.DROPOUT))
 
 
 @every_backend

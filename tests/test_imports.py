@@ -17,8 +17,8 @@ OPTIONAL = {"triton", "xformers", "timm", "transformers", "matplotlib", "torchvi
 
 BACKENDS = {
     "assemble": ("composite", "reference", "triton"),
-    "attention": ("reference", "sdpa", "triton", "xformers"),
-    "residual_norm": ("composite", "reference", "triton"),
+    "attention": ("native", "reference", "sdpa", "triton", "xformers"),
+    "residual_norm": ("composite", "native", "reference", "triton"),
     "token_norms": ("composite", "reference", "triton"),
 }
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import MASKS, PLAIN_BACKENDS, Spec, make_mask, make_qkv, views
+from cases import MASKS, PLAIN_BACKENDS, Spec, make_mask, make_qkv, needs, serving, views, widest
 
 from vitreg_kernels.functional import register_attention
+from vitreg_kernels.ops.attention import features
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 every_backend = pytest.mark.parametrize("backend", PLAIN_BACKENDS)
+# Those that serve any mask.
+masking_backends = pytest.mark.parametrize("backend", serving(features.BOOL_MASK, features.ADDITIVE_MASK))
 
 
 def double(**changes):
@@ -25,7 +28,7 @@ def gradients(qkv, mask, backend, upstream):
 
 @every_backend
 def test_masked_keys_are_as_good_as_absent(backend):
-    qkv = make_qkv(double(batch=1))
+    qkv = make_qkv(Spec(batch=1, dtype=widest(backend)))
     keep = torch.rand(21) > 0.4
     padded, padded_statistics = register_attention(
         *views(qkv), attn_mask=keep[None, None, None], outputs=("lse", "received_attention"), backend=backend
@@ -37,7 +40,7 @@ def test_masked_keys_are_as_good_as_absent(backend):
     assert (padded_statistics.received_attention[..., ~keep] == 0).all()
 
 
-@every_backend
+@masking_backends
 @pytest.mark.parametrize(
     "shape",
     [(21, 21), (1, 21), (21, 1), (2, 21, 21), (3, 1, 1, 21), (1, 2, 21, 1), (3, 2, 21, 21), (1, 1), (3, 1, 1, 1)],
@@ -53,7 +56,7 @@ def test_any_shape_that_broadcasts(backend, shape, kind):
     torch.testing.assert_close(actual, expected)
 
 
-@every_backend
+@masking_backends
 def test_bool_is_additive_of_infinity(backend):
     spec = double(batch=3, mask="bool")
     qkv, keep = make_qkv(spec), make_mask(spec)
@@ -71,6 +74,7 @@ def test_bool_is_additive_of_infinity(backend):
 def test_queries_without_a_key(backend, dtype, kind):
     """Zeros, and zero gradients; nothing is ever NaN."""
     spec = Spec(batch=3, dtype=dtype, mask=kind)
+    needs(backend, spec)
     qkv, mask = make_qkv(spec), make_mask(spec)
     if kind.startswith("additive"):
         mask[..., 0, :] = -torch.inf
@@ -88,7 +92,7 @@ def test_queries_without_a_key(backend, dtype, kind):
     assert gradient.isfinite().all()
 
 
-@every_backend
+@pytest.mark.parametrize("backend", serving(features.MASK_GRADIENT))
 @pytest.mark.parametrize("shape", [(21, 21), (3, 1, 1, 21), (1, 2, 21, 1), (3, 2, 21, 21)])
 def test_gradient_of_an_additive_mask(backend, shape):
     """Summed to the mask's own shape; zero for a query without a key."""

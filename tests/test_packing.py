@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import PLAIN_BACKENDS, Spec, make_cu_seqlens, make_qkv, make_rope, views
+from cases import PLAIN_BACKENDS, Spec, make_cu_seqlens, make_qkv, make_rope, views, widest
 
 from vitreg_kernels import Rope
 from vitreg_kernels.functional import register_attention, register_attention_qkv
@@ -49,7 +49,7 @@ def one_by_one(qkv, lengths, rope, backend):
 @every_pack
 @pytest.mark.parametrize("rope", [None, "halves", "pairs"])
 def test_equals_the_images_alone(backend, lengths, rope):
-    spec = Spec(batch=1, tokens=sum(lengths), lengths=lengths, prefix=PREFIX, rope=rope, dtype=torch.float64)
+    spec = Spec(batch=1, tokens=sum(lengths), lengths=lengths, prefix=PREFIX, rope=rope, dtype=widest(backend))
     qkv = make_qkv(spec).requires_grad_()
     rope = make_rope(spec) if rope else None
     output, statistics = register_attention(

@@ -23,6 +23,7 @@ from residual_norm_cases import (
     run,
 )
 
+from vitreg_kernels._runtime import native
 from vitreg_kernels._runtime.triton_mode import INTERPRETING
 from vitreg_kernels.functional import residual_layer_norm
 
@@ -39,7 +40,8 @@ def needs(backend, dtype):
 
 
 def test_there_is_something_to_test():
-    assert [b.NAME for b in USABLE] == [*(["triton"] if INTERPRETING else []), "composite", "reference"]
+    native_ones = [] if native.faults() else ["native"]
+    assert [b.NAME for b in USABLE] == [*(["triton"] if INTERPRETING else []), *native_ones, "composite", "reference"]
 
 
 class TestParity:

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__
+from ._runtime import native
 from ._runtime.dispatch import ANY_SIZE
 from .check import Result, check, usable_backends
 from .ops.assemble import backends as assemble_backends
@@ -54,7 +55,7 @@ def info() -> str:
         ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "xformers")),
         f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         f"GPU: {_gpu()}",
-        "native kernels: none in this version",
+        f"native kernels: {native.described()}",
         "",
         "\n\n".join(map(support_table, _OPS)),
     ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import results
-from benchmarks.gpu import warm
+from benchmarks.gpu import BACKENDS, warm
 from benchmarks.gpu.poison import guarded, poisoned
 from benchmarks.gpu.stage import Setup
 from benchmarks.machine import Machine, lost
@@ -20,7 +20,6 @@ from benchmarks.shapes import LENGTHS
 from vitreg_kernels import Rope, check, functional
 from vitreg_kernels.accuracy import Accuracy
 from vitreg_kernels.check import GRADIENTS, Case, Yardstick
-from vitreg_kernels.ops.attention.backends import BACKENDS
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 NAME = "accuracy"

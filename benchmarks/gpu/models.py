@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import results, timing
+from benchmarks.gpu import BACKENDS
 from benchmarks.gpu.stage import Setup
 from benchmarks.machine import Machine, lost
 from benchmarks.peers import Stopped, guarded
@@ -22,7 +23,6 @@ from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import DTYPES, DType
 from benchmarks.timm_vits import Model, build, first_and_last, formula, register_attention, with_attention
 from vitreg_kernels.accuracy import compare
-from vitreg_kernels.ops.attention.backends import BACKENDS
 
 NAME = "models"
 SECONDS = 110.0

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from benchmarks import results, timing
 from benchmarks.contest import inputs_of
-from benchmarks.gpu import warm
+from benchmarks.gpu import BACKENDS, warm
 from benchmarks.gpu.stage import Setup
 from benchmarks.machine import Machine, lost
 from benchmarks.peers import Stopped, guarded
 from benchmarks.results import Row, Writer
 from benchmarks.shapes import Case, DType
 from vitreg_kernels import functional
-from vitreg_kernels.ops.attention.backends import BACKENDS
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 NAME = "outputs"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from vitreg_kernels import accuracy
-from vitreg_kernels._runtime.dispatch import Backend, Requirements
+from vitreg_kernels._runtime.dispatch import Backend, Request, Requirements
 from vitreg_kernels._runtime.triton_mode import INTERPRETING
 
 Call = dict[str, Any]  # arguments by name, all but the backend; tensors may lie in named tuples
@@ -84,8 +84,9 @@ class Op(ABC):
 
     @property
     def backends(self) -> list[Backend]:
-        """Those to be held to the contract in this process: our own kernels in the interpreter's, else all others."""
-        return [b for b in self.BACKENDS if "cpu" in b.REQUIREMENTS.devices and b.OPAQUE == INTERPRETING]
+        """Those held to the contract in this process: the Triton kernels in the interpreter's, else all others."""
+        plain = Request("cpu", (0, 0), torch.float32, head_dim=16, channels=16)
+        return [b for b in self.BACKENDS if (b.NAME == "triton") == INTERPRETING and not b.not_supported_reasons(plain)]
 
 
 def mapped(call: Mapping[str, Any], change: Arrange) -> Call:

@@ -38,6 +38,14 @@ OTHERS = [p for p in BACKENDS if p.values[1].NAME != "reference"]
 every_other = pytest.mark.parametrize(("op", "backend"), OTHERS)
 
 
+def in_double(backends: list) -> pytest.MarkDecorator:
+    served = [p for p in backends if torch.float64 in p.values[1].REQUIREMENTS.dtypes]
+    return pytest.mark.parametrize(("op", "backend"), served)
+
+
+every_in_double, others_in_double = in_double(BACKENDS), in_double(OTHERS)
+
+
 def kinds(first: int = 0, end: int | None = None) -> pytest.MarkDecorator:
     calls = [(*p.values, spec, f"{p.id}-{spec}") for p in BACKENDS for spec in p.values[0].KINDS[first:end]]
     return pytest.mark.parametrize(("op", "backend", "spec"), [pytest.param(*call, id=name) for *call, name in calls])
@@ -91,8 +99,7 @@ class TestParity:
 
         holds()
 
-    @pytest.mark.skipif(INTERPRETING, reason="the kernels have no fp64")
-    @every_other
+    @others_in_double
     def test_any_call_in_double(self, op, backend):
         """fp64 has no eager error to be measured by; there a backend agrees with the reference outright."""
 
@@ -299,8 +306,7 @@ class TestAutocast:
             assert results[f"grad_{name}"].dtype == call[name].dtype, name
             assert results[f"grad_{name}"].any(), name
 
-    @pytest.mark.skipif(INTERPRETING, reason="the kernels have no fp64")
-    @every_backend
+    @every_in_double
     def test_double_is_left_alone(self, op, backend):
         call = op.make_call(op.KINDS[0]._replace(dtype=torch.float64))
         expected = op.outputs(backend.NAME, call)

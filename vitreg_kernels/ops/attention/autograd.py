@@ -87,7 +87,10 @@ def _forward_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 class _Attention(torch.autograd.Function):
-    forward = staticmethod(torch.ops.vitreg.attention_forward)
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        # Not the op itself: torch looks up the signature of a forward at each call, and an op has none to find.
+        return torch.ops.vitreg.attention_forward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

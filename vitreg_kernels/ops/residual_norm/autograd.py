@@ -37,7 +37,10 @@ def normalize(inputs: NormInputs, backend: str) -> ResidualNorm:
 
 
 class _ResidualNorm(torch.autograd.Function):
-    forward = staticmethod(torch.ops.vitreg.residual_norm_forward)
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        # Not the op itself: torch looks up the signature of a forward at each call, and an op has none to find.
+        return torch.ops.vitreg.residual_norm_forward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -8,6 +8,6 @@ forward of any other is torch code that autograd differentiates. Autocast may be
 
 from __future__ import annotations
 
-from . import reference, sdpa, triton, xformers
+from . import native, reference, sdpa, triton, xformers
 
-BACKENDS = (triton, sdpa, xformers, reference)
+BACKENDS = (triton, native, sdpa, xformers, reference)

@@ -8,6 +8,6 @@ and ``forward(inputs)``. That of an opaque one gives ``NormOutputs``, runs behin
 
 from __future__ import annotations
 
-from . import composite, reference, triton
+from . import composite, native, reference, triton
 
-BACKENDS = (triton, composite, reference)
+BACKENDS = (triton, native, composite, reference)

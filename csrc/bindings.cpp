@@ -1,0 +1,320 @@
+// The ops that Python calls: tensors made plain pointers, the work dealt out to torch's threads. The only file that knows
+// torch, and of it only the stable ABI: one build serves every torch from 2.10 on.
+//
+// The Python backends check and allocate; what is checked here is what a kernel would crash on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/cpuid.h"
+#include "cpu/kernels.h"
+#include "cpu/peak.h"
+
+namespace {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+vitreg::Dtype dtype_of(torch::headeronly::ScalarType type) {
+    switch (type) {
+        case torch::headeronly::ScalarType::Float: return vitreg::Dtype::f32;
+        case torch::headeronly::ScalarType::BFloat16: return vitreg::Dtype::bf16;
+        case torch::headeronly::ScalarType::Half: return vitreg::Dtype::f16;
+        default: STD_TORCH_CHECK(false, "native kernels take fp32, bf16 and fp16 only");
+    }
+}
+
+vitreg::Dtype dtype_of(const Tensor& x) { return dtype_of(x.scalar_type()); }
+
+// A contiguous fp32 tensor's numbers; null for none.
+float* floats(const MaybeTensor& x, int64_t numel) {
+    if (!x) return nullptr;
+    STD_TORCH_CHECK(x->scalar_type() == torch::headeronly::ScalarType::Float && x->is_contiguous() &&
+                        x->numel() == numel,
+                    "expected a contiguous fp32 tensor of ", numel, " numbers");
+    return static_cast<float*>(x->data_ptr());
+}
+
+// How many pieces of work are worth a thread, if each goes over so many numbers.
+int64_t grain(int64_t numbers) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, numbers)); }
+
+std::string cpu_isa() { return vitreg::name(vitreg::chosen()); }
+
+// GFLOP/s of all threads at once.
+double peak_gflops(torch::headeronly::ScalarType type, double seconds) {
+    const vitreg::Dtype dtype = dtype_of(type);
+    std::vector<double> speeds(torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, speeds.size(), 1, [&](int64_t first, int64_t last) {
+        for (int64_t thread = first; thread < last; ++thread) speeds[thread] = vitreg::peak_gflops(dtype, seconds);
+    });
+    return std::accumulate(speeds.begin(), speeds.end(), 0.0);
+}
+
+// ---- residual_layer_norm
+
+struct Sizes {
+    int64_t batch, tokens, channels;
+    bool operator==(const Sizes& other) const {
+        return batch == other.batch && tokens == other.tokens && channels == other.channels;
+    }
+};
+
+Sizes sizes_of(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 3, "expected [batch, tokens, channels]");
+    return {x.size(0), x.size(1), x.size(2)};
+}
+
+vitreg::NormRows rows(const MaybeTensor& x, const Sizes& sizes) {
+    if (!x) return {};
+    STD_TORCH_CHECK(sizes_of(*x) == sizes && (x->stride(2) == 1 || sizes.channels == 1),
+                    "expected tokens of one shape, their channels side by side");
+    return {x->data_ptr(), dtype_of(*x), x->stride(0), x->stride(1)};
+}
+
+vitreg::NormRowsOut rows_out(const MaybeTensor& x, const Sizes& sizes) {
+    if (!x) return {};
+    STD_TORCH_CHECK(sizes_of(*x) == sizes && x->is_contiguous(), "expected contiguous tokens of one shape");
+    return {x->data_ptr(), dtype_of(*x), false};
+}
+
+// Lets a call write past the caches what they have no room for: that measured faster in fp32, no faster in 16 bits, and
+// slower where a cache holds the results for the next op.
+void stream_if_large(vitreg::NormRowsOut& a, vitreg::NormRowsOut& b, const Sizes& sizes) {
+    constexpr int64_t kCaches = 32 << 20;
+    const int64_t row = sizes.channels * 4, rows = sizes.batch * sizes.tokens;
+    int64_t written = 0;
+    for (vitreg::NormRowsOut* out : {&a, &b}) {
+        out->streamed = out->data != nullptr && out->dtype == vitreg::Dtype::f32 && row % 64 == 0 &&
+                        reinterpret_cast<uintptr_t>(out->data) % 64 == 0;
+        if (out->streamed) written += row * rows;
+    }
+    if (written < kCaches) a.streamed = b.streamed = false;
+}
+
+void residual_norm_forward(Tensor x, MaybeTensor branch, MaybeTensor layer_scale, MaybeTensor drop_path, Tensor weight,
+                           MaybeTensor bias, double eps, MaybeTensor residual, Tensor normalized, Tensor token_norms,
+                           MaybeTensor mean, Tensor rstd) {
+    const Sizes sizes = sizes_of(x);
+    const int64_t count = sizes.batch * sizes.tokens;
+    STD_TORCH_CHECK(branch.has_value() == residual.has_value() && (!branch || dtype_of(*residual) == dtype_of(x)),
+                    "expected a residual in x's dtype beside a branch");
+    vitreg::NormForward call{};
+    call.batch = sizes.batch;
+    call.tokens = sizes.tokens;
+    call.channels = sizes.channels;
+    call.x = rows(x, sizes);
+    call.branch = rows(branch, sizes);
+    call.layer_scale = floats(layer_scale, sizes.channels);
+    call.drop_path = floats(drop_path, sizes.batch);
+    call.weight = floats(weight, sizes.channels);
+    call.bias = floats(bias, sizes.channels);
+    call.eps = static_cast<float>(eps);
+    call.residual = rows_out(residual, sizes);
+    call.normalized = rows_out(normalized, sizes);
+    stream_if_large(call.residual, call.normalized, sizes);
+    call.token_norms = floats(token_norms, count);
+    call.mean = floats(mean, count);
+    call.rstd = floats(rstd, count);
+
+    const auto run = vitreg::kernels().residual_norm->forward;
+    torch::stable::parallel_for(0, count, grain(sizes.channels), [&](int64_t first, int64_t last) {
+        std::vector<float> scratch(sizes.channels);
+        run(call, first, last, scratch.data());
+    });
+}
+
+void residual_norm_backward(MaybeTensor grad_residual, MaybeTensor grad_normalized, Tensor residual, MaybeTensor mean,
+                            Tensor rstd, MaybeTensor branch, MaybeTensor layer_scale, MaybeTensor drop_path,
+                            Tensor weight, MaybeTensor grad_x, MaybeTensor grad_branch, MaybeTensor grad_layer_scale,
+                            MaybeTensor grad_weight, MaybeTensor grad_bias) {
+    const Sizes sizes = sizes_of(residual);
+    const int64_t count = sizes.batch * sizes.tokens;
+    STD_TORCH_CHECK((!grad_residual || dtype_of(*grad_residual) == dtype_of(residual)) &&
+                        (!grad_x || dtype_of(*grad_x) == dtype_of(residual)) &&
+                        (!branch || !grad_branch || dtype_of(*branch) == dtype_of(*grad_branch)) &&
+                        (!grad_layer_scale || branch),
+                    "expected gradients in the dtypes of what they are gradients of");
+    vitreg::NormBackward call{};
+    call.batch = sizes.batch;
+    call.tokens = sizes.tokens;
+    call.channels = sizes.channels;
+    call.grad_residual = rows(grad_residual, sizes);
+    call.grad_normalized = rows(grad_normalized, sizes);
+    call.residual = rows(residual, sizes);
+    call.mean = floats(mean, count);
+    call.rstd = floats(rstd, count);
+    call.branch = rows(branch, sizes);
+    call.layer_scale = floats(layer_scale, sizes.channels);
+    call.drop_path = floats(drop_path, sizes.batch);
+    call.weight = floats(weight, sizes.channels);
+    call.grad_x = rows_out(grad_x, sizes);
+    call.grad_branch = rows_out(grad_branch, sizes);
+    stream_if_large(call.grad_x, call.grad_branch, sizes);
+
+    const vitreg::NormKernels& run = *vitreg::kernels().residual_norm;
+    const int64_t blocks = call.blocks();
+    const MaybeTensor* parameters[] = {&grad_layer_scale, &grad_weight, &grad_bias};
+    float** places[] = {&call.layer_scale_sums, &call.weight_sums, &call.bias_sums};
+    std::unique_ptr<float[]> sums[3];
+    for (int i = 0; i < 3; ++i) {
+        if (!*parameters[i]) continue;
+        sums[i].reset(new float[blocks * sizes.channels]);
+        *places[i] = sums[i].get();
+    }
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+        for (int64_t block = first; block < last; ++block) run.backward(call, block);
+    });
+    for (int i = 0; i < 3; ++i) {
+        if (!*parameters[i]) continue;
+        const Tensor& gradient = **parameters[i];
+        STD_TORCH_CHECK(gradient.numel() == sizes.channels && gradient.is_contiguous(), "expected one number a channel");
+        const vitreg::NormSums sum{sums[i].get(), size_t(blocks), size_t(sizes.channels), gradient.data_ptr(),
+                                   dtype_of(gradient)};
+        torch::stable::parallel_for(0, sizes.channels, grain(blocks),
+                                    [&](int64_t first, int64_t last) { run.sum(sum, first, last); });
+    }
+}
+
+// ---- attention
+
+vitreg::Heads heads(const Tensor& x, const Tensor& query) {
+    bool alike = x.dim() == 4 && x.scalar_type() == query.scalar_type();
+    for (int i = 0; alike && i < 4; ++i) alike = x.size(i) == query.size(i);
+    STD_TORCH_CHECK(alike, "expected [batch, heads, tokens, head dim] tensors of one shape and dtype");
+    return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+void check_packing(const Tensor& cu_seqlens, int64_t tokens, int64_t prefix) {
+    using torch::headeronly::ScalarType;
+    const int64_t images = cu_seqlens.numel() - 1;
+    bool right = cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() && images > 0;
+    const int32_t* at = right ? static_cast<const int32_t*>(cu_seqlens.data_ptr()) : nullptr;
+    right = right && at[0] == 0 && at[images] == tokens;
+    for (int64_t i = 0; right && i < images; ++i) right = at[i + 1] - at[i] >= std::max<int64_t>(1, prefix);
+    STD_TORCH_CHECK(right, "cu_seqlens must be int32 and rise from 0 to the number of tokens, by the prefix or more");
+}
+
+void fill_call(vitreg::Attention& call, const Tensor& query, const Tensor& key, const Tensor& value,
+               const MaybeTensor& key_mask, const MaybeTensor& cos, const MaybeTensor& sin, bool interleaved,
+               const MaybeTensor& cu_seqlens, int64_t num_prefix_tokens, double scale) {
+    STD_TORCH_CHECK(query.dim() == 4, "expected [batch, heads, tokens, head dim] tensors");
+    call.batch = query.size(0);
+    call.heads = query.size(1);
+    call.tokens = query.size(2);
+    call.head_dim = query.size(3);
+    call.num_prefix_tokens = num_prefix_tokens;
+    call.scale = static_cast<float>(scale);
+    call.query = heads(query, query);
+    call.key = heads(key, query);
+    call.value = heads(value, query);
+    if (key_mask) {
+        STD_TORCH_CHECK(key_mask->dim() == 2 && key_mask->size(0) == call.batch && key_mask->size(1) == call.tokens &&
+                            key_mask->scalar_type() == torch::headeronly::ScalarType::Bool,
+                        "expected a bool mask [batch, tokens]");
+        call.key_mask = static_cast<const bool*>(key_mask->data_ptr());
+        call.key_mask_batch = key_mask->stride(0);
+        call.key_mask_token = key_mask->stride(1);
+    }
+    if (cu_seqlens) {
+        check_packing(*cu_seqlens, call.tokens, num_prefix_tokens);
+        call.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->data_ptr());
+        call.images = cu_seqlens->numel() - 1;
+        STD_TORCH_CHECK(call.batch == 1, "expected packed images in one batch row");
+    }
+    if (cos) {
+        const int64_t patches = call.tokens - num_prefix_tokens * (cu_seqlens ? call.images : 1);
+        for (const MaybeTensor* x : {&cos, &sin}) {
+            STD_TORCH_CHECK(*x && (*x)->dim() == 3 && (*x)->size(0) == call.batch && (*x)->size(1) == patches &&
+                                (*x)->size(2) == call.head_dim && (*x)->stride(2) == 1 &&
+                                (*x)->stride(0) == cos->stride(0) && (*x)->stride(1) == cos->stride(1) &&
+                                (*x)->scalar_type() == torch::headeronly::ScalarType::Float,
+                            "expected fp32 cos and sin [batch, patches, head dim] with the same strides");
+        }
+        call.cos = static_cast<const float*>(cos->data_ptr());
+        call.sin = static_cast<const float*>(sin->data_ptr());
+        call.rope_batch = cos->stride(0);
+        call.rope_token = cos->stride(1);
+        call.rope_interleaved = interleaved;
+    }
+}
+
+void attention_forward(Tensor query, Tensor key, Tensor value, MaybeTensor key_mask, MaybeTensor cos, MaybeTensor sin,
+                       bool interleaved, MaybeTensor cu_seqlens, int64_t num_prefix_tokens, double scale, Tensor output,
+                       MaybeTensor lse, MaybeTensor prefix_attention, MaybeTensor received_attention,
+                       MaybeTensor max_logit) {
+    vitreg::AttentionForward call;
+    fill_call(call, query, key, value, key_mask, cos, sin, interleaved, cu_seqlens, num_prefix_tokens, scale);
+    const int64_t rows = call.batch * call.heads * call.tokens;
+    call.output = heads(output, query);
+    call.lse = floats(lse, rows);
+    call.prefix_attention = floats(prefix_attention, rows * num_prefix_tokens);
+    call.received_attention = floats(received_attention, rows);
+    call.max_logit = floats(max_logit, (cu_seqlens ? call.images : call.batch) * call.heads);
+    const vitreg::AttentionKernels run = vitreg::kernels().attention(dtype_of(query));
+    torch::stable::parallel_for(0, run.forward_items(call), 1,
+                                [&](int64_t first, int64_t last) { run.forward(call, first, last); });
+}
+
+void attention_backward(Tensor query, Tensor key, Tensor value, MaybeTensor key_mask, MaybeTensor cos, MaybeTensor sin,
+                        bool interleaved, MaybeTensor cu_seqlens, int64_t num_prefix_tokens, double scale,
+                        Tensor output, Tensor lse, Tensor grad_output, Tensor grad_query, Tensor grad_key,
+                        Tensor grad_value) {
+    vitreg::AttentionBackward call;
+    fill_call(call, query, key, value, key_mask, cos, sin, interleaved, cu_seqlens, num_prefix_tokens, scale);
+    call.output = heads(output, query);
+    call.lse = floats(lse, call.batch * call.heads * call.tokens);
+    call.grad_output = heads(grad_output, query);
+    call.grad_query = heads(grad_query, query);
+    call.grad_key = heads(grad_key, query);
+    call.grad_value = heads(grad_value, query);
+    call.threads = torch::stable::get_num_threads();
+    const vitreg::AttentionKernels run = vitreg::kernels().attention(dtype_of(query));
+    torch::stable::parallel_for(0, run.backward_items(call), 1,
+                                [&](int64_t first, int64_t last) { run.backward(call, first, last); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vitreg_native, library) {
+    library.def("cpu_isa() -> str");
+    library.def("peak_gflops(ScalarType dtype, float seconds) -> float");
+    library.def(
+        "residual_norm_forward(Tensor x, Tensor? branch, Tensor? layer_scale, Tensor? drop_path, Tensor weight, "
+        "Tensor? bias, float eps, Tensor(a!)? residual, Tensor(b!) normalized, Tensor(c!) token_norms, "
+        "Tensor(d!)? mean, Tensor(e!) rstd) -> ()");
+    library.def(
+        "residual_norm_backward(Tensor? grad_residual, Tensor? grad_normalized, Tensor residual, Tensor? mean, "
+        "Tensor rstd, Tensor? branch, Tensor? layer_scale, Tensor? drop_path, Tensor weight, Tensor(a!)? grad_x, "
+        "Tensor(b!)? grad_branch, Tensor(c!)? grad_layer_scale, Tensor(d!)? grad_weight, Tensor(e!)? grad_bias) -> ()");
+    const std::string call =
+        "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? cos, Tensor? sin, bool interleaved, "
+        "Tensor? cu_seqlens, int num_prefix_tokens, float scale, ";
+    library.def(("attention_forward" + call +
+                 "Tensor(a!) output, Tensor(b!)? lse, Tensor(c!)? prefix_attention, Tensor(d!)? received_attention, "
+                 "Tensor(e!)? max_logit) -> ()")
+                    .c_str());
+    library.def(("attention_backward" + call +
+                 "Tensor output, Tensor lse, Tensor grad_output, Tensor(a!) grad_query, Tensor(b!) grad_key, "
+                 "Tensor(c!) grad_value) -> ()")
+                    .c_str());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CompositeExplicitAutograd, library) {
+    library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+    library.impl("peak_gflops", TORCH_BOX(&peak_gflops));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CPU, library) {
+    library.impl("residual_norm_forward", TORCH_BOX(&residual_norm_forward));
+    library.impl("residual_norm_backward", TORCH_BOX(&residual_norm_backward));
+    library.impl("attention_forward", TORCH_BOX(&attention_forward));
+    library.impl("attention_backward", TORCH_BOX(&attention_backward));
+}

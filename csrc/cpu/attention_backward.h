@@ -1,0 +1,332 @@
+// Attention, backward. With S = scale Q K^T, P = exp(S - lse) and dP = dO V^T: dS = P * (dP - delta),
+// delta = rowsum(dO * O), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO.
+//
+// For each chunk of keys, each group of query rows: P and dS of a group stay in the cache until dK and dV have taken
+// them, so that the sums over queries are long. Every gradient is summed in one fixed order, however items are cut.
+//
+// Source: Dao, "FlashAttention-2" (arXiv 2307.08691), algorithm 2.
+#pragma once
+
+#include <math.h>
+
+#include "attention_tokens.h"
+#include "exp2.h"
+#include "scratch.h"
+
+namespace vitreg::VITREG_ISA {
+
+template <class Op, class T>
+class Backward {
+public:
+    Backward(const AttentionBackward& call, Scratch& scratch)
+        : call_(call),
+          head_dim_(static_cast<int>(call.head_dim)),
+          words_(words<Op>(head_dim_)),
+          vectors_(up_to(head_dim_, kLane) / kLane),
+          row_(vectors_ * kLane),
+          factor_(fabsf(call.scale) * kLog2E) {
+        const int longest = up_to(static_cast<int>(longest_of(call)), kBlock * kLane);
+        const int chunk = up_to(longest < longest_chunk(kChunk) ? longest : longest_chunk(kChunk), kBlock);
+        stride_ = chunk + kLane;
+        Places places(scratch);
+        do {
+            places.put(keys_as_columns_, longest * words_);
+            places.put(values_as_columns_, longest * words_);
+            places.put(keys_, words<Op>(longest) * row_);
+            places.put(queries_left_, longest * words_);
+            places.put(queries_, words<Op>(longest) * row_);
+            places.put(grads_left_, longest * words_);
+            places.put(grads_, words<Op>(longest) * row_);
+            places.put(grad_query_, longest * row_);
+            places.put(grad_key_, chunk * row_);
+            places.put(grad_value_, chunk * row_);
+            places.put(scores_, kScoreRows * stride_);
+            places.put(grad_p_, kScoreRows * stride_);
+            // As far as a tile of keys may look beyond a row's end.
+            places.put(p_pairs_, words<Op>(kGroup) * stride_ + kBlock);
+            places.put(ds_pairs_, words<Op>(kGroup) * stride_ + kBlock);
+            places.put(ds_rows_, kBlock * stride_);
+            places.put(lse_, longest);
+            places.put(low_, longest);
+            places.put(delta_, longest);
+            places.put(stage_, kLane * words_);
+            places.put(index_, longest);
+            places.put(copy_, longest * head_dim_);
+        } while (places.again());
+    }
+
+    // A head is one item where there are enough of them for the threads. Where there are not, keys and queries are
+    // dealt out apart: two of the five products are then computed for both, with the same result.
+    static bool whole(const AttentionBackward& call) {
+        const int64_t heads = images_of(call) * call.heads, rounds = (heads + call.threads - 1) / call.threads;
+        return 8 * heads >= 5 * rounds * call.threads;
+    }
+
+    static int64_t parts(const AttentionBackward& call, int64_t tokens) {
+        return whole(call) ? 1 : parts_of_keys(tokens) + (tokens + kQueriesOfItem - 1) / kQueriesOfItem;
+    }
+
+    void item(const Span& span, int64_t part) {
+        if (span.image != image_ || span.head != head_) prepare(span);
+        image_ = span.image;
+        head_ = span.head;
+        const int queries = static_cast<int>(span.tokens), keys = kept_.count;
+        const int64_t first_of_queries = parts_of_keys(span.tokens);
+        if (whole(call_)) {
+            clear_queries(queries);
+            for_chunks(keys, kChunk, [&](int begin, int count) {
+                fold(0, queries, begin, count, true, true);
+                write_keys(span, begin, count);
+            });
+            write_queries(span, 0, queries);
+        } else if (part < first_of_queries) {
+            int64_t chunk = 0;
+            for_chunks(keys, kKeysOfItem, [&](int begin, int count) {
+                if (chunk++ != part) return;
+                fold(0, queries, begin, count, false, true);
+                write_keys(span, begin, count);
+            });
+        } else {
+            const int first = static_cast<int>(part - first_of_queries) * kQueriesOfItem;
+            const int count = queries - first < kQueriesOfItem ? queries - first : kQueriesOfItem;
+            clear_queries(count);
+            for_chunks(keys, kChunk, [&](int begin, int n) { fold(first, count, begin, n, true, false); });
+            write_queries(span, first, count);
+        }
+        if (part == 0 && kept_.index) write_nothing(span);
+    }
+
+private:
+    static constexpr bool kPairs = Op::kPerWord > 1;
+    static constexpr int kKeysOfItem = kChunk / 2, kQueriesOfItem = 4 * kBlock;
+    // Query rows over which dK and dV are summed in registers.
+    static constexpr int kGroup = kPairs ? 4 * kBlock : 2 * kBlock;
+    // Where words are single numbers, P and dS take the places of the scores and of dP.
+    static constexpr int kScoreRows = kPairs ? kBlock : 0;
+    // With so few keys the rounding of lse and of the output weighs more than a few small products.
+    static constexpr int kFewKeys = 64;
+    // An lse beyond it has lost too much to rounding: the sums of the probabilities it gives are looked at first.
+    static constexpr float kPreciseLse = sizeof(T) == 4 ? 32.0f : 1024.0f;
+
+    const AttentionBackward& call_;
+    const int head_dim_, words_, vectors_, row_;
+    const float factor_;
+    int stride_ = 0;
+    float *keys_as_columns_, *values_as_columns_, *keys_, *queries_left_, *queries_, *grads_left_, *grads_;
+    float *grad_query_, *grad_key_, *grad_value_, *scores_, *grad_p_, *p_pairs_, *ds_pairs_, *ds_rows_;
+    float *lse_, *low_, *delta_;  // base 2; log2 of the sum of the probabilities by this lse; rowsum(dO * O)
+    float* stage_;
+    int32_t* index_;
+    T* copy_;
+
+    int64_t image_ = -1, head_ = -1;  // what is packed
+    int queries_count_ = 0;
+    Kept kept_;
+    Rotation rotation_;
+
+    static int64_t parts_of_keys(int64_t tokens) { return count_chunks(static_cast<int>(tokens), kKeysOfItem); }
+
+    void prepare(const Span& span) {
+        queries_count_ = static_cast<int>(span.tokens);
+        kept_ = kept_keys(call_, span, index_);
+        rotation_ = Rotation(call_, span);
+        pack(span, kept_, rotation_);
+        const bool few = kept_.count <= kFewKeys;
+        if (read_lse(span) || few) look_at_sums(queries_count_, kept_.count);
+        if (few) sum_up_delta(queries_count_, kept_.count);
+    }
+
+    void pack(const Span& span, const Kept& kept, const Rotation& rotation) {
+        const int queries = static_cast<int>(span.tokens), padded = up_to(queries, kBlock);
+        Rows<T> rows = rows_of<T>(call_.key, span, kept, 0, kept.count, head_dim_, &rotation, copy_);
+        pack_right_transposed<Op>(keys_as_columns_, rows, head_dim_, stage_);
+        pack_right<Op>(keys_, rows, head_dim_);
+        rows = rows_of<T>(call_.value, span, kept, 0, kept.count, head_dim_, nullptr, copy_);
+        pack_right_transposed<Op>(values_as_columns_, rows, head_dim_, stage_);
+        rows = rows_of<T>(call_.query, span, Kept{}, 0, queries, head_dim_, &rotation, copy_);
+        pack_right<Op>(queries_, rows, head_dim_);
+        pack_left<Op>(queries_left_, rows, head_dim_);
+        if (call_.scale < 0) negate<Op>(queries_left_, queries * words_);
+        rows = rows_of<T>(call_.grad_output, span, Kept{}, 0, queries, head_dim_, nullptr, copy_);
+        pack_right<Op>(grads_, rows, head_dim_);
+        pack_left<Op>(grads_left_, rows, head_dim_);
+        float* const lefts[] = {queries_left_, grads_left_};
+        for (float* left : lefts)
+            __builtin_memset(left + queries * words_, 0, (padded - queries) * words_ * sizeof(float));
+        for (int i = 0; i < queries; ++i) {
+            const T* output = token_of<const T>(call_.output, span, i);
+            F32 total = zero();
+            for (int d = 0; d < head_dim_; d += kLane) {
+                const int left = head_dim_ - d;
+                total = fma(some_of(rows[i], d, left), some_of(output, call_.output.channel, d, left), total);
+            }
+            delta_[i] = sum(total);
+        }
+        for (int i = queries; i < padded; ++i) delta_[i] = 0.0f;
+    }
+
+    bool read_lse(const Span& span) {
+        const float* lse = call_.lse + (span.batch * call_.heads + span.head) * call_.tokens + span.first;
+        const int queries = static_cast<int>(span.tokens), padded = up_to(queries, kBlock);
+        bool careful = false;
+        for (int i = 0; i < queries; ++i) {
+            lse_[i] = lse[i] * kLog2E;
+            careful |= fabsf(lse[i]) > kPreciseLse;
+        }
+        for (int i = queries; i < padded; ++i) lse_[i] = 0.0f;
+        for (int i = 0; i < padded; ++i) low_[i] = 0.0f;
+        return careful;
+    }
+
+    void score(float* s, const float* left, const float* columns, int rows, int begin, int vectors) {
+        multiply<Op>(s, stride_, left, words_, 1, rows, columns + begin * words_, vectors, words_, 0, words_, false);
+    }
+
+    [[gnu::always_inline]] static F32 probability(F32 s, F32 factor, F32 lse, F32 low) {
+        return exp2_of_nonpositive(fma(s, factor, zero() - lse) - low);
+    }
+
+    // low = log2 of the sum of each row's probabilities.
+    void look_at_sums(int queries, int all_keys) {
+        float* s = kPairs ? scores_ : p_pairs_;
+        const F32 factor = broadcast(factor_);
+        for (int r = 0; r < queries; r += kBlock) {
+            const int rows = queries - r < kBlock ? queries - r : kBlock;
+            float totals[kBlock] = {};
+            for_chunks(all_keys, kChunk, [&](int begin, int keys) {
+                score(s, queries_left_ + r * words_, keys_as_columns_, rows, begin, up_to(keys, kLane) / kLane);
+                for (int i = 0; i < rows; ++i) {
+                    F32 total = zero();
+                    for (int n = 0; n < keys; n += kLane) {
+                        const F32 p = probability(load(s + i * stride_ + n), factor, broadcast(lse_[r + i]), zero());
+                        total = total + (keys - n < kLane ? first_of(p, zero(), keys - n) : p);
+                    }
+                    totals[i] += sum(total);
+                }
+            });
+            for (int i = 0; i < rows; ++i)
+                if (totals[i] > 0.0f && totals[i] < INFINITY) low_[r + i] = log2f(totals[i]);
+        }
+    }
+
+    // delta = sum of P dP over the keys, instead of the sum of dO O over the channels, in which O is rounded.
+    void sum_up_delta(int queries, int keys) {
+        float *s = kPairs ? scores_ : p_pairs_, *g = kPairs ? grad_p_ : ds_pairs_;
+        const F32 factor = broadcast(factor_);
+        const int vectors = up_to(keys, kLane) / kLane;
+        for (int r = 0; r < queries; r += kBlock) {
+            const int rows = queries - r < kBlock ? queries - r : kBlock;
+            score(s, queries_left_ + r * words_, keys_as_columns_, rows, 0, vectors);
+            score(g, grads_left_ + r * words_, values_as_columns_, rows, 0, vectors);
+            for (int i = 0; i < rows; ++i) {
+                const F32 lse = broadcast(lse_[r + i]), low = broadcast(low_[r + i]);
+                F32 total = zero();
+                for (int n = 0; n < keys; n += kLane) {
+                    const F32 x = probability(load(s + i * stride_ + n), factor, lse, low) * load(g + i * stride_ + n);
+                    total = total + (keys - n < kLane ? first_of(x, zero(), keys - n) : x);
+                }
+                delta_[r + i] = sum(total);
+            }
+        }
+    }
+
+    // P and dS of one row, over its scores and dP.
+    void row_of_ds(float* s, float* g, int row, int keys) const {
+        const F32 factor = broadcast(factor_), lse = broadcast(lse_[row]), low = broadcast(low_[row]);
+        const F32 delta = broadcast(delta_[row]);
+        for (int n = 0; n < keys; n += kLane) {
+            const F32 p = probability(load(s + n), factor, lse, low);
+            store(s + n, p);
+            store(g + n, p * (load(g + n) - delta));
+        }
+    }
+
+    // P and dS of the block's rows i and i + 1: in pairs of both, and dS also by rows.
+    void rows_of_ds(int i, int r, int row, int keys) const {
+        const F32 factor = broadcast(factor_);
+        float* p_pairs = p_pairs_ + (r + i) / 2 * stride_;
+        float* ds_pairs = ds_pairs_ + (r + i) / 2 * stride_;
+        float* ds_rows = ds_rows_ + i * stride_;
+        const float *s = scores_ + i * stride_, *g = grad_p_ + i * stride_;
+        for (int n = 0; n < keys; n += 2 * kLane) {
+            F32 p[2][2], ds[2][2];
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) {
+                const F32 lse = broadcast(lse_[row + i + j]), low = broadcast(low_[row + i + j]);
+                const F32 delta = broadcast(delta_[row + i + j]);
+#pragma GCC unroll 2
+                for (int v = 0; v < 2; ++v) {
+                    const int at = j * stride_ + n + v * kLane, left = keys - n - v * kLane;
+                    p[j][v] = probability(load(s + at), factor, lse, low);
+                    // A last key's partner must not be left to chance: its probability may be inf.
+                    if (left < kLane) p[j][v] = first_of(p[j][v], zero(), left > 0 ? left : 0);
+                    ds[j][v] = p[j][v] * (load(g + at) - delta);
+                }
+            }
+            Op::store_rows(nullptr, nullptr, p_pairs + n, p[0], p[1]);
+            Op::store_rows(ds_rows + n / 2, ds_rows + stride_ + n / 2, ds_pairs + n, ds[0], ds[1]);
+        }
+    }
+
+    void write(const Heads& to, const Span& span, int64_t token, float* from, float factor, const Rotation* rotation) {
+        if (rotation && rotation->turns(token)) rotation->turn_back(from, token, head_dim_);
+        write_token(token_of<T>(to, span, token), to.channel, from, factor, head_dim_);
+    }
+
+    // The gradients of masked keys and values.
+    void write_nothing(const Span& span) {
+        __builtin_memset(grad_key_, 0, row_ * sizeof(float));
+        for (int64_t token = 0, i = 0; token < span.tokens; ++token) {
+            if (i < kept_.count && kept_[static_cast<int>(i)] == token) {
+                ++i;
+                continue;
+            }
+            write(call_.grad_key, span, token, grad_key_, 1.0f, nullptr);
+            write(call_.grad_value, span, token, grad_key_, 1.0f, nullptr);
+        }
+    }
+
+    void clear_queries(int count) { __builtin_memset(grad_query_, 0, count * row_ * sizeof(float)); }
+
+    void write_queries(const Span& span, int first, int count) {
+        for (int i = 0; i < count; ++i)
+            write(call_.grad_query, span, first + i, grad_query_ + i * row_, call_.scale, &rotation_);
+    }
+
+    void write_keys(const Span& span, int begin, int count) {
+        for (int i = 0; i < count; ++i) {
+            write(call_.grad_key, span, kept_[begin + i], grad_key_ + i * row_, call_.scale, &rotation_);
+            write(call_.grad_value, span, kept_[begin + i], grad_value_ + i * row_, 1.0f, nullptr);
+        }
+    }
+
+    // What queries [first, first + count) and keys [begin, begin + keys) give to each other's gradients; those of the
+    // keys begin anew.
+    void fold(int first, int count, int begin, int keys, bool to_queries, bool to_keys) {
+        const int vectors = up_to(keys, kLane) / kLane, panel = words<Op>(queries_count_);
+        for (int at = 0; at < count; at += kGroup) {
+            const int group = count - at < kGroup ? count - at : kGroup;
+            for (int r = 0; r < group; r += kBlock) {
+                const int row = first + at + r, rows = group - r < kBlock ? group - r : kBlock;
+                float* s = kPairs ? scores_ : p_pairs_ + r * stride_;
+                float* g = kPairs ? grad_p_ : ds_pairs_ + r * stride_;
+                score(s, queries_left_ + row * words_, keys_as_columns_, rows, begin, vectors);
+                score(g, grads_left_ + row * words_, values_as_columns_, rows, begin, vectors);
+                for (int i = 0; i < rows; i += Op::kPerWord)
+                    if constexpr (kPairs)
+                        rows_of_ds(i, r, row, keys);
+                    else
+                        row_of_ds(s + i * stride_, g + i * stride_, row + i, keys);
+                if (to_queries)
+                    multiply<Op>(grad_query_ + (at + r) * row_, row_, kPairs ? ds_rows_ : g, stride_, 1, rows, keys_,
+                                 vectors_, words<Op>(kept_.count), begin / Op::kPerWord, words<Op>(keys), true);
+            }
+            if (!to_keys) continue;
+            const int from = (first + at) / Op::kPerWord, length = words<Op>(group);
+            multiply<Op>(grad_value_, row_, p_pairs_, 1, stride_, keys, grads_, vectors_, panel, from, length, at > 0);
+            multiply<Op>(grad_key_, row_, ds_pairs_, 1, stride_, keys, queries_, vectors_, panel, from, length, at > 0);
+        }
+    }
+};
+
+}  // namespace vitreg::VITREG_ISA

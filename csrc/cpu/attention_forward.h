@@ -1,0 +1,269 @@
+// Attention, forward: blocks of query rows against all keys, a chunk of them at a time.
+//
+// A chunk's scores of a block stay in the cache: computed, turned into exponentials and multiplied with the values
+// before the next. Where a head has one chunk, as at N = 201 and 261, this is the plain softmax; where it has more,
+// sums are rescaled to the largest score so far (Milakov and Gimelshein, arXiv 1805.02867). The statistics look at
+// whole rows of probabilities, hence one chunk whatever the length. Keys that are masked are not packed: to everything
+// behind, they do not exist.
+#pragma once
+
+#include <math.h>
+
+#include "attention_tokens.h"
+#include "exp2.h"
+#include "scratch.h"
+
+namespace vitreg::VITREG_ISA {
+
+constexpr int kItemRows = 4 * kBlock;
+
+// Scores of a block: s[row, key] = sum over d of q[row, d] k[key, d], and the largest of each row, lane by lane.
+template <class Op>
+inline void score(float* s, ptrdiff_t stride, F32* largest, const float* q, int rows, const float* keys, int words,
+                  int vectors, int last_lanes) {
+    for (int v = 0; v < vectors;) {
+        const int width = panel_width(vectors - v);
+        const bool partial = v + width == vectors && last_lanes < kLane;
+        with_width(width, [&](auto w) {
+            constexpr int kWidth = decltype(w)::value, kRows = rows_of_tile(kWidth);
+            for (int r = 0; r < rows; r += kRows) {
+                Tile<Op, kRows, kWidth> tile;
+                tile.clear();
+                tile.add_product(q + r * words, words, 1, keys, words);
+                if (partial)
+#pragma GCC unroll 24
+                    for (int i = 0; i < kRows; ++i)
+                        tile.c[i][kWidth - 1] = first_of(tile.c[i][kWidth - 1], broadcast(-INFINITY), last_lanes);
+#pragma GCC unroll 24
+                for (int i = 0; i < kRows; ++i) {
+                    F32 top = largest[r + i];
+#pragma GCC unroll 4
+                    for (int j = 0; j < kWidth; ++j) top = max(top, tile.c[i][j]);
+                    largest[r + i] = top;
+                }
+                tile.write(s + r * stride + v * kLane, stride);
+            }
+        });
+        keys += width * kLane * words;
+        v += width;
+    }
+}
+
+// p = exp2(s * factor - offset) of a row, over its s; the sum is returned, lane by lane. `kept`, where given, takes
+// them in fp32.
+template <class Op>
+inline F32 exponentials(float* s, float* kept, int vectors, float factor, float offset) {
+    constexpr int kMany = kAccumulators / 6;
+    const F32 by = broadcast(factor), less = broadcast(-offset);
+    F32 totals[kMany];
+    for (F32& total : totals) total = zero();
+    int v = 0;
+    for (; v + kMany <= vectors; v += kMany) {
+        F32 x[kMany];
+#pragma GCC unroll 4
+        for (int i = 0; i < kMany; ++i) x[i] = fma(load(s + (v + i) * kLane), by, less);
+        exp2_of_nonpositive(x);
+#pragma GCC unroll 4
+        for (int i = 0; i < kMany; ++i) {
+            totals[i] = totals[i] + x[i];
+            if (kept) store(kept + (v + i) * kLane, x[i]);
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < kMany; i += 2) Op::store_pair(s + (v + i) * kLane / Op::kPerWord, x[i], x[i + 1]);
+    }
+    for (; v < vectors; ++v) {
+        const F32 x = exp2_of_nonpositive(fma(load(s + v * kLane), by, less));
+        totals[0] = totals[0] + x;
+        if (kept) store(kept + v * kLane, x);
+        Op::store_one(s + v * kLane / Op::kPerWord, x);
+    }
+    F32 total = totals[0];
+    for (int i = 1; i < kMany; ++i) total = total + totals[i];
+    return total;
+}
+
+template <class Op, class T>
+class Forward {
+public:
+    Forward(const AttentionForward& call, Scratch& scratch)
+        : call_(call),
+          head_dim_(static_cast<int>(call.head_dim)),
+          words_(words<Op>(head_dim_)),
+          vectors_(up_to(head_dim_, kLane) / kLane),
+          longest_(up_to(static_cast<int>(longest_of(call)), kLane)),
+          whole_rows_(call.prefix_attention || call.received_attention),
+          chunk_(whole_rows_ && longest_ > kChunk ? up_to(longest_, kChunk) : kChunk) {
+        const int longest = longest_;
+        // A vector more than a chunk: rows must not lie a multiple of 4 KiB apart.
+        stride_ = (longest < longest_chunk(chunk_) ? longest : longest_chunk(chunk_)) + kLane;
+        Places places(scratch);
+        do {
+            places.put(keys_, longest * words_);
+            places.put(values_, longest * vectors_ * kLane);
+            places.put(queries_, kItemRows * words_);
+            places.put(scores_, kBlock * stride_);
+            places.put(kept_, whole_rows_ && Op::kPerWord > 1 ? kBlock * stride_ : 0);
+            places.put(outputs_, kItemRows * vectors_ * kLane);
+            places.put(largest_, kBlock * kLane);
+            places.put(totals_, kItemRows * kLane);
+            places.put(tops_, kItemRows);
+            places.put(stage_, kLane * words_);
+            places.put(index_, longest);
+            places.put(received_, longest);
+            places.put(copy_, longest * head_dim_);
+        } while (places.again());
+    }
+
+    static int64_t parts(const AttentionForward& call, int64_t tokens) {
+        // What is gathered over the queries of a head is gathered in one item.
+        return call.received_attention || call.max_logit ? 1 : (tokens + kItemRows - 1) / kItemRows;
+    }
+
+    void item(const Span& span, int64_t part) {
+        if (span.image != image_ || span.head != head_) pack(span);
+        image_ = span.image;
+        head_ = span.head;
+        max_logit_ = -INFINITY;
+        if (call_.received_attention) __builtin_memset(received_, 0, longest_ * sizeof(float));
+        const bool whole = parts(call_, span.tokens) == 1;
+        const int64_t begin = whole ? 0 : part * kItemRows, end = whole ? span.tokens : begin + kItemRows;
+        for (int64_t row = begin; row < end && row < span.tokens; row += kItemRows)
+            rows(span, row, static_cast<int>(span.tokens - row < kItemRows ? span.tokens - row : kItemRows));
+        if (call_.max_logit) call_.max_logit[span.image * call_.heads + span.head] = max_logit_;
+        if (call_.received_attention) {
+            const float share = 1.0f / static_cast<float>(span.tokens);
+            scatter(call_.received_attention + row_of(span), received_, share, span.tokens);
+        }
+    }
+
+private:
+    const AttentionForward& call_;
+    const int head_dim_, words_, vectors_;
+    const int longest_;
+    const bool whole_rows_;
+    const int chunk_;
+    int stride_ = 0;
+    float *keys_, *values_, *queries_, *scores_, *kept_, *outputs_, *tops_, *stage_, *received_;
+    F32 *largest_, *totals_;
+    int32_t* index_;
+    T* copy_;
+
+    int64_t image_ = -1, head_ = -1;  // whose keys and values are packed
+    Kept kept_keys_;
+    float max_logit_ = 0;
+
+    int64_t row_of(const Span& span) const {
+        return (span.batch * call_.heads + span.head) * call_.tokens + span.first;
+    }
+
+    void pack(const Span& span) {
+        kept_keys_ = kept_keys(call_, span, index_);
+        const int n = kept_keys_.count;
+        const Rotation rotation(call_, span);
+        pack_right_transposed<Op>(
+            keys_, rows_of<T>(call_.key, span, kept_keys_, 0, n, head_dim_, &rotation, copy_), head_dim_, stage_);
+        pack_right<Op>(values_, rows_of<T>(call_.value, span, kept_keys_, 0, n, head_dim_, nullptr, copy_), head_dim_);
+    }
+
+    // Rows [first, first + count) of the span, from query to output.
+    void rows(const Span& span, int64_t first, int count) {
+        const Rotation rotation(call_, span);
+        pack_left<Op>(queries_,
+                      rows_of<T>(call_.query, span, Kept{nullptr, 0}, static_cast<int>(first), count, head_dim_,
+                                 &rotation, copy_),
+                      head_dim_);
+        const int padded = up_to(count, kBlock);
+        __builtin_memset(queries_ + count * words_, 0, (padded - count) * words_ * sizeof(float));
+        if (call_.scale < 0) negate<Op>(queries_, count * words_);
+        for (int r = 0; r < padded; ++r) {
+            tops_[r] = -INFINITY;
+            totals_[r] = zero();
+        }
+
+        for_chunks(kept_keys_.count, chunk_, [&](int begin, int keys) {
+            for (int r = 0; r < count; r += kBlock)
+                block(span, first, r, count - r < kBlock ? count - r : kBlock, begin, keys);
+        });
+        for (int r = 0; r < count; ++r) finish(span, first + r, r);
+    }
+
+    // One block of rows from the r-th against keys [begin, begin + keys).
+    void block(const Span& span, int64_t first, int r, int rows, int begin, int keys) {
+        const int vectors = up_to(keys, kLane) / kLane;
+        const float factor = fabsf(call_.scale) * kLog2E;
+        for (int i = 0; i < kBlock; ++i) largest_[i] = broadcast(-INFINITY);
+        score<Op>(scores_, stride_, largest_, queries_ + r * words_, rows, keys_ + begin * words_, words_, vectors,
+                  keys - (vectors - 1) * kLane);
+        // Apart from the exponentials, whose start would wait for each row's maximum.
+        for (int i = 0; i < rows; ++i) {
+            const float before = tops_[r + i], here = max_of(largest_[i]);
+            if (here > before) {
+                tops_[r + i] = here;
+                if (begin > 0) rescale(r + i, (before - here) * factor);
+            }
+        }
+        for (int i = 0; i < rows; ++i) {
+            const float top = tops_[r + i] == -INFINITY ? 0.0f : tops_[r + i];
+            float* kept = whole_rows_ && Op::kPerWord > 1 ? kept_ + i * stride_ : nullptr;
+            totals_[r + i] =
+                totals_[r + i] + exponentials<Op>(scores_ + i * stride_, kept, vectors, factor, top * factor);
+        }
+        multiply<Op>(outputs_ + r * vectors_ * kLane, vectors_ * kLane, scores_, stride_, 1, rows, values_, vectors_,
+                     words<Op>(kept_keys_.count), begin / Op::kPerWord, words<Op>(keys), begin > 0);
+        if (whole_rows_) look(span, first + r, r, rows);
+    }
+
+    void rescale(int r, float exponent) {
+        const F32 factor = exp2_of_nonpositive(broadcast(exponent));
+        totals_[r] = totals_[r] * factor;
+        float* o = outputs_ + r * vectors_ * kLane;
+        for (int v = 0; v < vectors_; ++v) store(o + v * kLane, load(o + v * kLane) * factor);
+    }
+
+    // Statistics of whole rows of exponentials, in vectors: those of a row end in zeros.
+    void look(const Span& span, int64_t first, int r, int rows) {
+        const float* p = Op::kPerWord > 1 ? kept_ : scores_;
+        float shares[kBlock];
+        for (int i = 0; i < rows; ++i) shares[i] = tops_[r + i] == -INFINITY ? 0.0f : 1.0f / sum(totals_[r + i]);
+        for (int n = 0; n < kept_keys_.count && call_.received_attention; n += kLane) {
+            F32 total = load(received_ + n);
+            for (int i = 0; i < rows; ++i) total = fma(load(p + i * stride_ + n), broadcast(shares[i]), total);
+            store(received_ + n, total);
+        }
+        for (int i = 0; i < rows && call_.prefix_attention && first + i < call_.num_prefix_tokens; ++i)
+            scatter(prefix_row(span, first + i), p + i * stride_, shares[i], span.tokens);
+    }
+
+    float* prefix_row(const Span& span, int64_t token) const {
+        const int64_t row = (span.batch * call_.heads + span.head) * call_.num_prefix_tokens + token;
+        return call_.prefix_attention + row * call_.tokens + span.first;
+    }
+
+    // Values of the keys that take part to the places of all; 0 for the others.
+    void scatter(float* to, const float* from, float factor, int64_t tokens) const {
+        if (!kept_keys_.index) return write_token(to, 1, from, factor, static_cast<int>(tokens));
+        __builtin_memset(to, 0, tokens * sizeof(float));
+        for (int n = 0; n < kept_keys_.count; ++n) to[kept_keys_.index[n]] = from[n] * factor;
+    }
+
+    void finish(const Span& span, int64_t token, int r) {
+        const float total = sum(totals_[r]), top = tops_[r];
+        float* o = outputs_ + r * vectors_ * kLane;
+        const bool nothing = top == -INFINITY && total == total;  // a NaN total is a NaN row
+        if (nothing) __builtin_memset(o, 0, vectors_ * kLane * sizeof(float));
+        write_token(token_of<T>(call_.output, span, token), call_.output.channel, o, nothing ? 1.0f : 1.0f / total,
+                    head_dim_);
+        const float logit = top * fabsf(call_.scale);
+        if (call_.lse) call_.lse[row_of(span) + token] = nothing ? -INFINITY : logit + logf(total);
+        if (call_.max_logit) {
+            if (total != total && top != INFINITY)
+                max_logit_ = NAN;
+            else if (logit > max_logit_)
+                max_logit_ = logit;
+        }
+        if (call_.prefix_attention && kept_keys_.count == 0 && token < call_.num_prefix_tokens)
+            scatter(prefix_row(span, token), nullptr, 0.0f, span.tokens);
+    }
+};
+
+}  // namespace vitreg::VITREG_ISA

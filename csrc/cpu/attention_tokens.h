@@ -1,0 +1,146 @@
+// Tokens of one head of one image: read as rows that lie as the packing wants them, and written back.
+#pragma once
+
+#include "attention.h"
+#include "attention_items.h"
+#include "packing.h"
+
+namespace vitreg::VITREG_ISA {
+
+constexpr int kMaxHeadDim = 256;
+
+template <class T>
+inline T* token_of(const Heads& x, const Span& span, int64_t token) {
+    return static_cast<T*>(x.data) + span.batch * x.batch + span.head * x.head + (span.first + token) * x.token;
+}
+
+// Numbers of a token with any stride, as fp32 with `count` a multiple of kLanes or the last.
+template <class T>
+inline F32 some_of(const T* token, ptrdiff_t channel, int first, int count) {
+    if (channel == 1) return some_of(token, first, count);
+    T some[kLanes] = {};
+    for (int i = 0; i < count && i < kLane; ++i) some[i] = token[(first + i) * channel];
+    return load(some);
+}
+
+// Numbers times a factor, to a token with any stride.
+template <class T>
+inline void write_token(T* token, ptrdiff_t channel, const float* from, float factor, int numbers) {
+    const F32 by = broadcast(factor);
+    for (int d = 0; d < numbers; d += kLane) {
+        const int count = numbers - d < kLane ? numbers - d : kLane;
+        if (channel != 1) {
+            T some[kLanes];
+            store(some, load_first(from + d, count) * by);
+            for (int i = 0; i < count; ++i) token[(d + i) * channel] = some[i];
+        } else if (count == kLane) {
+            store(token + d, load(from + d) * by);
+        } else {
+            store_first(token + d, load_first(from + d, count) * by, count);
+        }
+    }
+}
+
+// The other of each pair of neighbouring lanes; and every second lane with the other sign.
+#if defined(__AVX512F__)
+inline F32 swap_pairs(F32 v) { return _mm512_permute_ps(v, 0xb1); }
+inline F32 alternate(F32 v) { return _mm512_xor_ps(v, _mm512_castsi512_ps(_mm512_set1_epi64(int64_t{1} << 63))); }
+#elif defined(__AVX2__)
+inline F32 swap_pairs(F32 v) { return _mm256_permute_ps(v, 0xb1); }
+inline F32 alternate(F32 v) { return _mm256_xor_ps(v, _mm256_castsi256_ps(_mm256_set1_epi64x(int64_t{1} << 63))); }
+#else
+inline F32 swap_pairs(F32 v) { return F32{v[1], v[0], v[3], v[2]}; }
+inline F32 alternate(F32 v) { return F32{v[0], -v[1], v[2], -v[3]}; }
+#endif
+
+// Rotation of the patches of a span.
+struct Rotation {
+    const float *cos = nullptr, *sin = nullptr;  // rows of the first patch
+    int64_t stride = 0, first_patch = 0;
+    bool interleaved = false;
+
+    Rotation() = default;
+    Rotation(const Attention& call, const Span& span) {
+        if (!call.cos) return;
+        const int64_t at = span.batch * call.rope_batch + span.first_patch * call.rope_token;
+        cos = call.cos + at;
+        sin = call.sin + at;
+        stride = call.rope_token;
+        first_patch = call.num_prefix_tokens;
+        interleaved = call.rope_interleaved;
+    }
+
+    bool turns(int64_t token) const { return cos && token >= first_patch; }
+
+    // A pair (a, b) to (a cos_a - b sin_a, b cos_b + a sin_b).
+    void turn(float* x, int64_t token, int head_dim) const { apply<false>(x, token, head_dim); }
+
+    // The transposed map, of gradients: to (a cos_a + b sin_b, b cos_b - a sin_a).
+    void turn_back(float* x, int64_t token, int head_dim) const { apply<true>(x, token, head_dim); }
+
+private:
+    template <bool kBack>
+    void apply(float* x, int64_t token, int head_dim) const {
+        const float *c = cos + (token - first_patch) * stride, *s = sin + (token - first_patch) * stride;
+        const int half = head_dim / 2, length = interleaved ? head_dim : half;
+        for (int i = 0; i < length; i += kLane) {
+            const int count = length - i;
+            if (interleaved) {
+                const F32 own = some_of(x, i, count), sines = some_of(s, i, count);
+                const F32 turned = alternate(swap_pairs(own) * (kBack ? swap_pairs(sines) : sines));
+                const F32 both = own * some_of(c, i, count);
+                put(x, i, count, kBack ? both + turned : both - turned);
+            } else {
+                const F32 a = some_of(x, i, count), b = some_of(x + half, i, count);
+                const F32 sine_a = some_of(s, i, count), sine_b = some_of(s + half, i, count);
+                const F32 turned_a = b * (kBack ? sine_b : sine_a), turned_b = a * (kBack ? sine_a : sine_b);
+                const F32 own_a = a * some_of(c, i, count), own_b = b * some_of(c + half, i, count);
+                put(x, i, count, kBack ? own_a + turned_a : own_a - turned_a);
+                put(x + half, i, count, kBack ? own_b - turned_b : own_b + turned_b);
+            }
+        }
+    }
+
+    static void put(float* x, int i, int count, F32 v) {
+        if (count >= kLane)
+            store(x + i, v);
+        else
+            store_first(x + i, v, count);
+    }
+};
+
+// The tokens that take part, in order; all of them where nothing is masked.
+struct Kept {
+    const int32_t* index = nullptr;
+    int count = 0;
+
+    int64_t operator[](int i) const { return index ? index[i] : i; }
+};
+
+inline Kept kept_keys(const Attention& call, const Span& span, int32_t* index) {
+    if (!call.key_mask) return {nullptr, static_cast<int>(span.tokens)};
+    const bool* mask = call.key_mask + span.batch * call.key_mask_batch + span.first * call.key_mask_token;
+    int count = 0;
+    for (int64_t token = 0; token < span.tokens; ++token)
+        if (mask[token * call.key_mask_token]) index[count++] = static_cast<int32_t>(token);
+    return {count < span.tokens ? index : nullptr, count};
+}
+
+// Tokens [first, first + count) of what is kept, rotated, as rows: in place where they lie so, copied if they do not.
+template <class T>
+inline Rows<T> rows_of(const Heads& x, const Span& span, const Kept& kept, int first, int count, int head_dim,
+                       const Rotation* rotation, T* copy) {
+    const bool turned = rotation && rotation->cos;
+    if (x.channel == 1 && !kept.index && !turned) return {token_of<const T>(x, span, first), x.token, count};
+    float row[kMaxHeadDim];
+    for (int i = 0; i < count; ++i) {
+        const int64_t token = kept[first + i];
+        const T* from = token_of<const T>(x, span, token);
+        for (int d = 0; d < head_dim; d += kLane) store(row + d, some_of(from, x.channel, d, head_dim - d));
+        if (turned && rotation->turns(token)) rotation->turn(row, token, head_dim);
+        write_token(copy + i * head_dim, 1, row, 1.0f, head_dim);
+    }
+    return {copy, head_dim, count};
+}
+
+}  // namespace vitreg::VITREG_ISA

@@ -1,0 +1,71 @@
+#include "cpuid.h"
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace vitreg {
+
+namespace {
+
+constexpr const char* kNames[kIsas] = {"baseline", "avx2", "avx512", "avx512bf16"};
+
+#if defined(__x86_64__)
+
+constexpr bool has(uint32_t word, uint32_t bits) { return (word & bits) == bits; }
+
+Isa ask() {
+    uint32_t eax, ebx, ecx, edx;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return Isa::baseline;
+    const bool fma_f16c = has(ecx, bit_FMA | bit_F16C);
+    if (!has(ecx, bit_OSXSAVE)) return Isa::baseline;
+    uint32_t saved, high;  // the registers that the operating system keeps for each thread
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return Isa::baseline;
+    constexpr uint32_t kYmm = 0x06, kZmm = 0xe6;
+    if (!fma_f16c || !has(ebx, bit_AVX2) || !has(saved, kYmm)) return Isa::baseline;
+    if (!has(ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL) || !has(saved, kZmm)) return Isa::avx2;
+    constexpr uint32_t kAvx512Bf16 = 1u << 5;
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !has(eax, kAvx512Bf16)) return Isa::avx512;
+    return Isa::avx512bf16;
+}
+
+#else
+
+Isa ask() { return Isa::baseline; }
+
+#endif
+
+Isa choose() {
+    const char* wanted = std::getenv("VITREG_CPU_ISA");
+    if (wanted == nullptr || *wanted == '\0') return detected();
+    for (int isa = 0; isa < kIsas; ++isa) {
+        if (std::strcmp(wanted, kNames[isa]) != 0) continue;
+        if (Isa(isa) <= detected()) return Isa(isa);
+        throw std::runtime_error(std::string("VITREG_CPU_ISA=") + wanted + ", but this CPU goes no further than " +
+                                 name(detected()));
+    }
+    throw std::runtime_error(std::string("VITREG_CPU_ISA must be baseline, avx2, avx512 or avx512bf16, got ") + wanted);
+}
+
+}  // namespace
+
+const char* name(Isa isa) { return kNames[int(isa)]; }
+
+Isa detected() {
+    static const Isa isa = ask();
+    return isa;
+}
+
+Isa chosen() {
+    static const Isa isa = choose();
+    return isa;
+}
+
+}  // namespace vitreg

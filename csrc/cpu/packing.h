@@ -1,0 +1,156 @@
+// Rows of numbers (tokens) packed as operands of the products in products.h.
+//
+// Symbols: n rows of D numbers. A row's words are its numbers, or pairs of them; a column's likewise.
+#pragma once
+
+#include "products.h"
+
+namespace vitreg::VITREG_ISA {
+
+constexpr int kLane = static_cast<int>(kLanes);
+
+constexpr int up_to(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+template <class Op>
+constexpr int words(int numbers) {
+    return (numbers + Op::kPerWord - 1) / Op::kPerWord;
+}
+
+template <class T>
+struct Rows {
+    const T* data = nullptr;
+    ptrdiff_t stride = 0;  // from row to row; numbers of a row are neighbours
+    int count = 0;
+
+    const T* operator[](int i) const { return data + i * stride; }
+};
+
+// Numbers [first, first + count) of a row in `count` <= kLanes lanes, zeros in the others.
+template <class T>
+inline F32 some_of(const T* row, int first, int count) {
+    if (count >= kLane) return load(row + first);
+    return count > 0 ? load_first(row + first, count) : zero();
+}
+
+// One row as words, zeros in what is left of the last.
+template <class Op, class T>
+inline void pack_words(float* to, const T* row, int numbers) {
+    if constexpr (Op::kPerWord == 1) {
+        for (int d = 0; d < numbers; d += kLane) {
+            const int count = numbers - d < kLane ? numbers - d : kLane;
+            if (count == kLane)
+                store(to + d, load(row + d));
+            else
+                store_first(to + d, load_first(row + d, count), count);
+        }
+    } else {
+        if (numbers % 2) to[numbers / 2] = 0.0f;
+        __builtin_memcpy(to, row, numbers * sizeof(T));
+    }
+}
+
+// The left operand: [n][words of D].
+template <class Op, class T>
+inline void pack_left(float* to, const Rows<T>& rows, int numbers) {
+    for (int i = 0; i < rows.count; ++i) pack_words<Op>(to + i * words<Op>(numbers), rows[i], numbers);
+}
+
+// The right operand whose columns are the rows' numbers: panels of [words of n][width vectors].
+template <class Op, class T>
+inline void pack_right(float* to, const Rows<T>& rows, int numbers) {
+    const int vectors = up_to(numbers, kLane) / kLane;
+    for (int v = 0; v < vectors;) {
+        const int width = panel_width(vectors - v);
+        for (int i = 0; i < rows.count; i += Op::kPerWord) {
+            for (int w = 0; w < width; ++w, to += kLane) {
+                const int first = (v + w) * kLane;
+                const F32 a = some_of(rows[i], first, numbers - first);
+                if constexpr (Op::kPerWord == 1)
+                    store(to, a);
+                else
+                    Op::store_words(to, a, i + 1 < rows.count ? some_of(rows[i + 1], first, numbers - first) : zero());
+            }
+        }
+        v += width;
+    }
+}
+
+#if defined(__AVX512F__)
+
+// kLanes rows of kLanes words, turned about.
+[[gnu::always_inline]] inline void transpose(float* to, ptrdiff_t to_row, const float* from, ptrdiff_t from_row) {
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * from_row);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {
+        _mm512_storeu_si512(to + i * to_row, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 4) * to_row, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * to_row, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+        _mm512_storeu_si512(to + (i + 12) * to_row, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+    }
+}
+
+#else
+
+inline void transpose(float* to, ptrdiff_t to_row, const float* from, ptrdiff_t from_row) {
+    for (int i = 0; i < kLane; ++i)
+        for (int j = 0; j < kLane; ++j) to[i * to_row + j] = from[j * from_row + i];
+}
+
+#endif
+
+// The right operand whose columns are the rows themselves: panels of [words of D][width vectors], zeros beyond the
+// n-th. `stage` holds kLanes rows of words.
+template <class Op, class T>
+inline void pack_right_transposed(float* to, const Rows<T>& rows, int numbers, float* stage) {
+    const int vectors = up_to(rows.count, kLane) / kLane, length = words<Op>(numbers);
+    for (int v = 0; v < vectors;) {
+        const int width = panel_width(vectors - v);
+        for (int w = 0; w < width; ++w) {
+            const int begin = (v + w) * kLane, count = rows.count - begin < kLane ? rows.count - begin : kLane;
+            pack_left<Op>(stage, Rows<T>{rows[begin], rows.stride, count}, numbers);
+            __builtin_memset(stage + count * length, 0, (kLane - count) * length * sizeof(float));
+            float* panel = to + w * kLane;
+            int k = 0;
+            for (; k + kLane <= length; k += kLane)
+                transpose(panel + k * width * kLane, width * kLane, stage + k, length);
+            for (; k < length; ++k)
+                for (int i = 0; i < kLane; ++i) panel[k * width * kLane + i] = stage[i * length + k];
+        }
+        to += width * kLane * length;
+        v += width;
+    }
+}
+
+// The other sign of all words.
+template <class Op>
+inline void negate(float* x, int count) {
+    for (int i = 0; i < count; ++i) {
+        uint32_t word;
+        __builtin_memcpy(&word, x + i, sizeof word);
+        word ^= Op::kPerWord == 1 ? 0x80000000u : 0x80008000u;
+        __builtin_memcpy(x + i, &word, sizeof word);
+    }
+}
+
+}  // namespace vitreg::VITREG_ISA

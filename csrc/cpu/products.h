@@ -1,0 +1,178 @@
+// Matrix products of small panels: the inner loops of attention.
+//
+// Everything is counted in words of 32 bits: a float, or a pair of bf16 that is multiplied and added in one step. A
+// product C[rows, columns] = sum over k of A[row, k] B[k, columns] takes A by single words, which are broadcast, and B
+// by packed panels: `width` vectors of columns, row after row. A tile of C of as many rows as fill the registers stays
+// in them for the whole sum.
+//
+//   Fma, Dot        how words are multiplied
+//   panel_width(n)  width of the next panel when n vectors of columns are left
+//   Tile<Op, R, W>  R rows by W vectors
+//   with_width      calls a function template with a width known to the compiler
+#pragma once
+
+#include "vec.h"
+
+namespace vitreg::VITREG_ISA {
+
+// Lanes of `a` before the n-th, of `b` from there on.
+#if defined(__AVX512F__)
+inline F32 first_of(F32 a, F32 b, int n) { return _mm512_mask_mov_ps(b, detail::first(n), a); }
+#elif defined(__AVX2__)
+inline F32 first_of(F32 a, F32 b, int n) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(detail::first(n))); }
+#else
+inline F32 first_of(F32 a, F32 b, int n) {
+    for (int i = n; i < static_cast<int>(kLanes); ++i) a[i] = b[i];
+    return a;
+}
+#endif
+
+struct Fma {
+    static constexpr int kPerWord = 1;
+    [[gnu::always_inline]] static F32 step(F32 a, F32 b, F32 c) { return fma(a, b, c); }
+    [[gnu::always_inline]] static void store_pair(float* p, F32 a, F32 b) {
+        store(p, a);
+        store(p + kLanes, b);
+    }
+    [[gnu::always_inline]] static void store_one(float* p, F32 a) { store(p, a); }
+};
+
+#if defined(__AVX512BF16__)
+struct Dot {
+    // (i, i) in the i-th word.
+    [[gnu::always_inline]] static __m512i lane_pairs() {
+        return _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                  _mm512_set1_epi32(0x00010001));
+    }
+    static constexpr int kPerWord = 2;
+    [[gnu::always_inline]] static F32 step(F32 a, F32 b, F32 c) {
+        return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+    }
+    [[gnu::always_inline]] static void store_pair(float* p, F32 a, F32 b) {
+        _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+    }
+    // Two rows as they are, and as words of which `even` gives the first number and `odd` the second.
+    [[gnu::always_inline]] static void store_rows(float* even_row, float* odd_row, float* pairs, const F32 (&even)[2],
+                                                  const F32 (&odd)[2]) {
+        const __m512i a = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(even[1], even[0]));
+        const __m512i b = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd[1], odd[0]));
+        if (even_row) _mm512_storeu_si512(even_row, a);
+        if (odd_row) _mm512_storeu_si512(odd_row, b);
+        // Numbers 0 to 15 of both rows by turns, then 16 to 31.
+        const __m512i step = _mm512_set1_epi32(0x00200000), first = _mm512_add_epi32(lane_pairs(), step);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010));
+        _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(a, first, b));
+        _mm512_storeu_si512(pairs + kLanes, _mm512_permutex2var_epi16(a, second, b));
+    }
+    // Words of which a gives the first elements and b the second.
+    [[gnu::always_inline]] static void store_words(float* p, F32 a, F32 b) {
+        const __m512i first = _mm512_srli_epi32(_mm512_castps_si512(a), 16);
+        const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+        const __m512i second = _mm512_and_si512(_mm512_castps_si512(b), high);
+        _mm512_storeu_si512(p, _mm512_or_si512(first, second));
+    }
+    // Its last word may have a partner beyond the row: a zero.
+    [[gnu::always_inline]] static void store_one(float* p, F32 a) { store_pair(p, a, zero()); }
+};
+#endif
+
+// Accumulators of a tile: three quarters of the registers; the others hold a row of B and a word of A.
+#if defined(__AVX512F__)
+constexpr int kAccumulators = 24, kWidest = 4;
+#else
+constexpr int kAccumulators = 12, kWidest = 2;
+#endif
+
+// Rows that are worked on together; a multiple of every tile's rows.
+constexpr int kBlock = 24;
+
+constexpr int rows_of_tile(int width) { return kAccumulators / width; }
+
+// Never a panel of one vector after one of four: its tile would load a word of A for every product.
+constexpr int panel_width(int vectors) {
+    if (vectors == kWidest + 1 && kWidest > 2) return kWidest - 1;
+    return vectors < kWidest ? vectors : kWidest;
+}
+
+template <int kWidth>
+struct Width {
+    static constexpr int value = kWidth;
+};
+
+template <class F>
+[[gnu::always_inline]] inline void with_width(int width, F f) {
+    if constexpr (kWidest > 2) {
+        if (width == 4) return f(Width<4>{});
+        if (width == 3) return f(Width<3>{});
+    }
+    if (width == 2) return f(Width<2>{});
+    f(Width<1>{});
+}
+
+template <class Op, int kRows, int kWidth>
+struct Tile {
+    F32 c[kRows][kWidth];
+
+    [[gnu::always_inline]] void clear() {
+#pragma GCC unroll 24
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+            for (int w = 0; w < kWidth; ++w) c[r][w] = zero();
+    }
+
+    [[gnu::always_inline]] void read(const float* from, ptrdiff_t stride) {
+#pragma GCC unroll 24
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+            for (int w = 0; w < kWidth; ++w) c[r][w] = load(from + r * stride + w * static_cast<int>(kLanes));
+    }
+
+    [[gnu::always_inline]] void write(float* to, ptrdiff_t stride) const {
+#pragma GCC unroll 24
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+            for (int w = 0; w < kWidth; ++w) store(to + r * stride + w * static_cast<int>(kLanes), c[r][w]);
+    }
+
+    [[gnu::always_inline]] void add_product(const float* a, ptrdiff_t a_row, ptrdiff_t a_k, const float* b,
+                                            ptrdiff_t steps) {
+        for (; steps > 0; --steps, a += a_k, b += kWidth * kLanes) {
+            F32 columns[kWidth];
+#pragma GCC unroll 4
+            for (int w = 0; w < kWidth; ++w) columns[w] = load(b + w * kLanes);
+#pragma GCC unroll 24
+            for (int r = 0; r < kRows; ++r) {
+                const F32 word = broadcast(a[r * a_row]);
+#pragma GCC unroll 4
+                for (int w = 0; w < kWidth; ++w) c[r][w] = Op::step(word, columns[w], c[r][w]);
+            }
+        }
+    }
+};
+
+// C[rows, vectors] = A B, or C += A B: A[row, k] = a[row * a_row + k * a_k]; the panels of B are `panel` words long, of
+// which `steps` from the `first` are used. C has room for rows up to the next multiple of kBlock.
+template <class Op>
+inline void multiply(float* c, ptrdiff_t c_row, const float* a, ptrdiff_t a_row, ptrdiff_t a_k, int rows,
+                     const float* b, int vectors, ptrdiff_t panel, int first, int steps, bool add) {
+    for (int v = 0; v < vectors;) {
+        const int width = panel_width(vectors - v);
+        with_width(width, [&](auto w) {
+            constexpr int kWidth = decltype(w)::value, kRows = rows_of_tile(kWidth);
+            for (int r = 0; r < rows; r += kRows) {
+                float* to = c + r * c_row + v * static_cast<int>(kLanes);
+                Tile<Op, kRows, kWidth> tile;
+                if (add)
+                    tile.read(to, c_row);
+                else
+                    tile.clear();
+                tile.add_product(a + r * a_row, a_row, a_k, b + first * kWidth * static_cast<int>(kLanes), steps);
+                tile.write(to, c_row);
+            }
+        });
+        b += width * static_cast<int>(kLanes) * panel;
+        v += width;
+    }
+}
+
+}  // namespace vitreg::VITREG_ISA

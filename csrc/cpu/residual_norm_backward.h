@@ -1,0 +1,120 @@
+// Gradients of the tokens, row by row, with those of the parameters as one sum a block of rows, and the sum of these.
+//
+// With x_hat = (residual - mean) * rstd and g = weight * grad_normalized, a token's gradient through the norm is
+// rstd * (g - mean(g) - x_hat * mean(g * x_hat)); for RMSNorm there is no mean of g. (Ba et al., arXiv 1607.06450.)
+#pragma once
+
+#include "residual_norm.h"
+#include "sweep.h"
+
+namespace vitreg::VITREG_ISA {
+
+namespace residual_norm {
+
+template <class T>
+inline const T* row_of(const NormRows& rows, size_t image, size_t token) {
+    if (rows.data == nullptr) return nullptr;
+    return static_cast<const T*>(rows.data) + image * rows.stride_b + token * rows.stride_n;
+}
+
+template <class T>
+inline T* row_of(const NormRowsOut& rows, size_t row, size_t channels) {
+    return rows.data == nullptr ? nullptr : static_cast<T*>(rows.data) + row * channels;
+}
+
+// This block's row of the sums, of zeros; null where nobody wants it.
+inline float* begin_sums(float* sums, size_t block, size_t channels) {
+    if (sums == nullptr) return nullptr;
+    float* own = sums + block * channels;
+    sweep(channels, [&](size_t c, int, auto part) { store(own + c, zero(), part); });
+    return own;
+}
+
+template <class Part>
+inline void accumulate(float* sums, F32 a, F32 b, Part part) {
+    store(sums, fma(a, b, load(sums, part)), part);
+}
+
+// X of the residual, B of the branch, Y of the normalized tokens.
+template <class X, class B, class Y>
+void backward_rows(const NormBackward& call, size_t block) {
+    const size_t channels = call.channels;
+    const float* weight = call.weight;
+    const float* layer_scale = call.layer_scale;
+    float* of_layer_scale = begin_sums(call.layer_scale_sums, block, channels);
+    float* of_weight = begin_sums(call.weight_sums, block, channels);
+    float* of_bias = begin_sums(call.bias_sums, block, channels);
+
+    const size_t end = (block + 1) * call.rows_of_block();
+    for (size_t row = block * call.rows_of_block(); row < (end < call.rows() ? end : call.rows()); ++row) {
+        const size_t image = row / call.tokens, token = row % call.tokens;
+        const X* residual = row_of<X>(call.residual, image, token);
+        const Y* upstream = row_of<Y>(call.grad_normalized, image, token);
+        const F32 centre = broadcast(call.mean == nullptr ? 0.0f : call.mean[row]), scale = broadcast(call.rstd[row]);
+        F32 along = zero(), average = zero();  // mean(g * x_hat), mean(g)
+        if (upstream != nullptr) {
+            F32 alongs[4] = {zero(), zero(), zero(), zero()}, totals[4] = {zero(), zero(), zero(), zero()};
+            sweep(channels, [&](size_t c, int i, auto part) VITREG_INLINE {
+                const F32 arrived = load(upstream + c, part);
+                const F32 unit = (load(residual + c, part) - centre) * scale;
+                const F32 g = arrived * load(weight + c, part);  // zero in lanes that do not exist
+                alongs[i] = fma(g, unit, alongs[i]);
+                totals[i] = totals[i] + g;
+                if (of_weight != nullptr) accumulate(of_weight + c, arrived, unit, part);
+                if (of_bias != nullptr) store(of_bias + c, arrived + load(of_bias + c, part), part);
+            });
+            along = broadcast(sum(alongs) / channels);
+            if (call.mean != nullptr) average = broadcast(sum(totals) / channels);
+        }
+
+        const X* passing = row_of<X>(call.grad_residual, image, token);
+        const B* branch = row_of<B>(call.branch, image, token);
+        X* grad_x = row_of<X>(call.grad_x, row, channels);
+        B* grad_branch = row_of<B>(call.grad_branch, row, channels);
+        const F32 kept = broadcast(call.drop_path == nullptr ? 1.0f : call.drop_path[image]);
+        sweep(channels, [&](size_t c, int, auto part) {
+            F32 gradient = zero();
+            if (upstream != nullptr) {
+                const F32 g = load(upstream + c, part) * load(weight + c, part);
+                const F32 unit = (load(residual + c, part) - centre) * scale;
+                gradient = scale * (g - average - unit * along);
+            }
+            if (passing != nullptr) gradient = gradient + load(passing + c, part);
+            if (grad_x != nullptr) write(grad_x + c, gradient, part, call.grad_x.streamed);
+            if (grad_branch != nullptr) {
+                const F32 factor = layer_scale == nullptr ? kept : kept * load(layer_scale + c, part);
+                write(grad_branch + c, gradient * factor, part, call.grad_branch.streamed);
+            }
+            if (of_layer_scale != nullptr) {
+                accumulate(of_layer_scale + c, gradient, kept * load(branch + c, part), part);
+            }
+        });
+    }
+    if (call.grad_x.streamed || call.grad_branch.streamed) stream_done();
+}
+
+inline void backward(const NormBackward& call, size_t block) {
+    with_type(call.residual.dtype, [&](auto x) {
+        with_type(call.grad_branch.data == nullptr ? call.branch.dtype : call.grad_branch.dtype, [&](auto b) {
+            with_type(call.grad_normalized.dtype,
+                      [&](auto y) { backward_rows<decltype(x), decltype(b), decltype(y)>(call, block); });
+        });
+    });
+}
+
+inline void sum_blocks(const NormSums& call, size_t first, size_t last) {
+    with_type(call.dtype, [&](auto type) {
+        auto* gradient = static_cast<decltype(type)*>(call.gradient) + first;
+        sweep(last - first, [&](size_t c, int, auto part) {
+            F32 total = zero();
+            for (size_t block = 0; block < call.blocks; ++block) {
+                total = total + load(call.sums + block * call.channels + first + c, part);
+            }
+            store(gradient + c, total, part);
+        });
+    });
+}
+
+}  // namespace residual_norm
+
+}  // namespace vitreg::VITREG_ISA

@@ -1,0 +1,105 @@
+"""An install without a native library: it works, and says why there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command, cwd, **environment):
+    clean = {name: value for name, value in os.environ.items() if name not in ("VITREG_NATIVE", "CXX", "PYTHONPATH")}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=clean | environment, capture_output=True, text=True
+    )
+
+
+def build(folder, **environment):
+    """``setup.py build`` into the folder."""
+    return run(
+        "setup.py", "-q", "build", "--build-base", folder / "work", "--build-lib", folder, cwd=ROOT, **environment
+    )
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+CALL = """
+import torch
+from vitreg_kernels import cli
+from vitreg_kernels._runtime import native
+from vitreg_kernels.functional import register_attention_qkv, residual_layer_norm
+assert register_attention_qkv(torch.randn(1, 9, 3, 2, 8)).shape == (1, 9, 16)
+assert residual_layer_norm(torch.randn(1, 9, 8), weight=torch.ones(8)).normalized.shape == (1, 9, 8)
+print(cli.info())
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "{folder}/absent"}, "the C++ compiler {folder}/absent does not run"),
+        ({"CXX": "/bin/false"}, "the C++ compiler /bin/false does not answer to --version"),
+        ({"CXX": "{folder}/broken"}, "failed on csrc/"),
+        ({"PATH": "{folder}"}, "there is no C++ compiler (c++, g++ or clang++) on the path"),
+        ({"VITREG_NATIVE": "0"}, "it was installed with VITREG_NATIVE=0"),
+    ],
+    ids=["no such compiler", "no compiler", "failing compile", "nothing on the path", "VITREG_NATIVE=0"],
+)
+def test_why_there_is_none(environment, reason, tmp_path):
+    script(
+        tmp_path / "broken", 'test "$1" = --version && echo broken 1.0 && exit; echo "error: no such thing" >&2; exit 1'
+    )
+    environment = {name: value.format(folder=tmp_path) for name, value in environment.items()}
+    reason = reason.format(folder=tmp_path)
+    done = build(tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert reason in done.stdout
+    runtime = tmp_path / "vitreg_kernels" / "_runtime"
+    assert not (runtime / "libvitreg_native.so").exists()
+    assert reason in json.loads((runtime / "native.json").read_text())["reason"]
+
+    shown = run("-c", CALL, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    line = next(line for line in shown.stdout.splitlines() if line.startswith("native kernels: none, "))
+    assert reason in line
+
+
+def test_one_that_is_asked_for_and_fails_is_an_error(tmp_path):
+    done = build(tmp_path, VITREG_NATIVE="cpu", CXX="/bin/false")
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(
+        "VITREG_NATIVE=cpu, but the native library cannot be built: "
+        "the C++ compiler /bin/false does not answer to --version"
+    )
+
+
+def test_an_unknown_wish_is_an_error(tmp_path):
+    done = build(tmp_path, VITREG_NATIVE="yes")
+    assert done.returncode == 1
+    assert "VITREG_NATIVE must be auto, cpu or 0, got 'yes'" in done.stderr
+
+
+def test_a_library_that_does_not_load_is_a_reason(tmp_path):
+    shutil.copytree(ROOT / "vitreg_kernels", tmp_path / "vitreg_kernels", ignore=shutil.ignore_patterns("*.so"))
+    library = tmp_path / "vitreg_kernels" / "_runtime" / "libvitreg_native.so"
+    library.write_bytes(b"no library")
+    shown = run("-c", CALL, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    line = next(line for line in shown.stdout.splitlines() if line.startswith("native kernels: none, "))
+    assert "libvitreg_native.so" in line
+
+
+def test_it_can_be_left_alone(tmp_path):
+    shown = run("-c", CALL, cwd=ROOT, VITREG_NATIVE="0")
+    assert "native kernels: none, VITREG_NATIVE=0 is set" in shown.stdout

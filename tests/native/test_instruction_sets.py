@@ -1,0 +1,65 @@
+"""The contract on every instruction set that this machine has, each forced in turn in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitreg_kernels._runtime import native
+
+ROOT = Path(__file__).parents[2]
+ALL = ("baseline", "avx2", "avx512", "avx512bf16")
+# Those below the one that this process runs, in which the suites run anyway.
+OTHERS = ALL[: ALL.index(native.isa())] if native.isa() else ()
+SUITES = [
+    *(ROOT / "tests" / "native" / f"test_{name}.py" for name in ("rounding", "threads")),
+    *(
+        ROOT / "tests" / f"test_{name}.py"
+        for name in ("residual_norm", "parity", "masks", "edges", "packing", "statistics")
+    ),
+]
+
+
+def python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("isa", OTHERS)
+def test_contract(isa):
+    chosen = ["-k", "native and not Compile"]  # a graph does not change with the instruction set
+    done = python("-m", "pytest", *SUITES, *chosen, VITREG_CPU_ISA=isa)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    shown = python("-c", "from vitreg_kernels._runtime import native; print(native.isa())", VITREG_CPU_ISA=isa)
+    assert shown.stdout.strip() == isa, "the run above was of another one"
+
+
+@pytest.mark.skipif(not native.isa(), reason="; ".join(native.faults()))
+def test_a_name_that_is_none():
+    call = (
+        "import torch; from vitreg_kernels.functional import residual_layer_norm as f; "
+        "f(torch.ones(1, 1, 4), weight=torch.ones(4), backend='native')"
+    )
+    done = python("-c", call, VITREG_CPU_ISA="sse9")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "VITREG_CPU_ISA must be baseline, avx2, avx512 or avx512bf16, got sse9" in last
+    assert last.startswith("vitreg_kernels._runtime.dispatch.UnsupportedError")
+
+
+def test_code_of_an_instruction_set_brings_nothing_in_from_the_standard_library():
+    """An inline function that two sets compile is kept once, perhaps in the instructions of the wider."""
+    cpu = ROOT / "csrc" / "cpu"
+    harmless = {"stddef.h", "stdint.h", "cstddef", "cstdint", "immintrin.h", "math.h", "stdlib.h"}
+    for path in (path for path in cpu.iterdir() if path.suffix == ".h" or path.stem.startswith("isa_")):
+        included = {line.split("<")[1].split(">")[0] for line in path.read_text().splitlines() if "#include <" in line}
+        assert included <= harmless, path.name

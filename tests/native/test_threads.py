@@ -1,0 +1,63 @@
+"""Native results are the same to the last bit whatever the number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Spec, make_options, make_qkv
+from residual_norm_cases import Spec as NormSpec
+from residual_norm_cases import make_call, make_upstream, run
+
+from vitreg_kernels._runtime import native
+from vitreg_kernels.check import Yardstick
+
+pytestmark = pytest.mark.skipif(bool(native.faults()), reason="; ".join(native.faults()))
+
+THREADS = (1, 2, 3, 7)
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+@pytest.fixture
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_the_same(compute):
+    results = []
+    for count in THREADS:
+        torch.set_num_threads(count)
+        results.append(compute())
+    for result in results[1:]:
+        assert result.keys() == results[0].keys()
+        for name in result:
+            assert torch.equal(result[name], results[0][name]), name
+
+
+@pytest.mark.usefixtures("_threads")
+@every_dtype
+@pytest.mark.parametrize("tokens", [1, 200, 261])
+def test_residual_norm(dtype, tokens):
+    """261 tokens of three images are thirteen blocks of partial sums."""
+    spec = NormSpec(batch=3, tokens=tokens, channels=200, dtype=dtype)
+    call, upstream = make_call(spec), make_upstream(spec)
+    assert_the_same(lambda: run("native", call, upstream))
+
+
+@pytest.mark.usefixtures("_threads")
+@every_dtype
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(batch=1, heads=1, tokens=261, head_dim=64),
+        Spec(batch=2, heads=3, tokens=201, head_dim=40, rope="halves", mask="key_padding", seed=1),
+        Spec(batch=1, heads=2, tokens=394, lengths=(201, 9, 54, 130)),
+    ],
+    ids=str,
+)
+def test_attention(dtype, spec):
+    spec = spec._replace(dtype=dtype)
+    yardstick = Yardstick(make_qkv(spec), **make_options(spec))
+    assert_the_same(lambda: yardstick.run("native"))

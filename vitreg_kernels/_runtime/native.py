@@ -1,0 +1,58 @@
+"""The native CPU library, loaded when this module is first imported, where the install has one that runs here.
+
+``VITREG_NATIVE=0`` in the environment leaves it alone, as an install without it would be. ``VITREG_CPU_ISA`` names the
+instruction set to run (baseline, avx2, avx512, avx512bf16) instead of the best that the CPU has; tests do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_LIBRARY, _METADATA = _FOLDER / "libvitreg_native.so", _FOLDER / "native.json"
+
+
+def _load() -> tuple[str, str]:
+    """The instruction set that the library runs, and why there is none; one of the two is empty."""
+    if os.environ.get("VITREG_NATIVE") == "0":
+        return "", "VITREG_NATIVE=0 is set"
+    if not _LIBRARY.exists():
+        return "", _metadata().get("reason", "it was not built; install the package, which builds it")
+    try:
+        torch.ops.load_library(_LIBRARY)
+        return torch.ops.vitreg_native.cpu_isa(), ""
+    except (OSError, RuntimeError, AttributeError) as error:  # of the linker, of the library, or it has no such op
+        return "", str(error).strip().splitlines()[0]
+
+
+def _metadata() -> dict:
+    try:
+        return json.loads(_METADATA.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+_ISA, _FAULT = _load()
+
+
+def isa() -> str:
+    """The instruction set that native kernels run in this process; empty where there are none."""
+    return _ISA
+
+
+def faults() -> list[str]:
+    """Why native kernels cannot run in this process; empty if they can."""
+    return [f"there are no native kernels: {_FAULT}"] if _FAULT else []
+
+
+def described() -> str:
+    """What there is, for a person."""
+    if _FAULT:
+        return f"none, {_FAULT}"
+    built = _metadata()
+    sets = ", ".join(built.get("instruction_sets", ["unknown"]))
+    return f"{_ISA} (of {sets}), built against torch {built.get('torch')} by {built.get('compiler')}"
