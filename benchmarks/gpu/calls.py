@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import results
+from benchmarks.gpu import on_gpus
 from benchmarks.gpu.poison import guarded
 from benchmarks.peers import Tensors
 from benchmarks.results import Errors
@@ -169,8 +170,8 @@ def _assemble(**arguments: Any) -> Tensors:
     return {"tokens": functional.assemble_tokens(**arguments)}
 
 
-_RESIDUAL_NORM = Op("residual_norm", RESIDUAL_NORM, _residual_layer_norm)
-_TOKEN_NORMS = Op("token_norms", TOKEN_NORMS, _token_norms)
-_STATISTICS = Op("token_norm_stats", TOKEN_NORMS, _statistics)
-_ASSEMBLE = Op("assemble", ASSEMBLE, _assemble)
+_RESIDUAL_NORM = Op("residual_norm", on_gpus(RESIDUAL_NORM), _residual_layer_norm)
+_TOKEN_NORMS = Op("token_norms", on_gpus(TOKEN_NORMS), _token_norms)
+_STATISTICS = Op("token_norm_stats", on_gpus(TOKEN_NORMS), _statistics)
+_ASSEMBLE = Op("assemble", on_gpus(ASSEMBLE), _assemble)
 OPS = (_RESIDUAL_NORM, _TOKEN_NORMS, _STATISTICS, _ASSEMBLE)

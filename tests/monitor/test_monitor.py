@@ -270,7 +270,9 @@ def test_the_blocks_of_a_register_vit_are_counted_with_their_last_branch():
         vit(images)
     (counted,) = outputs.compute().rows()[2:]
     (expected,) = (row for row in taps.compute().rows() if (row.layer, row.group) == ("blocks.0", "patches"))
-    assert counted == expected._replace(layer="block")
+    assert counted.count == expected.count
+    for name in ("mean", "std", "min", "median", "max"):  # to a rounding, and the bin it may change
+        assert getattr(counted, name) == pytest.approx(getattr(expected, name), rel=0.01), name
 
 
 def test_the_state_is_saved_and_resumed():
