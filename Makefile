@@ -49,7 +49,7 @@ test-aot: $(READY)
 	@echo "== tests: Triton kernels compiled ahead of time for sm_80, sm_90 and sm_100"
 	$(BIN)/python -m pytest tests/aot
 	@echo "== tests: the same kernels compiled by the oldest triton supported"
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest tests/aot/test_budget.py -k "variants or specialised or a_pack"
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest $(wildcard tests/aot/test_*budget.py) -k "variants or specialised or a_pack"
 
 # Allocations of torch are watched too, so a kernel may not touch a number beside a tensor. What a graph is made of does
 # not concern them; nor do leaks, which Python has many of at its end. OpenMP is unknown to ThreadSanitizer: threads.cpp

@@ -35,7 +35,7 @@ LENGTHS: dict[int, str] = {
 # (B, H) by device and size. A GPU needs B*H >= 1024 to be full; two CPU cores are busy with a ViT-S's six heads, and
 # with fewer they would not share the work as they do in a model.
 _BATCH_AND_HEADS: dict[tuple[str, Size], dict[int, tuple[int, int]]] = {
-    ("cpu", "quick"): {54: (4, 6), 201: (1, 6), 261: (1, 6), 1029: (1, 6), 1374: (1, 6)},
+    ("cpu", "quick"): {54: (16, 6), 201: (4, 6), 261: (4, 6), 1029: (1, 6), 1374: (1, 6)},
     ("cpu", "full"): {54: (32, 6), 201: (8, 6), 261: (8, 6), 1029: (2, 6), 1374: (2, 6)},
     ("cuda", "quick"): {54: (64, 16), 201: (64, 16), 261: (64, 16), 1029: (16, 16), 1374: (16, 16)},
     ("cuda", "full"): {54: (256, 16), 201: (64, 16), 261: (64, 16), 1029: (64, 16), 1374: (64, 16)},

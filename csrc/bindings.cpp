@@ -74,7 +74,7 @@ Sizes sizes_of(const Tensor& x) {
 
 vitreg::NormRows rows(const MaybeTensor& x, const Sizes& sizes) {
     if (!x) return {};
-    STD_TORCH_CHECK(sizes_of(*x) == sizes && (x->stride(2) == 1 || sizes.channels == 1),
+    STD_TORCH_CHECK(sizes_of(*x) == sizes && (x->stride(2) == 1 || sizes.channels == 1 || x->numel() == 0),
                     "expected tokens of one shape, their channels side by side");
     return {x->data_ptr(), dtype_of(*x), x->stride(0), x->stride(1)};
 }
@@ -198,7 +198,7 @@ void check_packing(const Tensor& cu_seqlens, int64_t tokens, int64_t prefix) {
     bool right = cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() && images > 0;
     const int32_t* at = right ? static_cast<const int32_t*>(cu_seqlens.data_ptr()) : nullptr;
     right = right && at[0] == 0 && at[images] == tokens;
-    for (int64_t i = 0; right && i < images; ++i) right = at[i + 1] - at[i] >= std::max<int64_t>(1, prefix);
+    for (int64_t i = 0; right && i < images; ++i) right = int64_t{at[i + 1]} - at[i] >= std::max<int64_t>(1, prefix);
     STD_TORCH_CHECK(right, "cu_seqlens must be int32 and rise from 0 to the number of tokens, by the prefix or more");
 }
 
@@ -206,6 +206,7 @@ void fill_call(vitreg::Attention& call, const Tensor& query, const Tensor& key, 
                const MaybeTensor& key_mask, const MaybeTensor& cos, const MaybeTensor& sin, bool interleaved,
                const MaybeTensor& cu_seqlens, int64_t num_prefix_tokens, double scale) {
     STD_TORCH_CHECK(query.dim() == 4, "expected [batch, heads, tokens, head dim] tensors");
+    STD_TORCH_CHECK(query.size(3) <= 128, "expected a head dim of at most 128");
     call.batch = query.size(0);
     call.heads = query.size(1);
     call.tokens = query.size(2);

@@ -43,3 +43,30 @@ def test_all_tokens_are_prefix(backend):
     turned = register_attention(*views(qkv), **options, backend=backend)
     del options["rope"]
     torch.testing.assert_close(turned, register_attention(*views(qkv), **options, backend=backend))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scale_of_zero_attends_to_all_alike(backend, dtype):
+    qkv = make_qkv(Spec(tokens=17, dtype=dtype)).requires_grad_()
+    query, key, value = views(qkv)
+    output, statistics = register_attention(query, key, value, scale=0.0, outputs=("lse",), backend=backend)
+    torch.testing.assert_close(output, value.mean(2, keepdim=True).expand_as(output), rtol=0.02, atol=1e-2)
+    torch.testing.assert_close(statistics.lse, torch.full((2, 2, 17), 17.0).log())
+    assert all(x.isfinite().all() for x in torch.autograd.grad(output, (query, key, value), torch.ones_like(output)))
+
+
+@every_backend
+@pytest.mark.parametrize("size", [1e4, 1e5])
+def test_logits_beyond_all_reason_leave_one_key(backend, size):
+    """Of 1e8 to 1e10, of which fp32 no longer tells neighbours apart: the largest takes all, and no other number comes."""
+    qkv = make_qkv(Spec(batch=1, tokens=33, head_dim=64))
+    query, key, value = views(qkv)
+    query, key, value = ((size * x if i < 2 else x).requires_grad_() for i, x in enumerate((query, key, value)))
+    output = register_attention(query, key, value, scale=1.0, backend=backend)
+    largest = (query.detach().double() @ key.detach().double().transpose(-1, -2)).argmax(-1)
+    expected = value.detach().gather(2, largest[..., None].expand_as(value))
+    torch.testing.assert_close(output.detach(), expected, rtol=1e-5, atol=1e-5)
+    (grad_value,) = torch.autograd.grad(output, value, torch.ones_like(output))
+    chosen = torch.zeros(1, 2, 33).scatter_add_(2, largest, torch.ones(1, 2, 33))
+    torch.testing.assert_close(grad_value, chosen[..., None].expand_as(grad_value), rtol=1e-4, atol=1e-4)

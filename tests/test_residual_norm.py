@@ -146,6 +146,11 @@ class TestResult:
 
 class TestEdges:
     @every_backend
+    def test_empty_batch_of_channels_that_are_not_side_by_side(self, backend):
+        result = residual_layer_norm(torch.empty(0, 4, 3).transpose(1, 2), weight=torch.ones(4), backend=backend.NAME)
+        assert result.normalized.shape == (0, 3, 4)
+
+    @every_backend
     @pytest.mark.parametrize("rms", [False, True])
     def test_one_channel(self, backend, rms):
         """LayerNorm makes it 0, whatever it is, and hands no gradient on; RMSNorm leaves its sign."""

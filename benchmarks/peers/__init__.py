@@ -60,6 +60,6 @@ def _flex_reason(size: Size, qkv: Tensor) -> str | None:
     if qkv.is_cuda:
         return None
     if size == "quick":
-        return "compiles seconds for every shape, too slow for the quick size on a CPU; the full size races it"
+        return "takes seconds to compile for every shape, too slow for the quick size on a CPU; the full size races it"
     # torch's own words for it get lost in the compiler.
     return "has no backward on a CPU" if qkv.requires_grad else None

@@ -107,6 +107,8 @@ private:
     static constexpr int kFewKeys = 64;
     // An lse beyond it has lost too much to rounding: the sums of the probabilities it gives are looked at first.
     static constexpr float kPreciseLse = sizeof(T) == 4 ? 32.0f : 1024.0f;
+    // Beyond it rounding may be 1 and more, and the sums would overflow: the largest are looked at first of all.
+    static constexpr float kCoarseLse = 16777216.0f;
 
     const AttentionBackward& call_;
     const int head_dim_, words_, vectors_, row_;
@@ -132,7 +134,9 @@ private:
         rotation_ = Rotation(call_, span);
         pack(span, kept_, rotation_);
         const bool few = kept_.count <= kFewKeys;
-        if (read_lse(span) || few) look_at_sums(queries_count_, kept_.count);
+        const float largest = read_lse(span);
+        if (largest > kCoarseLse) look_at_tops(queries_count_, kept_.count);
+        if (largest > kPreciseLse || few) look_at_sums(queries_count_, kept_.count);
         if (few) sum_up_delta(queries_count_, kept_.count);
     }
 
@@ -165,17 +169,18 @@ private:
         for (int i = queries; i < padded; ++i) delta_[i] = 0.0f;
     }
 
-    bool read_lse(const Span& span) {
+    // And the largest of them.
+    float read_lse(const Span& span) {
         const float* lse = call_.lse + (span.batch * call_.heads + span.head) * call_.tokens + span.first;
         const int queries = static_cast<int>(span.tokens), padded = up_to(queries, kBlock);
-        bool careful = false;
+        float largest = 0.0f;
         for (int i = 0; i < queries; ++i) {
             lse_[i] = lse[i] * kLog2E;
-            careful |= fabsf(lse[i]) > kPreciseLse;
+            largest = fmaxf(largest, fabsf(lse[i]));
         }
         for (int i = queries; i < padded; ++i) lse_[i] = 0.0f;
         for (int i = 0; i < padded; ++i) low_[i] = 0.0f;
-        return careful;
+        return largest;
     }
 
     void score(float* s, const float* left, const float* columns, int rows, int begin, int vectors) {
@@ -184,6 +189,30 @@ private:
 
     [[gnu::always_inline]] static F32 probability(F32 s, F32 factor, F32 lse, F32 low) {
         return exp2_of_nonpositive(fma(s, factor, zero() - lse) - low);
+    }
+
+    // low = the largest exponent of each row, which the rounding of lse has taken far from 0.
+    void look_at_tops(int queries, int all_keys) {
+        float* s = kPairs ? scores_ : p_pairs_;
+        const F32 factor = broadcast(factor_);
+        for (int r = 0; r < queries; r += kBlock) {
+            const int rows = queries - r < kBlock ? queries - r : kBlock;
+            for (int i = 0; i < rows; ++i) low_[r + i] = -INFINITY;
+            for_chunks(all_keys, kChunk, [&](int begin, int keys) {
+                score(s, queries_left_ + r * words_, keys_as_columns_, rows, begin, up_to(keys, kLane) / kLane);
+                for (int i = 0; i < rows; ++i) {
+                    const F32 less = zero() - broadcast(lse_[r + i]);
+                    for (int n = 0; n < keys; n += kLane) {
+                        const F32 x = fma(load(s + i * stride_ + n), factor, less);
+                        const int left = keys - n;
+                        const float top = max_of(left < kLane ? first_of(x, broadcast(-INFINITY), left) : x);
+                        if (top > low_[r + i]) low_[r + i] = top;
+                    }
+                }
+            });
+            for (int i = 0; i < rows; ++i)
+                if (!(fabsf(low_[r + i]) < INFINITY)) low_[r + i] = 0.0f;
+        }
     }
 
     // low = log2 of the sum of each row's probabilities.
@@ -196,16 +225,17 @@ private:
             for_chunks(all_keys, kChunk, [&](int begin, int keys) {
                 score(s, queries_left_ + r * words_, keys_as_columns_, rows, begin, up_to(keys, kLane) / kLane);
                 for (int i = 0; i < rows; ++i) {
+                    const F32 lse = broadcast(lse_[r + i]), low = broadcast(low_[r + i]);
                     F32 total = zero();
                     for (int n = 0; n < keys; n += kLane) {
-                        const F32 p = probability(load(s + i * stride_ + n), factor, broadcast(lse_[r + i]), zero());
+                        const F32 p = probability(load(s + i * stride_ + n), factor, lse, low);
                         total = total + (keys - n < kLane ? first_of(p, zero(), keys - n) : p);
                     }
                     totals[i] += sum(total);
                 }
             });
             for (int i = 0; i < rows; ++i)
-                if (totals[i] > 0.0f && totals[i] < INFINITY) low_[r + i] = log2f(totals[i]);
+                if (totals[i] > 0.0f && totals[i] < INFINITY) low_[r + i] += log2f(totals[i]);
         }
     }
 

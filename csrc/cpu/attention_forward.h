@@ -49,19 +49,19 @@ inline void score(float* s, ptrdiff_t stride, F32* largest, const float* q, int 
     }
 }
 
-// p = exp2(s * factor - offset) of a row, over its s; the sum is returned, lane by lane. `kept`, where given, takes
-// them in fp32.
+// p = exp2((s - top) * factor) of a row, over its s; the sum is returned, lane by lane. `kept`, where given, takes
+// them in fp32. The difference first: of large s, a rounded top * factor would leave more than 0 of the largest.
 template <class Op>
-inline F32 exponentials(float* s, float* kept, int vectors, float factor, float offset) {
+inline F32 exponentials(float* s, float* kept, int vectors, float factor, float top) {
     constexpr int kMany = kAccumulators / 6;
-    const F32 by = broadcast(factor), less = broadcast(-offset);
+    const F32 by = broadcast(factor), most = broadcast(top);
     F32 totals[kMany];
     for (F32& total : totals) total = zero();
     int v = 0;
     for (; v + kMany <= vectors; v += kMany) {
         F32 x[kMany];
 #pragma GCC unroll 4
-        for (int i = 0; i < kMany; ++i) x[i] = fma(load(s + (v + i) * kLane), by, less);
+        for (int i = 0; i < kMany; ++i) x[i] = (load(s + (v + i) * kLane) - most) * by;
         exp2_of_nonpositive(x);
 #pragma GCC unroll 4
         for (int i = 0; i < kMany; ++i) {
@@ -72,7 +72,7 @@ inline F32 exponentials(float* s, float* kept, int vectors, float factor, float 
         for (int i = 0; i < kMany; i += 2) Op::store_pair(s + (v + i) * kLane / Op::kPerWord, x[i], x[i + 1]);
     }
     for (; v < vectors; ++v) {
-        const F32 x = exp2_of_nonpositive(fma(load(s + v * kLane), by, less));
+        const F32 x = exp2_of_nonpositive((load(s + v * kLane) - most) * by);
         totals[0] = totals[0] + x;
         if (kept) store(kept + v * kLane, x);
         Op::store_one(s + v * kLane / Op::kPerWord, x);
@@ -190,7 +190,8 @@ private:
     // One block of rows from the r-th against keys [begin, begin + keys).
     void block(const Span& span, int64_t first, int r, int rows, int begin, int keys) {
         const int vectors = up_to(keys, kLane) / kLane;
-        const float factor = fabsf(call_.scale) * kLog2E;
+        // 0 would make NaN of the -inf of lanes without a key.
+        const float factor = fmaxf(fabsf(call_.scale) * kLog2E, __FLT_MIN__);
         for (int i = 0; i < kBlock; ++i) largest_[i] = broadcast(-INFINITY);
         score<Op>(scores_, stride_, largest_, queries_ + r * words_, rows, keys_ + begin * words_, words_, vectors,
                   keys - (vectors - 1) * kLane);
@@ -206,7 +207,7 @@ private:
             const float top = tops_[r + i] == -INFINITY ? 0.0f : tops_[r + i];
             float* kept = whole_rows_ && Op::kPerWord > 1 ? kept_ + i * stride_ : nullptr;
             totals_[r + i] =
-                totals_[r + i] + exponentials<Op>(scores_ + i * stride_, kept, vectors, factor, top * factor);
+                totals_[r + i] + exponentials<Op>(scores_ + i * stride_, kept, vectors, factor, top);
         }
         multiply<Op>(outputs_ + r * vectors_ * kLane, vectors_ * kLane, scores_, stride_, 1, rows, values_, vectors_,
                      words<Op>(kept_keys_.count), begin / Op::kPerWord, words<Op>(keys), begin > 0);

@@ -57,16 +57,17 @@ struct NormBackward {
     float* weight_sums;
     float* bias_sums;
 
-    size_t rows() const { return batch * tokens; }
+    // Always inlined, as one copy would serve all instruction sets.
+    [[gnu::always_inline]] size_t rows() const { return batch * tokens; }
 
     // Rows whose parts of the parameters' gradients are added up one after another. The cut depends on the sizes alone,
     // and so do the sums: not on the threads. At most 256 blocks, each of at least 64 rows, which makes the sums a small
     // part of what is written.
-    size_t rows_of_block() const {
+    [[gnu::always_inline]] size_t rows_of_block() const {
         const size_t rows_of_256th = (rows() + 255) / 256;
         return rows_of_256th < 64 ? 64 : rows_of_256th;
     }
-    size_t blocks() const { return (rows() + rows_of_block() - 1) / rows_of_block(); }
+    [[gnu::always_inline]] size_t blocks() const { return (rows() + rows_of_block() - 1) / rows_of_block(); }
 };
 
 // A parameter's gradient from its parts.

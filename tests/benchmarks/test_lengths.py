@@ -91,10 +91,13 @@ def test_a_cut_run_goes_on_where_it_stopped(tmp_path, machine, monkeypatch):
 
 def test_the_table_marks_what_costs_too_much():
     those = [sleeps({7: 0.02, 14: 0.04}), Peer("other", lambda qkv: time.sleep(0.02)), Peer("no", eager, refuses=str)]
-    lines = lengths.table(lengths.measure((7, 14), "fp32", those, batch=1, rounds=1)).splitlines()
+    rows = lengths.measure((7, 14), "fp32", those, batch=1, rounds=1)
+    rows[0] |= {"gflops": 1234.5, "next_gflops": 98.76}
+    rows[1] |= {"gflops": 1.0, "next_gflops": 2.0}
+    lines = lengths.table(rows).splitlines()
     assert "goal for ours: 6% more" in lines[1]
     ours, other = lines[2:]
-    assert "N = 7/14 fp32  vitreg:ours" in ours
+    assert "N = 7/14 fp32  vitreg:ours     1234/98.8 GFLOP/s" in ours
     assert ours.endswith("ABOVE THE GOAL")
     assert not other.endswith("ABOVE THE GOAL")
     assert max(map(len, lines)) <= 100

@@ -26,7 +26,7 @@ def _load() -> tuple[str, str]:
         torch.ops.load_library(_LIBRARY)
         return torch.ops.vitreg_native.cpu_isa(), ""
     except (OSError, RuntimeError, AttributeError) as error:  # of the linker, of the library, or it has no such op
-        return "", str(error).strip().splitlines()[0]
+        return "", (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _metadata() -> dict:
