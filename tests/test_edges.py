@@ -59,7 +59,7 @@ def test_a_scale_of_zero_attends_to_all_alike(backend, dtype):
 @every_backend
 @pytest.mark.parametrize("size", [1e4, 1e5])
 def test_logits_beyond_all_reason_leave_one_key(backend, size):
-    """Of 1e8 to 1e10, of which fp32 no longer tells neighbours apart: the largest takes all, and no other number comes."""
+    """Of 1e8 to 1e10, of which fp32 no longer tells neighbours apart: the largest takes all."""
     qkv = make_qkv(Spec(batch=1, tokens=33, head_dim=64))
     query, key, value = views(qkv)
     query, key, value = ((size * x if i < 2 else x).requires_grad_() for i, x in enumerate((query, key, value)))

@@ -13,7 +13,17 @@ import vitreg_kernels
 
 PACKAGE = Path(vitreg_kernels.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-OPTIONAL = {"triton", "xformers", "timm", "transformers", "matplotlib", "torchvision", "open_clip", "onnx", "onnxruntime"}
+OPTIONAL = {
+    "triton",
+    "xformers",
+    "timm",
+    "transformers",
+    "matplotlib",
+    "torchvision",
+    "open_clip",
+    "onnx",
+    "onnxruntime",
+}
 
 BACKENDS = {
     "assemble": ("composite", "reference", "triton"),
