@@ -1,4 +1,5 @@
-// assemble_tokens: what a call asks of a kernel, in plain pointers. The source of these functions is assemble_kernels.h.
+// assemble_tokens: what a call asks of a kernel, in plain pointers. The source of these functions is
+// assemble_kernels.h.
 //
 // Symbols: B batch, K CLS tokens, R registers, M patches, N = K + R + M tokens, C channels of a token. A row is that of
 // the position embedding: the first prefix_rows tokens have one, and all patches have.

@@ -13,7 +13,9 @@ namespace assemble {
 template <class T, class P>
 inline void write_token(T* to, const P* from, const T* row, size_t channels) {
     if (row == nullptr) {
-        sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE { store(to + c, load(from + c, part), part); });
+        sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE {
+            store(to + c, load(from + c, part), part);
+        });
     } else {
         sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE {
             store(to + c, load(from + c, part) + load(row + c, part), part);
@@ -26,15 +28,16 @@ void write_prefix(const AssembleForward& call, T* to, const T* rows) {
     const size_t channels = call.sizes.channels;
     for (size_t token = 0; token < call.sizes.prefix(); ++token) {
         const bool is_cls = token < call.sizes.cls_tokens;
-        const T* from = is_cls ? static_cast<const T*>(call.cls_token) + token * channels
-                               : static_cast<const T*>(call.register_tokens) + (token - call.sizes.cls_tokens) * channels;
+        const void* parameter = is_cls ? call.cls_token : call.register_tokens;
+        const size_t of_parameter = is_cls ? token : token - call.sizes.cls_tokens;
+        const T* from = static_cast<const T*>(parameter) + of_parameter * channels;
         const bool has_row = rows != nullptr && token < call.sizes.prefix_rows;
         write_token(to + token * channels, from, has_row ? rows + token * channels : nullptr, channels);
     }
 }
 
-// Patches that are neighbours, turned square by square; `rows` may be null. All patches of some channels before the next
-// channels: what is read then lies as close together as it can.
+// Patches that are neighbours, turned square by square; `rows` may be null. All patches of some channels come before the
+// next channels: what is read then lies as close together as it can.
 template <class T, class P>
 void write_turned(T* to, const P* from, int64_t stride_c, const T* rows, size_t patches, size_t channels) {
     alignas(64) float read[kLanes * kLanes] = {}, turned[kLanes * kLanes];

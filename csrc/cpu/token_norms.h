@@ -1,5 +1,5 @@
-// token_norms and accumulate_token_norms: what a call asks of a kernel, in plain pointers. The source of these functions
-// is token_norms_kernels.h.
+// token_norms and accumulate_token_norms: what a call asks of a kernel, in plain pointers. The source of these
+// functions is token_norms_kernels.h.
 //
 // Symbols: B batch, N tokens, C channels; a row is a token.
 #pragma once

@@ -75,7 +75,8 @@ void token_norms() {
 void assemble() {
     const size_t batch = 2, patches = 200, channels = 72, tokens = patches + 5;
     std::vector<float> x = numbers(batch * patches * channels), result(batch * tokens * channels);
-    std::vector<float> cls = numbers(channels), registers = numbers(4 * channels), rows = numbers((patches + 1) * channels);
+    std::vector<float> cls = numbers(channels), registers = numbers(4 * channels);
+    std::vector<float> rows = numbers((patches + 1) * channels);
     AssembleForward call{};
     call.sizes = {batch, 1, 4, patches, channels, 1};
     call.patches = x.data(), call.tokens = result.data();
