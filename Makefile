@@ -14,7 +14,7 @@ GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
 NATIVE := vitreg_kernels/_runtime/native.json
 # Suites that a sanitizer watches, of what is native; and where the library is that was built for it.
-NATIVE_SUITES := $(addprefix tests/,native $(addsuffix .py,$(addprefix test_,residual_norm parity masks edges packing statistics)))
+NATIVE_SUITES := $(addprefix tests/,native $(addsuffix .py,$(addprefix test_,residual_norm token_norms assemble parity masks edges packing statistics)))
 SANITIZED := build/sanitized
 SANITIZERS := address,undefined
 

@@ -183,6 +183,120 @@ void residual_norm_backward(MaybeTensor grad_residual, MaybeTensor grad_normaliz
     }
 }
 
+// ---- token_norms
+
+void token_norms(Tensor x, Tensor norms) {
+    const Sizes sizes = sizes_of(x);
+    const vitreg::NormRows tokens = rows(x, sizes);
+    const int64_t count = sizes.batch * sizes.tokens;
+    const vitreg::TokenNorms call{size_t(sizes.batch), size_t(sizes.tokens), size_t(sizes.channels), tokens.data,
+                                  tokens.dtype, tokens.stride_b, tokens.stride_n, floats(norms, count)};
+    const auto run = vitreg::kernels().token_norms->norms;
+    torch::stable::parallel_for(0, count, grain(sizes.channels),
+                                [&](int64_t first, int64_t last) { run(call, first, last); });
+}
+
+template <class T>
+vitreg::OfGroups<T> of_groups(const Tensor& x, torch::headeronly::ScalarType type, int64_t count) {
+    STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == 3 && x.size(1) == count && x.scalar_type() == type,
+                    "expected the distributions of three groups");
+    return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1)};
+}
+
+// By one thread: there is one number a token.
+void accumulate_token_norms(Tensor norms, int64_t num_cls_tokens, int64_t num_registers, Tensor histogram, Tensor sums,
+                            Tensor extremes, Tensor nonfinite) {
+    using torch::headeronly::ScalarType;
+    const int64_t prefix = num_cls_tokens + num_registers;
+    STD_TORCH_CHECK(norms.dim() == 2 && norms.scalar_type() == ScalarType::Float && num_cls_tokens >= 0 &&
+                        num_cls_tokens <= prefix && prefix <= norms.size(1),
+                    "expected fp32 norms [batch, tokens] of at least the prefix");
+    const size_t tokens = norms.size(1);
+    vitreg::kernels().token_norms->count({size_t(norms.size(0)), tokens, static_cast<const float*>(norms.data_ptr()),
+                                          norms.stride(0), norms.stride(1),
+                                          {size_t(num_cls_tokens), size_t(prefix), tokens},
+                                          of_groups<int64_t>(histogram, ScalarType::Long, 2048),
+                                          of_groups<double>(sums, ScalarType::Double, 2),
+                                          of_groups<float>(extremes, ScalarType::Float, 2),
+                                          of_groups<int64_t>(nonfinite, ScalarType::Long, 2)});
+}
+
+// ---- assemble_tokens
+
+// The tokens [1, n, C] of a parameter.
+int64_t tokens_of(const MaybeTensor& x, int64_t channels) {
+    if (!x) return 0;
+    STD_TORCH_CHECK(x->dim() == 3 && x->size(0) == 1 && x->size(2) == channels && x->is_contiguous(),
+                    "expected contiguous parameters [1, tokens, channels]");
+    return x->size(1);
+}
+
+void assemble_forward(Tensor patches, MaybeTensor cls_token, MaybeTensor register_tokens, MaybeTensor pos_embed,
+                      Tensor tokens) {
+    const Sizes sizes = sizes_of(patches);
+    const int64_t cls_tokens = tokens_of(cls_token, sizes.channels);
+    const int64_t registers = tokens_of(register_tokens, sizes.channels);
+    const int64_t prefix_rows = pos_embed ? tokens_of(pos_embed, sizes.channels) - sizes.tokens : 0;
+    const Sizes of_result{sizes.batch, cls_tokens + registers + sizes.tokens, sizes.channels};
+    const auto data = [&](const MaybeTensor& x) -> const void* {
+        STD_TORCH_CHECK(!x || dtype_of(*x) == dtype_of(tokens), "expected parameters in the dtype of the tokens");
+        return x ? x->data_ptr() : nullptr;
+    };
+    STD_TORCH_CHECK(prefix_rows >= 0 && prefix_rows <= cls_tokens + registers, "expected rows for the patches at least");
+    STD_TORCH_CHECK(patches.stride(2) == 1 || sizes.channels == 1 || patches.stride(1) == 1 || sizes.tokens == 1,
+                    "expected channels side by side, or patches");
+    STD_TORCH_CHECK(dtype_of(tokens) == vitreg::Dtype::f32 || dtype_of(patches) == dtype_of(tokens),
+                    "expected patches in the dtype of 16-bit tokens");
+    vitreg::AssembleForward call{};
+    call.sizes = {size_t(sizes.batch),  size_t(cls_tokens),     size_t(registers),
+                  size_t(sizes.tokens), size_t(sizes.channels), size_t(prefix_rows)};
+    call.patches = patches.data_ptr();
+    call.patches_dtype = dtype_of(patches);
+    call.stride_b = patches.stride(0);
+    call.stride_m = patches.stride(1);
+    call.stride_c = patches.stride(2);
+    call.cls_token = data(cls_token);
+    call.register_tokens = data(register_tokens);
+    call.pos_embed = data(pos_embed);
+    const vitreg::NormRowsOut out = rows_out(tokens, of_result);
+    call.tokens = out.data;
+    call.dtype = out.dtype;
+    const auto run = vitreg::kernels().assemble->forward;
+    torch::stable::parallel_for(0, call.items(), grain(call.kPatches * sizes.channels),
+                                [&](int64_t first, int64_t last) { run(call, first, last); });
+}
+
+void assemble_backward(Tensor grad_tokens, int64_t num_cls_tokens, int64_t num_registers, int64_t prefix_rows,
+                       MaybeTensor grad_cls_token, MaybeTensor grad_register_tokens, MaybeTensor grad_pos_embed) {
+    const Sizes sizes = sizes_of(grad_tokens);
+    const vitreg::NormRows arrived = rows(grad_tokens, sizes);
+    const int64_t prefix = num_cls_tokens + num_registers, patches = sizes.tokens - prefix;
+    STD_TORCH_CHECK(num_cls_tokens >= 0 && num_registers >= 0 && patches >= 0 && prefix_rows >= 0 &&
+                        prefix_rows <= prefix,
+                    "expected the sizes of the forward");
+    const auto gradient = [&](const MaybeTensor& x, int64_t tokens) -> vitreg::ParameterGradient {
+        if (!x) return {};
+        STD_TORCH_CHECK(tokens_of(x, sizes.channels) == tokens, "expected gradients of the forward's parameters");
+        return {x->data_ptr(), dtype_of(*x)};
+    };
+    vitreg::AssembleBackward call{};
+    call.sizes = {size_t(sizes.batch), size_t(num_cls_tokens), size_t(num_registers),
+                  size_t(patches),     size_t(sizes.channels), size_t(prefix_rows)};
+    call.grad_tokens = arrived.data;
+    call.dtype = arrived.dtype;
+    call.stride_b = arrived.stride_b;
+    call.stride_n = arrived.stride_n;
+    call.cls_token = gradient(grad_cls_token, num_cls_tokens);
+    call.register_tokens = gradient(grad_register_tokens, num_registers);
+    call.pos_embed = gradient(grad_pos_embed, prefix_rows + patches);
+    const auto run = vitreg::kernels().assemble->backward;
+    torch::stable::parallel_for(0, sizes.tokens, grain(sizes.batch * sizes.channels),
+                                [&](int64_t first, int64_t last) {
+                                    std::vector<float> sums(sizes.channels);
+                                    run(call, first, last, sums.data());
+                                });
+}
+
 // ---- attention
 
 vitreg::Heads heads(const Tensor& x, const Tensor& query) {
@@ -295,6 +409,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vitreg_native, library) {
         "residual_norm_backward(Tensor? grad_residual, Tensor? grad_normalized, Tensor residual, Tensor? mean, "
         "Tensor rstd, Tensor? branch, Tensor? layer_scale, Tensor? drop_path, Tensor weight, Tensor(a!)? grad_x, "
         "Tensor(b!)? grad_branch, Tensor(c!)? grad_layer_scale, Tensor(d!)? grad_weight, Tensor(e!)? grad_bias) -> ()");
+    library.def("token_norms(Tensor x, Tensor(a!) norms) -> ()");
+    library.def(
+        "accumulate_token_norms(Tensor norms, int num_cls_tokens, int num_registers, Tensor(a!) histogram, "
+        "Tensor(b!) sums, Tensor(c!) extremes, Tensor(d!) nonfinite) -> ()");
+    library.def(
+        "assemble_forward(Tensor patches, Tensor? cls_token, Tensor? register_tokens, Tensor? pos_embed, "
+        "Tensor(a!) tokens) -> ()");
+    library.def(
+        "assemble_backward(Tensor grad_tokens, int num_cls_tokens, int num_registers, int prefix_rows, "
+        "Tensor(a!)? grad_cls_token, Tensor(b!)? grad_register_tokens, Tensor(c!)? grad_pos_embed) -> ()");
     const std::string call =
         "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? cos, Tensor? sin, bool interleaved, "
         "Tensor? cu_seqlens, int num_prefix_tokens, float scale, ";
@@ -316,6 +440,10 @@ STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CPU, library) {
     library.impl("residual_norm_forward", TORCH_BOX(&residual_norm_forward));
     library.impl("residual_norm_backward", TORCH_BOX(&residual_norm_backward));
+    library.impl("token_norms", TORCH_BOX(&token_norms));
+    library.impl("accumulate_token_norms", TORCH_BOX(&accumulate_token_norms));
+    library.impl("assemble_forward", TORCH_BOX(&assemble_forward));
+    library.impl("assemble_backward", TORCH_BOX(&assemble_backward));
     library.impl("attention_forward", TORCH_BOX(&attention_forward));
     library.impl("attention_backward", TORCH_BOX(&attention_backward));
 }

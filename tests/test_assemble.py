@@ -10,8 +10,9 @@ import math
 import pytest
 import torch
 from assemble_cases import DIFFERENTIABLE, KINDS, USABLE, Spec, Yardstick, make_call, make_upstream, run
-from residual_norm_cases import assert_passed
+from residual_norm_cases import LAYOUTS, assert_passed
 
+from vitreg_kernels._runtime import native
 from vitreg_kernels._runtime.triton_mode import INTERPRETING
 from vitreg_kernels.functional import assemble_tokens
 
@@ -28,7 +29,8 @@ def needs(backend, dtype):
 
 
 def test_there_is_something_to_test():
-    assert [b.NAME for b in USABLE] == [*(["triton"] if INTERPRETING else []), "composite", "reference"]
+    native_ones = [] if native.faults() else ["native"]
+    assert [b.NAME for b in USABLE] == [*(["triton"] if INTERPRETING else []), *native_ones, "composite", "reference"]
 
 
 class TestParity:
@@ -78,6 +80,16 @@ class TestResult:
         assert torch.equal(results[0][:, 5:], expected)
 
     @every_backend
+    @every_dtype
+    @every_kind
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_to_the_last_bit(self, backend, dtype, spec, layout):
+        """One addition is all that is rounded; patches and channels fill several vectors and a part of one."""
+        needs(backend, dtype)
+        call = make_call(spec._replace(patches=149, channels=77, dtype=dtype, layout=layout))
+        assert torch.equal(*(assemble_tokens(**call, backend=name) for name in (backend.NAME, "reference")))
+
+    @every_backend
     def test_a_number_that_is_none_stays_by_itself(self, backend):
         call, upstream = make_call(Spec()), make_upstream(Spec())
         clean = run(backend.NAME, call, upstream)["tokens"]
@@ -104,8 +116,9 @@ class TestResult:
     @pytest.mark.parametrize("kind", ["prefix", "cls", "patches"])
     def test_dtypes_mix(self, backend, patches, parameters, position, expected, kind):
         """As torch promotes them; each gradient has the dtype of its input and is rounded once."""
-        if INTERPRETING and {torch.bfloat16, F64} & {patches, parameters, position}:
-            pytest.skip("the interpreter has no bf16, and the kernels no fp64")
+        needs(backend, expected)
+        if INTERPRETING and torch.bfloat16 in {patches, parameters, position}:
+            pytest.skip("the interpreter has no bf16")
         spec = Spec(batch=5, position=kind)
         call = make_call(spec)
         dtypes = dict(zip(DIFFERENTIABLE, (patches, parameters, parameters, position), strict=True))

@@ -26,10 +26,10 @@ OPTIONAL = {
 }
 
 BACKENDS = {
-    "assemble": ("composite", "reference", "triton"),
+    "assemble": ("composite", "native", "reference", "triton"),
     "attention": ("native", "reference", "sdpa", "triton", "xformers"),
     "residual_norm": ("composite", "native", "reference", "triton"),
-    "token_norms": ("composite", "reference", "triton"),
+    "token_norms": ("composite", "native", "reference", "triton"),
 }
 
 # Each layer of the package may import what stands below it, and itself; the backends have a rule of their own.

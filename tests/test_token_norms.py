@@ -26,6 +26,7 @@ from token_norms_cases import (
 from torch.utils.checkpoint import checkpoint
 
 from vitreg_kernels import NormDistribution, TokenLayout
+from vitreg_kernels._runtime import native
 from vitreg_kernels._runtime.triton_mode import INTERPRETING
 from vitreg_kernels.functional import residual_layer_norm, token_norm_stats, token_norms
 from vitreg_kernels.ops.token_norms.api import accumulate
@@ -51,7 +52,8 @@ def accumulated(batches, backend, layout=LAYOUT):
 
 
 def test_there_is_something_to_test():
-    assert [b.NAME for b in USABLE] == [*(["triton"] if INTERPRETING else []), "composite", "reference"]
+    native_ones = [] if native.faults() else ["native"]
+    assert [b.NAME for b in USABLE] == [*(["triton"] if INTERPRETING else []), *native_ones, "composite", "reference"]
 
 
 class TestParity:
@@ -84,9 +86,12 @@ class TestParity:
 
 class TestNorms:
     @every_backend
-    def test_those_of_residual_layer_norm(self, backend):
-        x = make_call(Spec())["x"]
-        expected = residual_layer_norm(x, weight=torch.ones(48), backend=backend.NAME).token_norms
+    @every_dtype
+    @pytest.mark.parametrize("channels", [48, 201])
+    def test_those_of_residual_layer_norm(self, backend, dtype, channels):
+        needs(backend, dtype)
+        x = make_call(Spec(channels=channels, dtype=dtype))["x"]
+        expected = residual_layer_norm(x, weight=torch.ones(channels), backend=backend.NAME).token_norms
         assert torch.equal(token_norms(x, backend=backend.NAME), expected)
 
     @every_backend

@@ -1,19 +1,23 @@
 #define VITREG_ISA avx2
+#include "assemble_kernels.h"
 #include "attention_kernels.h"
 #include "kernels.h"
 #include "residual_norm_backward.h"
 #include "residual_norm_forward.h"
+#include "token_norms_kernels.h"
 
 namespace vitreg {
 
 namespace avx2 {
 
 extern const NormKernels kResidualNorm{residual_norm::forward, residual_norm::backward, residual_norm::sum_blocks};
+extern const TokenNormKernels kTokenNorms{token_norms::norms, token_norms::count};
+extern const AssembleKernels kAssemble{assemble::forward, assemble::backward};
 
 AttentionKernels attention(Dtype dtype) { return attention_kernels(dtype); }
 
 }  // namespace avx2
 
-const Kernels kAvx2{&avx2::kResidualNorm, avx2::attention};
+const Kernels kAvx2{&avx2::kResidualNorm, &avx2::kTokenNorms, &avx2::kAssemble, avx2::attention};
 
 }  // namespace vitreg

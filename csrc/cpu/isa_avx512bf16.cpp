@@ -8,6 +8,8 @@ namespace avx512 {
 
 // What makes no use of products of bf16.
 extern const NormKernels kResidualNorm;
+extern const TokenNormKernels kTokenNorms;
+extern const AssembleKernels kAssemble;
 AttentionKernels attention(Dtype dtype);
 
 }  // namespace avx512
@@ -20,6 +22,6 @@ AttentionKernels attention(Dtype dtype) {
 
 }  // namespace avx512bf16
 
-const Kernels kAvx512Bf16{&avx512::kResidualNorm, avx512bf16::attention};
+const Kernels kAvx512Bf16{&avx512::kResidualNorm, &avx512::kTokenNorms, &avx512::kAssemble, avx512bf16::attention};
 
 }  // namespace vitreg

@@ -1,19 +1,23 @@
 #define VITREG_ISA baseline
+#include "assemble_kernels.h"
 #include "attention_kernels.h"
 #include "kernels.h"
 #include "residual_norm_backward.h"
 #include "residual_norm_forward.h"
+#include "token_norms_kernels.h"
 
 namespace vitreg {
 
 namespace baseline {
 
 extern const NormKernels kResidualNorm{residual_norm::forward, residual_norm::backward, residual_norm::sum_blocks};
+extern const TokenNormKernels kTokenNorms{token_norms::norms, token_norms::count};
+extern const AssembleKernels kAssemble{assemble::forward, assemble::backward};
 
 AttentionKernels attention(Dtype dtype) { return attention_kernels(dtype); }
 
 }  // namespace baseline
 
-const Kernels kBaseline{&baseline::kResidualNorm, baseline::attention};
+const Kernels kBaseline{&baseline::kResidualNorm, &baseline::kTokenNorms, &baseline::kAssemble, baseline::attention};
 
 }  // namespace vitreg

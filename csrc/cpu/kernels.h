@@ -1,13 +1,17 @@
 // What each instruction set offers: the tables that the files isa_<name>.cpp define.
 #pragma once
 
+#include "assemble.h"
 #include "attention.h"
 #include "residual_norm.h"
+#include "token_norms.h"
 
 namespace vitreg {
 
 struct Kernels {
     const NormKernels* residual_norm;
+    const TokenNormKernels* token_norms;
+    const AssembleKernels* assemble;
     AttentionKernels (*attention)(Dtype);
 };
 

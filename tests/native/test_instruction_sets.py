@@ -19,7 +19,7 @@ SUITES = [
     *(ROOT / "tests" / "native" / f"test_{name}.py" for name in ("rounding", "threads")),
     *(
         ROOT / "tests" / f"test_{name}.py"
-        for name in ("residual_norm", "parity", "masks", "edges", "packing", "statistics")
+        for name in ("residual_norm", "token_norms", "assemble", "parity", "masks", "edges", "packing", "statistics")
     ),
 ]
 

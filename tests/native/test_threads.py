@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import assemble_cases
 import pytest
+import token_norms_cases
 import torch
 from cases import Spec, make_options, make_qkv
 from residual_norm_cases import Spec as NormSpec
@@ -44,6 +46,22 @@ def test_residual_norm(dtype, tokens):
     spec = NormSpec(batch=3, tokens=tokens, channels=200, dtype=dtype)
     call, upstream = make_call(spec), make_upstream(spec)
     assert_the_same(lambda: run("native", call, upstream))
+
+
+@pytest.mark.usefixtures("_threads")
+@every_dtype
+def test_token_norms_and_their_counts(dtype):
+    call = token_norms_cases.make_call(token_norms_cases.Spec(batch=3, tokens=261, channels=200, dtype=dtype))
+    assert_the_same(lambda: token_norms_cases.run("native", call))
+
+
+@pytest.mark.usefixtures("_threads")
+@every_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+def test_assemble(dtype, layout):
+    spec = assemble_cases.Spec(batch=5, patches=300, channels=200, position="cls", dtype=dtype, layout=layout)
+    call, upstream = assemble_cases.make_call(spec), assemble_cases.make_upstream(spec)
+    assert_the_same(lambda: assemble_cases.run("native", call, upstream))
 
 
 @pytest.mark.usefixtures("_threads")

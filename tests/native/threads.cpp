@@ -1,4 +1,4 @@
-// Both ops dealt out to threads as torch would, for ThreadSanitizer, which knows std::thread but not torch's OpenMP:
+// The ops dealt out to threads as torch would, for ThreadSanitizer, which knows std::thread but not torch's OpenMP:
 //
 //   g++ -std=c++17 -O1 -g -fsanitize=thread -mavx2 -mfma -mf16c -DVITREG_ISA=avx2 -Icsrc/cpu
 //       tests/native/threads.cpp -pthread
@@ -7,9 +7,11 @@
 #include <thread>
 #include <vector>
 
+#include "assemble_kernels.h"
 #include "attention_kernels.h"
 #include "residual_norm_backward.h"
 #include "residual_norm_forward.h"
+#include "token_norms_kernels.h"
 
 using namespace vitreg;
 namespace isa = vitreg::VITREG_ISA;
@@ -62,6 +64,38 @@ void residual_norm() {
     in_parallel(channels, [&](int64_t first, int64_t last) { isa::residual_norm::sum_blocks(sum, first, last); });
 }
 
+void token_norms() {
+    const size_t batch = 2, tokens = 130, channels = 72;
+    std::vector<float> x = numbers(batch * tokens * channels), norms(batch * tokens);
+    const TokenNorms call{batch, tokens, channels, x.data(), Dtype::f32, int64_t(tokens * channels), int64_t(channels),
+                          norms.data()};
+    in_parallel(batch * tokens, [&](int64_t first, int64_t last) { isa::token_norms::norms(call, first, last); });
+}
+
+void assemble() {
+    const size_t batch = 2, patches = 200, channels = 72, tokens = patches + 5;
+    std::vector<float> x = numbers(batch * patches * channels), result(batch * tokens * channels);
+    std::vector<float> cls = numbers(channels), registers = numbers(4 * channels);
+    std::vector<float> rows = numbers((patches + 1) * channels);
+    AssembleForward call{};
+    call.sizes = {batch, 1, 4, patches, channels, 1};
+    call.patches = x.data(), call.tokens = result.data();
+    call.cls_token = cls.data(), call.register_tokens = registers.data(), call.pos_embed = rows.data();
+    call.stride_b = patches * channels;
+    for (const bool turned : {false, true}) {
+        call.stride_m = turned ? 1 : channels, call.stride_c = turned ? patches : 1;
+        in_parallel(call.items(), [&](int64_t first, int64_t last) { isa::assemble::forward(call, first, last); });
+    }
+    AssembleBackward back{};
+    back.sizes = call.sizes;
+    back.grad_tokens = result.data(), back.stride_b = tokens * channels, back.stride_n = channels;
+    back.cls_token.data = cls.data(), back.register_tokens.data = registers.data(), back.pos_embed.data = rows.data();
+    in_parallel(tokens, [&](int64_t first, int64_t last) {
+        std::vector<float> sums(channels);
+        isa::assemble::backward(back, first, last, sums.data());
+    });
+}
+
 void attention() {
     const int64_t batch = 2, heads = 2, tokens = 300, head_dim = 24, all = batch * heads * tokens * head_dim;
     std::vector<float> query = numbers(all), key = numbers(all), value = numbers(all), output(all);
@@ -88,6 +122,8 @@ void attention() {
 
 int main() {
     residual_norm();
+    token_norms();
+    assemble();
     attention();
     std::printf("%d threads, no race\n", kThreads);
 }

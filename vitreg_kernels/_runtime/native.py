@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _FOLDER = Path(__file__).parent
 _LIBRARY, _METADATA = _FOLDER / "libvitreg_native.so", _FOLDER / "native.json"
@@ -56,3 +57,8 @@ def described() -> str:
     built = _metadata()
     sets = ", ".join(built.get("instruction_sets", ["unknown"]))
     return f"{_ISA} (of {sets}), built against torch {built.get('torch')} by {built.get('compiler')}"
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """The tensor with its last dimension side by side in memory, as kernels read tokens; a copy only if it is not."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -8,6 +8,6 @@ other is torch code that autograd differentiates. Autocast may be on while they 
 
 from __future__ import annotations
 
-from . import composite, reference, triton
+from . import composite, native, reference, triton
 
-BACKENDS = (triton, composite, reference)
+BACKENDS = (triton, native, composite, reference)

@@ -7,6 +7,6 @@ more. The latter always runs behind the op of ``schema.py``, an opaque backend's
 
 from __future__ import annotations
 
-from . import composite, reference, triton
+from . import composite, native, reference, triton
 
-BACKENDS = (triton, composite, reference)
+BACKENDS = (triton, native, composite, reference)
