@@ -52,8 +52,16 @@ void write_turned(T* to, const P* from, int64_t stride_c, const T* rows, size_t 
             }
             transpose(turned, kLanes, read, kLanes);
             for (size_t j = 0; j < count; ++j) {
-                const T* row = rows == nullptr ? nullptr : rows + (m + j) * channels + c;
-                write_token(to + (m + j) * channels + c, turned + j * kLanes, row, width);
+                const size_t at = (m + j) * channels + c;
+                const auto write_part = [&](auto part) VITREG_INLINE {
+                    const F32 value = load(turned + j * kLanes);
+                    store(to + at, rows == nullptr ? value : value + load(rows + at, part), part);
+                };
+                if (width == kLanes) {
+                    write_part(Whole{});
+                } else {
+                    write_part(First{width});
+                }
             }
         }
     }
