@@ -16,6 +16,7 @@ ALL = ("baseline", "avx2", "avx512", "avx512bf16")
 # Those below the one that this process runs, in which the suites run anyway.
 OTHERS = ALL[: ALL.index(native.isa())] if native.isa() else ()
 SUITES = [
+    ROOT / "tests" / "contract",
     *(ROOT / "tests" / "native" / f"test_{name}.py" for name in ("rounding", "threads")),
     *(
         ROOT / "tests" / f"test_{name}.py"
