@@ -1,12 +1,14 @@
 """A small ViT with registers learns handwritten digits, its token norms monitored: ``python -m benchmarks.training``.
 
 The digits are those inside scikit-learn, 1,797 real scans of 8 x 8 pixels, which make 16 patches; a fifth is held out.
-Leaves ``training.csv``, the norms of every layer and group by step, and ``training.png``, their picture, in a folder.
+Leaves in a folder ``training.csv``, the norms of every layer and group by step, ``training.png``, their picture, and
+``training.json``, how it ended and on which machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import results
+from benchmarks import machine, results
 from vitreg_kernels import NormReport, RegisterViT, TokenNormMonitor, ViTConfig
 from vitreg_kernels.monitor import CsvWriter, read_csv
 from vitreg_kernels.monitor.plot import draw
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=results.FOLDER)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    history, picture = (arguments.folder / f"training.{ending}" for ending in ("csv", "png"))
+    history, picture, result = (arguments.folder / f"training.{ending}" for ending in ("csv", "png", "json"))
 
     torch.manual_seed(0)
     model = Classifier(CONFIG)
@@ -122,9 +124,12 @@ def main() -> None:
         writer.write(progress.step, progress.norms)
         print(f"step {progress.step:4}  loss {progress.loss:.3f}", flush=True)
     print(f"\nToken norms of the last steps\n{progress.norms.table()}")
-    print(f"\n{accuracy(model, held_out):.1%} of the digits held out are told right")
+    ended = {"steps": arguments.steps, "loss": progress.loss, "accuracy": accuracy(model, held_out)}
+    here = machine.describe(torch.device("cpu"))
+    result.write_text(json.dumps({**ended, "held_out": len(held_out.labels), "machine": here}, indent=2) + "\n")
+    print(f"\n{ended['accuracy']:.1%} of the digits held out are told right")
     draw(progress.norms, read_csv(history)).savefig(picture, dpi=150)
-    print(f"{os.path.relpath(history)}\n{os.path.relpath(picture)}")
+    print("\n".join(map(os.path.relpath, (history, picture, result))))
 
 
 if __name__ == "__main__":
