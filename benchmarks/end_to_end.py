@@ -178,7 +178,7 @@ def _line(row: Row) -> str:
     error = worst(row["errors"])
     spread = f"{number(row['p20_ms'])}-{number(row['p80_ms'])}"
     speedup = "" if row["speedup"] is None else f"x {row['speedup']:.2f}"
-    figures = f"{number(row['median_ms']):>7} ms{spread:>12}{number(row['images_per_s']):>6} images/s{speedup:>8}"
+    figures = f"{number(row['median_ms']):>7} ms {spread:>11} {number(row['images_per_s']):>5} images/s{speedup:>8}"
     below = row["goal"] and row["speedup"] and row["speedup"] < row["goal"]
     verdict = "  FAIL" if not error["passed"] else "  BELOW THE GOAL" if below else ""
     return f"{name}{figures}  {error['max']:.1e} ({error['eager_max']:.1e}){verdict}"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from benchmarks.results import Errors, Row
 
-_FEATURES = "  {:<11}{:>13}{:>17}{:>10}{:>24}{:>23}"
-_REGISTERS = "  {:<22}{:>22}{:>14}{:>22}"
-_NORMS = "  {:<12}{:>14}{:>14}{:>14}{:>10}{:>16}"
+_FEATURES = "  {:<10} {:>13} {:>16} {:>9} {:>23} {:>22}"
+_REGISTERS = "  {:<21} {:>22} {:>13} {:>21}"
+_NORMS = "  {:<11} {:>14} {:>13} {:>13} {:>9} {:>15}"
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -9,7 +9,7 @@ from benchmarks import roofline
 from benchmarks.report import WIDTH, number, refusals, worst
 from benchmarks.results import Row
 
-_LINE = "  {:<19}{:>10}{:>14}{:>8}{:>8}{:>8}{:>11}{:>11}  {}"
+_LINE = "  {:<18} {:>10} {:>13} {:>7} {:>7} {:>7} {:>10} {:>10}  {}"
 _HEADINGS = _LINE.format(
     "", "median ms", "p20-p80 ms", "GB/s", "% copy", "x peer", "max error", "formula's", ""
 ).rstrip()

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 100
-_LINE = "  {:<17}{:>10}{:>14}{:>8}{:>8}{:>8}{:>8}{:>10}{:>9}  {}"
+# A space before every column: one that outgrows its width moves the rest and never joins its neighbour.
+_LINE = "  {:<17} {:>9} {:>13} {:>7} {:>7} {:>7} {:>7} {:>9} {:>8}  {}"
 _HEADINGS = _LINE.format(
     "", "median ms", "p20-p80 ms", "GFLOP/s", "% peak", "GB/s", "x peer", "max error", "eager's", ""
 ).rstrip()
