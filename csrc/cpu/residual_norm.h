@@ -22,8 +22,8 @@ struct NormRows {
 struct NormRowsOut {
     void* data = nullptr;
     Dtype dtype = Dtype::f32;
-    // Past the caches, which have no room for it and so need not fetch what is overwritten. Rows are fp32 then, and begin
-    // at multiples of 64 bytes.
+    // Past the caches, which have no room for it and so need not fetch what is overwritten. Rows begin at multiples of
+    // 64 bytes then.
     bool streamed = false;
 };
 

@@ -23,10 +23,10 @@ inline void store(T* p, F32 v, Whole) { store(p, v); }
 template <class T>
 inline void store(T* p, F32 v, First part) { store_first(p, v, part.n); }
 
-// store, or stream where that is asked for and there is a whole vector of floats to write.
+// store, or stream where that is asked for and there is a whole vector to write.
 template <class T, class Part>
 inline void write(T* p, F32 v, Part part, bool streamed) {
-    if constexpr (sizeof(T) == sizeof(float) && sizeof(Part) == sizeof(Whole)) {
+    if constexpr (sizeof(Part) == sizeof(Whole)) {
         if (streamed) return stream(p, v);
     }
     store(p, v, part);

@@ -15,7 +15,7 @@
 //   fma(a, b, c)              a * b + c, in one rounding where the CPU can
 //   max(a, b) min(a, b)       of lanes, b where either is NaN
 //   sum(v) max_of(v)          over the lanes
-//   stream(p, v)              stores kLanes floats past the caches; p is a multiple of a vector's size
+//   stream(p, v)              store past the caches; p is a multiple of what is written, sizeof(*p) * kLanes
 //   stream_done()             what was streamed is visible to others afterwards
 #pragma once
 
@@ -92,6 +92,10 @@ inline void store(T* p, F32 v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), detail::narrow(p, v));
 }
 template <class T>
+inline void stream(T* p, F32 v) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), detail::narrow(p, v));
+}
+template <class T>
 inline void store_first(T* p, F32 v, size_t n) {
     _mm256_mask_storeu_epi16(p, detail::first(n), detail::narrow(p, v));
 }
@@ -160,6 +164,10 @@ inline F32 load_first(const T* p, size_t n) {
 template <class T>
 inline void store(T* p, F32 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), detail::narrow(p, v));
+}
+template <class T>
+inline void stream(T* p, F32 v) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), detail::narrow(p, v));
 }
 template <class T>
 inline void store_first(T* p, F32 v, size_t n) {
@@ -238,6 +246,18 @@ template <class T>
 inline void store(T* p, F32 v) {
     const detail::U32 bits = detail::narrow(p, v);
     for (size_t i = 0; i < kLanes; ++i) p[i].bits = static_cast<uint16_t>(bits[i]);
+}
+template <class T>
+inline void stream(T* p, F32 v) {
+#if defined(__x86_64__)
+    T some[kLanes];
+    store(some, v);
+    long long bits;
+    __builtin_memcpy(&bits, some, sizeof bits);
+    _mm_stream_si64(reinterpret_cast<long long*>(p), bits);
+#else
+    store(p, v);
+#endif
 }
 template <class T>
 inline F32 load_first(const T* p, size_t n) {
