@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypedDict
@@ -10,13 +11,13 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from benchmarks import machine, results, roofline, timing
+from benchmarks import machine, memory, results, timing
 from benchmarks.attention import Progress
 from benchmarks.contest import Copy, compete
 from benchmarks.machine import Machine
+from benchmarks.memory import Memory
 from benchmarks.peers import Attend, Peer, Tensors, interpreter_reason, norms
 from benchmarks.results import Errors, Row, Writer
-from benchmarks.roofline import Roofline
 from benchmarks.shapes import DTYPES, DType, Size
 from vitreg_kernels import accuracy
 
@@ -29,7 +30,8 @@ BATCH, TOKENS = 64, 261
 # residual and the branch and writes the gradients of x and the branch.
 _TENSORS: dict[Mode, int] = {"forward": 4, "backward": 6}
 # Seconds of timing a case, shared by its contenders.
-_BUDGET_S: dict[Size, float] = {"quick": 0.5, "full": 10.0}
+_BUDGET_S: dict[Size, float] = {"quick": 0.5, "full": 5.0}
+_COPY_BUDGET_S = 0.05
 _OUTPUTS = ("residual", "normalized", "token_norms")
 _INPUTS = ("x", "branch", "layer_scale", "weight", "bias")
 _SUMMED = ("grad_layer_scale", "grad_weight", "grad_bias")  # over all tokens
@@ -49,14 +51,15 @@ class ResidualNormRow(TypedDict):
     batch: int
     tokens: int
     channels: int
+    memory: Memory  # that results are in
     bytes: int  # useful traffic
-    peak_gbps: float  # copy bandwidth, the run's highest by then; tables take that of all
+    copy_gbps: float  # read and written, of a copy of the case's own x and branch into memory that is there
     median_ms: float | None
     p20_ms: float | None
     p80_ms: float | None
     samples: int | None
     gbps: float | None  # GB/s at the median
-    peak_fraction: float | None  # gbps / peak_gbps
+    copy_fraction: float | None  # gbps / copy_gbps
     best_peer: str | None  # the fastest peer of the case
     speedup: float | None  # best peer's median / this median: above 1 is faster than every peer
     errors: dict[str, Errors] | None  # of the three outputs; of a backward, of the gradient of each input too
@@ -76,6 +79,7 @@ class Case:
     rms: bool = False
     batch: int = BATCH
     tokens: int = TOKENS
+    memory: Memory = "any"
 
     @property
     def bytes(self) -> int:
@@ -89,48 +93,55 @@ class Case:
         return "RMSNorm" if self.rms else "LayerNorm"
 
     def __str__(self) -> str:
-        return f"{self.norm} C={self.channels} {self.dtype} {self.mode}"
+        return f"{self.norm} C={self.channels} {self.dtype} {self.mode}, {memory.IN_WORDS[self.memory]}"
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Every width, dtype and mode, narrowest first. RMSNorm is there for xformers, which needs a GPU."""
+    """Every width, dtype and mode, by kind of memory. RMSNorm is there for xformers, which needs a GPU."""
     norms = (False, True) if device.type == "cuda" else (False,)
-    return [Case(c, dtype, mode, rms) for rms in norms for c in CHANNELS for dtype in DTYPES for mode in MODES]
+    return [
+        Case(c, dtype, mode, rms, memory=kind)
+        for rms in norms
+        for kind in memory.choices(device)
+        for c in CHANNELS
+        for dtype in DTYPES
+        for mode in MODES
+    ]
 
 
 def run(size: Size, writer: Writer, progress: Progress, device: torch.device | None = None) -> Iterator[Row]:
     """Races every contender over the cases and yields the rows, case by case, once they are written.
 
-    Ceilings, resumption and ``progress`` are as of ``attention.run``; here they are measured before each width.
+    Resumption and ``progress`` are as of ``attention.run``.
     """
     device = device or machine.default_device()
     todo = cases(device)
-    measured_at = 0
     for done, case in enumerate(todo):
         progress(done, len(todo), str(case))
         raced = rows_of(writer, case)
         if raced:
             yield from raced
             continue
-        if case.channels != measured_at:
-            measured_at = case.channels
-            yield from writer.extend([{"kind": "roofline", **roofline.measure(device)._asdict()}])
         contenders = [p.unless(interpreter_reason) if p.name in norms.OPAQUE else p for p in norms.peers(rms=case.rms)]
         copies = timing.copies_past_cache(inputs_of(case, device), device)
-        yield from writer.extend(race(case, contenders, roofline.highest(writer.rows), copies, _BUDGET_S[size]))
+        yield from writer.extend(race(case, contenders, copies, _BUDGET_S[size]))
     progress(len(todo), len(todo), "")
 
 
 def rows_of(writer: Writer, case: Case) -> list[Row]:
     """The rows of a case."""
-    fields = ("norm", "dtype", "mode", "batch", "tokens", "channels")
+    fields = ("norm", "dtype", "mode", "batch", "tokens", "channels", "memory")
     return writer.find(kind="residual_norm", **{field: getattr(case, field) for field in fields})
 
 
-def race(
-    case: Case, contenders: Sequence[Peer], ceilings: Roofline, copies: Sequence[Copy], budget_s: float
-) -> list[Row]:
+def race(case: Case, contenders: Sequence[Peer], copies: Sequence[Copy], budget_s: float) -> list[Row]:
     """One row for each contender, raced or not, without its ``machine``."""
+    device = copies[0][0].device
+    with memory.kept() if case.memory == "kept" else nullcontext():
+        check, useful_bytes = _check(case, copies[0]), case.bytes
+        before = _copy_gbps(copies, device)
+        rows = compete(contenders, copies, budget_s, check, partial(_variant, case), useful_bytes)
+        copy_gbps = max(before, _copy_gbps(copies, device))
     about = {
         "kind": "residual_norm",
         "norm": case.norm,
@@ -139,14 +150,24 @@ def race(
         "batch": case.batch,
         "tokens": case.tokens,
         "channels": case.channels,
-        "bytes": case.bytes,
-        "peak_gbps": ceilings.copy_gbps,
+        "memory": case.memory,
+        "bytes": useful_bytes,
+        "copy_gbps": copy_gbps,
     }
-    rows = compete(contenders, copies, budget_s, _check(case, copies[0]), partial(_variant, case), case.bytes)
-    return [
-        {**about, **row, "peak_fraction": None if row["gbps"] is None else row["gbps"] / ceilings.copy_gbps}
-        for row in rows
-    ]
+    return [{**about, **row, "copy_fraction": None if row["gbps"] is None else row["gbps"] / copy_gbps} for row in rows]
+
+
+def _copy_gbps(copies: Sequence[Copy], device: torch.device) -> float:
+    """The ceiling: of the same tensors, as their speed depends on where the system has put them."""
+    targets = [torch.empty_like(x.detach()) for x in copies[0][:2]]
+
+    def copy(inputs: Copy) -> None:
+        for target, x in zip(targets, inputs, strict=False):
+            target.copy_(x.detach())
+
+    moved = 2 * sum(target.nbytes for target in targets)
+    timings = timing.interleave({"copy": timing.Variant(copy)}, copies, device=device, budget_s=_COPY_BUDGET_S)
+    return moved / timings["copy"].median_ms / 1e6
 
 
 def inputs_of(case: Case, device: torch.device) -> Callable[[], Copy]:
@@ -213,11 +234,16 @@ def _first_and_last(x: Tensor) -> Tensor:
 
 
 def _variant(case: Case, peer: Peer) -> timing.Variant:
+    def context() -> AbstractContextManager[object]:
+        if case.memory == "fresh":
+            memory.give_back()
+        return peer.context()
+
     if case.mode == "forward":
-        return timing.Variant(lambda copy: peer.attend(*copy[:-1]), peer.context)
+        return timing.Variant(lambda copy: peer.attend(*copy[:-1]), context)
 
     def prepare(copy: Copy) -> tuple[Sequence[Tensor], list[Tensor], tuple[Tensor, ...]]:
         *inputs, upstream = copy
         return peer.attend(*inputs)[:2], inputs, upstream.unbind(0)
 
-    return timing.Variant(lambda prepared: torch.autograd.grad(*prepared), peer.context, prepare)
+    return timing.Variant(lambda prepared: torch.autograd.grad(*prepared), context, prepare)

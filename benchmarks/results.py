@@ -26,7 +26,7 @@ from benchmarks.machine import Machine
 from benchmarks.shapes import DType, Mode
 from vitreg_kernels.accuracy import Accuracy
 
-SCHEMA = 4
+SCHEMA = 5
 FOLDER = Path(__file__).parent / "results"
 
 Row = dict[str, Any]

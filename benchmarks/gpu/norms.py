@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypedDict
 
 import torch
 
-from benchmarks import norms, results, roofline, timing
+from benchmarks import norms, results, timing
 from benchmarks.gpu import accuracy, warm
 from benchmarks.gpu.calls import OPS, Call, calls
 from benchmarks.gpu.poison import poisoned
@@ -74,7 +74,7 @@ def run(setup: Setup, writer: Writer) -> Iterator[Row]:
         if setup.expired:
             return
         print(f"    {number}/{len(todo)} {case}", end="", flush=True)
-        rows = writer.extend(_race(case, setup, writer))
+        rows = writer.extend(_race(case, setup))
         print(_summary(rows), flush=True)
         yield from rows
         _stop_if_lost(setup, str(case))
@@ -175,14 +175,14 @@ def _cases(setup: Setup) -> list[Case]:
     return [*layer_norms, *(Case(channels, "bf16", "forward", rms=True) for channels in norms.CHANNELS)]
 
 
-def _race(case: Case, setup: Setup, writer: Writer) -> list[Row]:
+def _race(case: Case, setup: Setup) -> list[Row]:
     make = norms.inputs_of(case, setup.device)
     copies = [make(), make()] if setup.dry else timing.copies_past_cache(make, setup.device)
     those = contenders.peers(rms=case.rms)
     if setup.dry:
         reason = "compiles anew for every shape, too slow for a dry run"
         those = [p.unless(lambda *_: reason) if p.name == "torch:compile" else p for p in those]
-    return norms.race(case, those, roofline.highest(writer.rows), copies, 0.0 if setup.dry else _BUDGET_S)
+    return norms.race(case, those, copies, 0.0 if setup.dry else _BUDGET_S)
 
 
 def _summary(rows: list[Row]) -> str:

@@ -41,7 +41,8 @@ _LEGEND = (
 )
 _NORMS_LEGEND = (
     "Residual with LayerScale, its norm and each token's norm. A cell: time, useful GB/s (each [B, N, C] tensor once, "
-    "4 forward and 6 backward), share of the copy bandwidth, and the time of the fastest peer of the column over this."
+    "4 forward and 6 backward), share of the speed of copying x and the branch, and the time of the fastest peer of "
+    "the column over this."
 )
 _BAR_GROUP = 0.8  # of the distance between two lengths
 
@@ -283,7 +284,6 @@ def _norms(rows: Sequence[Row]) -> str:
     raced = _of(rows, "residual_norm")
     if not raced:
         return ""
-    copy_gbps = roofline.highest(rows).copy_gbps
     parts = [f"## Residual norms\n{_NORMS_LEGEND}"]
     for norm, mode, dtype in dict.fromkeys((row["norm"], row["mode"], row["dtype"]) for row in raced):
         its = [row for row in raced if (row["norm"], row["mode"], row["dtype"]) == (norm, mode, dtype)]
@@ -291,7 +291,7 @@ def _norms(rows: Sequence[Row]) -> str:
         table = []
         for variant in _in_order(its, "variant"):
             by_width = {row["channels"]: row for row in its if row["variant"] == variant}
-            table.append((variant, *(_norm_cell(by_width.get(width), copy_gbps) for width in widths)))
+            table.append((variant, *(_norm_cell(by_width.get(width)) for width in widths)))
         headings = ("", *(f"C = {width}" for width in widths))
         timed = [cells for cells in table if set(cells[1:]) != {"-"}]
         if timed:
@@ -300,10 +300,10 @@ def _norms(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _norm_cell(row: Row | None, copy_gbps: float) -> str:
+def _norm_cell(row: Row | None) -> str:
     if row is None or row["median_ms"] is None:
         return "FAIL" if row is not None and row["failed"] else "-"
-    figures = [f"{1e3 * row['median_ms']:.3g} µs", f"{row['gbps']:.0f} GB/s", f"{row['gbps'] / copy_gbps:.0%}"]
+    figures = [f"{1e3 * row['median_ms']:.3g} µs", f"{row['gbps']:.0f} GB/s", f"{row['copy_fraction']:.0%}"]
     if row["speedup"] is not None:
         figures.append(f"{row['speedup']:.2f}x")
     wrong = any(not error["passed"] for error in row["errors"].values())
