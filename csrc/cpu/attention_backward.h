@@ -11,7 +11,7 @@
 
 #include "attention_tokens.h"
 #include "exp2.h"
-#include "scratch.h"
+#include "places.h"
 
 namespace vitreg::VITREG_ISA {
 

@@ -12,8 +12,7 @@ struct Attend {
         return count_items(call, [&](int64_t tokens) { return Forward<Op, T>::parts(call, tokens); });
     }
     static void forward(const AttentionForward& call, int64_t begin, int64_t end) {
-        static thread_local Scratch scratch;
-        Forward<Op, T> kernel(call, scratch);
+        Forward<Op, T> kernel(call, scratch_of_thread());
         for_items(
             call, [&](int64_t tokens) { return Forward<Op, T>::parts(call, tokens); }, begin, end,
             [&](const Span& span, int64_t part) { kernel.item(span, part); });
@@ -22,8 +21,7 @@ struct Attend {
         return count_items(call, [&](int64_t tokens) { return Backward<Op, T>::parts(call, tokens); });
     }
     static void backward(const AttentionBackward& call, int64_t begin, int64_t end) {
-        static thread_local Scratch scratch;
-        Backward<Op, T> kernel(call, scratch);
+        Backward<Op, T> kernel(call, scratch_of_thread());
         for_items(
             call, [&](int64_t tokens) { return Backward<Op, T>::parts(call, tokens); }, begin, end,
             [&](const Span& span, int64_t part) { kernel.item(span, part); });
