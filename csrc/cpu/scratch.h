@@ -18,6 +18,9 @@ public:
     // there is no such memory.
     char* bytes(size_t count);
 
+    // At the end of a call: back to the system with what is more than short calls need.
+    void end_call();
+
 private:
     char* memory_ = nullptr;
     size_t bytes_ = 0;

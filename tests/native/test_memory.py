@@ -1,4 +1,4 @@
-"""The memory that a thread of a native kernel works in: an error where there is none.
+"""The memory that a thread of a native kernel works in: an error where there is none, and given back after large calls.
 
 All tokens of a large call are one and the same in memory, and one key takes part: it asks for memory, not for time.
 """
@@ -64,6 +64,19 @@ except RuntimeError as error:
 else:
     raise AssertionError("there was enough")
 attend(200)
+""",
+        threads,
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_large_call_gives_back_what_it_worked_in(threads):
+    run(
+        """
+attend(200)
+before = held()
+attend(2**17)
+assert held() < before + 32, (before, held())
 """,
         threads,
     )
