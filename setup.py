@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -63,6 +64,8 @@ def build(library: Path) -> dict[str, Any]:
     torch, torch_version = find_torch()
     flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     isas = X86_64_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ()}
+    # Taken before the compiler reads them: a change meanwhile then shows. Run, not imported: the package imports torch.
+    sources = runpy.run_path(str(FOLDER / "sources.py"))["digest"](SOURCES)
     units = {SOURCES / "bindings.cpp": (*TORCH_FLAGS, "-isystem", str(torch / "include"))}
     units |= {path: () for path in sorted((SOURCES / "cpu").glob("*.cpp")) if not path.stem.startswith("isa_")}
     units |= {SOURCES / "cpu" / f"isa_{isa}.cpp": own for isa, own in isas.items()}
@@ -77,7 +80,13 @@ def build(library: Path) -> dict[str, Any]:
         list(pool.map(compile_one, reversed(units)))
         link = [*compiler, *flags, "-shared", *map(str, objects.values()), "-o", str(library)]
         run([*link, f"-L{torch / 'lib'}", "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))], "at linking")
-    return {"torch": torch_version, "compiler": version, "flags": flags, "instruction_sets": list(isas)}
+    return {
+        "torch": torch_version,
+        "compiler": version,
+        "flags": flags,
+        "instruction_sets": list(isas),
+        "sources": sources,
+    }
 
 
 def find_compiler() -> tuple[list[str], str]:

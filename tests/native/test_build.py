@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from vitreg_kernels._runtime import native
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -98,6 +100,29 @@ def test_a_library_that_does_not_load_is_a_reason(tmp_path):
     assert shown.returncode == 0, shown.stderr
     line = next(line for line in shown.stdout.splitlines() if line.startswith("native kernels: none, "))
     assert "libvitreg_native.so" in line
+
+
+@pytest.mark.skipif(bool(native.faults()), reason="; ".join(native.faults()))
+def test_a_library_of_other_sources_is_a_reason(tmp_path):
+    """In a checkout, that is: a wheel holds no sources."""
+    for folder in ("vitreg_kernels", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+
+    def shown():
+        done = run("-c", CALL, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return next(line for line in done.stdout.splitlines() if line.startswith("native kernels: "))
+
+    of_these = shown()
+    assert native.isa() in of_these
+    header = tmp_path / "csrc" / "cpu" / "vec.h"
+    header.write_text(header.read_text() + "\n")
+    assert shown() == (
+        f"native kernels: none, the library was built from other sources than those in {tmp_path / 'csrc'}; "
+        "build it again by python setup.py build_ext --inplace"
+    )
+    shutil.rmtree(tmp_path / "csrc")
+    assert shown() == of_these
 
 
 def test_it_can_be_left_alone(tmp_path):

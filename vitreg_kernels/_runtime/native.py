@@ -13,8 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .sources import digest
+
 _FOLDER = Path(__file__).parent
 _LIBRARY, _METADATA = _FOLDER / "libvitreg_native.so", _FOLDER / "native.json"
+# There in a checkout only; in a wheel the library and the Python files have come together.
+_SOURCES = _FOLDER.parents[1] / "csrc"
 
 
 def _load() -> tuple[str, str]:
@@ -23,6 +27,9 @@ def _load() -> tuple[str, str]:
         return "", "VITREG_NATIVE=0 is set"
     if not _LIBRARY.exists():
         return "", _metadata().get("reason", "it was not built; install the package, which builds it")
+    if (_SOURCES / "bindings.cpp").exists() and _metadata().get("sources") != digest(_SOURCES):
+        again = "build it again by python setup.py build_ext --inplace"
+        return "", f"the library was built from other sources than those in {_SOURCES}; {again}"
     try:
         torch.ops.load_library(_LIBRARY)
         return torch.ops.vitreg_native.cpu_isa(), ""
