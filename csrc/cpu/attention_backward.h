@@ -169,13 +169,14 @@ private:
         for (int i = queries; i < padded; ++i) delta_[i] = 0.0f;
     }
 
-    // And the largest of them.
+    // And the largest of them. An infinite logit makes NaN of a row's probabilities, as of its output; where none is above
+    // -inf they are 0.
     float read_lse(const Span& span) {
         const float* lse = call_.lse + (span.batch * call_.heads + span.head) * call_.tokens + span.first;
         const int queries = static_cast<int>(span.tokens), padded = up_to(queries, kBlock);
         float largest = 0.0f;
         for (int i = 0; i < queries; ++i) {
-            lse_[i] = lse[i] * kLog2E;
+            lse_[i] = lse[i] == INFINITY ? NAN : lse[i] == -INFINITY ? INFINITY : lse[i] * kLog2E;
             largest = fmaxf(largest, fabsf(lse[i]));
         }
         for (int i = queries; i < padded; ++i) lse_[i] = 0.0f;

@@ -192,9 +192,7 @@ private:
         const int vectors = up_to(keys, kLane) / kLane;
         // 0 would make NaN of the -inf of lanes without a key.
         const float factor = fmaxf(fabsf(call_.scale) * kLog2E, __FLT_MIN__);
-        for (int i = 0; i < kBlock; ++i) largest_[i] = broadcast(-INFINITY);
-        score<Op>(scores_, stride_, largest_, queries_ + r * words_, rows, keys_ + begin * words_, words_, vectors,
-                  keys - (vectors - 1) * kLane);
+        score_block(r, rows, begin, keys);
         // Apart from the exponentials, whose start would wait for each row's maximum.
         for (int i = 0; i < rows; ++i) {
             const float before = tops_[r + i], here = max_of(largest_[i]);
@@ -214,6 +212,14 @@ private:
         if (whole_rows_) look(span, first + r, r, rows);
     }
 
+    // Scores of a block's rows from the r-th, and the largest of each.
+    void score_block(int r, int rows, int begin, int keys) {
+        const int vectors = up_to(keys, kLane) / kLane;
+        for (int i = 0; i < kBlock; ++i) largest_[i] = broadcast(-INFINITY);
+        score<Op>(scores_, stride_, largest_, queries_ + r * words_, rows, keys_ + begin * words_, words_, vectors,
+                  keys - (vectors - 1) * kLane);
+    }
+
     void rescale(int r, float exponent) {
         const F32 factor = exp2_of_nonpositive(broadcast(exponent));
         totals_[r] = totals_[r] * factor;
@@ -225,7 +231,10 @@ private:
     void look(const Span& span, int64_t first, int r, int rows) {
         const float* p = Op::kPerWord > 1 ? kept_ : scores_;
         float shares[kBlock];
-        for (int i = 0; i < rows; ++i) shares[i] = tops_[r + i] == -INFINITY ? 0.0f : 1.0f / sum(totals_[r + i]);
+        for (int i = 0; i < rows; ++i) {
+            const float total = sum(totals_[r + i]);
+            shares[i] = nothing(tops_[r + i], total) ? 0.0f : 1.0f / total;
+        }
         for (int n = 0; n < kept_keys_.count && call_.received_attention; n += kLane) {
             F32 total = load(received_ + n);
             for (int i = 0; i < rows; ++i) total = fma(load(p + i * stride_ + n), broadcast(shares[i]), total);
@@ -247,17 +256,35 @@ private:
         for (int n = 0; n < kept_keys_.count; ++n) to[kept_keys_.index[n]] = from[n] * factor;
     }
 
+    // Whether there is no key, or none with a logit above -inf: zeros, where a plain softmax says NaN. A NaN total is that
+    // of a NaN row.
+    static bool nothing(float top, float total) { return top == -INFINITY && total == total; }
+
+    // Whether a row has a NaN logit. Its scores have given way to exponentials, and are computed again.
+    bool holds_nan(int r) {
+        const int first = r / kBlock * kBlock, row = r - first;
+        bool found = false;
+        for_chunks(kept_keys_.count, chunk_, [&](int begin, int keys) {
+            score_block(first, row + 1, begin, keys);
+            const float* s = scores_ + row * stride_;
+            for (int n = 0; n < keys; ++n) found = found || s[n] != s[n];
+        });
+        return found;
+    }
+
     void finish(const Span& span, int64_t token, int r) {
         const float total = sum(totals_[r]), top = tops_[r];
         float* o = outputs_ + r * vectors_ * kLane;
-        const bool nothing = top == -INFINITY && total == total;  // a NaN total is a NaN row
-        if (nothing) __builtin_memset(o, 0, vectors_ * kLane * sizeof(float));
-        write_token(token_of<T>(call_.output, span, token), call_.output.channel, o, nothing ? 1.0f : 1.0f / total,
+        const bool zeros = nothing(top, total);
+        if (zeros) __builtin_memset(o, 0, vectors_ * kLane * sizeof(float));
+        write_token(token_of<T>(call_.output, span, token), call_.output.channel, o, zeros ? 1.0f : 1.0f / total,
                     head_dim_);
         const float logit = top * fabsf(call_.scale);
-        if (call_.lse) call_.lse[row_of(span) + token] = nothing ? -INFINITY : logit + logf(total);
+        // An infinite logit makes NaN of its exponential as a NaN logit does, and of the output, but not of these two.
+        const bool infinite = total != total && logit == INFINITY && !holds_nan(r);
+        if (call_.lse) call_.lse[row_of(span) + token] = zeros ? -INFINITY : infinite ? logit : logit + logf(total);
         if (call_.max_logit) {
-            if (total != total && top != INFINITY)
+            if (total != total && !infinite)
                 max_logit_ = NAN;
             else if (logit > max_logit_)
                 max_logit_ = logit;
