@@ -127,7 +127,10 @@ def run(command: list[str], where: str) -> None:
 
 
 def jobs() -> int:
-    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    value = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not (value.isdecimal() and int(value)):
+        raise SystemExit(f"MAX_JOBS must be a number of processes, 1 or more, got {value!r}")
+    return int(value)
 
 
 def wanted() -> str:
@@ -165,19 +168,26 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """The library knows nothing of Python, so the wheel is for any Python 3 on this platform."""
+    """The library knows nothing of Python, so the wheel is for any Python 3 on this platform; without it, on any."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = wanted() == "0"
+    def run(self) -> None:
+        self.run_command("build")
+        self.skip_build = True
+        self.distribution.native = Path(self.get_finalized_command("build").build_lib, FOLDER, LIBRARY).exists()
+        self.root_is_pure = not self.distribution.native
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
 class WithNative(Distribution):
+    """Only what has extension modules gets them built; whether there is one shows when that has been tried."""
+
+    native = True
+
     def has_ext_modules(self) -> bool:
-        return True
+        return self.native
 
 
 setup(distclass=WithNative, cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel})
