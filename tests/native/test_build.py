@@ -162,6 +162,23 @@ def test_a_library_of_other_sources_is_a_reason(tmp_path):
     assert shown() == of_these
 
 
+@pytest.mark.parametrize("odd", ["{", "[]", "\xff", '{"reason": null, "instruction_sets": 5}'])
+@pytest.mark.parametrize("built", [False, True])
+def test_odd_metadata_breaks_nothing(odd, built, tmp_path):
+    if built and native.faults():
+        pytest.skip(native.faults()[0])
+    runtime = tmp_path / "vitreg_kernels" / "_runtime"
+    shutil.copytree(ROOT / "vitreg_kernels", tmp_path / "vitreg_kernels")
+    (runtime / "native.json").write_text(odd, encoding="latin-1")
+    if not built:
+        (runtime / "libvitreg_native.so").unlink(missing_ok=True)
+    shown = run("-c", CALL, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    line = next(line for line in shown.stdout.splitlines() if line.startswith("native kernels: "))
+    assert line.startswith("native kernels: none, ") == (not built)
+    assert "None" not in line
+
+
 def test_it_can_be_left_alone(tmp_path):
     shown = run("-c", CALL, cwd=ROOT, VITREG_NATIVE="0")
     assert "native kernels: none, VITREG_NATIVE=0 is set" in shown.stdout
