@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -63,6 +64,8 @@ def build(library: Path) -> dict[str, Any]:
     torch, torch_version = find_torch()
     flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     isas = X86_64_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ()}
+    # Taken before the compiler reads them: a change meanwhile then shows. Run, not imported: the package imports torch.
+    sources = runpy.run_path(str(FOLDER / "sources.py"))["digest"](SOURCES)
     units = {SOURCES / "bindings.cpp": (*TORCH_FLAGS, "-isystem", str(torch / "include"))}
     units |= {path: () for path in sorted((SOURCES / "cpu").glob("*.cpp")) if not path.stem.startswith("isa_")}
     units |= {SOURCES / "cpu" / f"isa_{isa}.cpp": own for isa, own in isas.items()}
@@ -77,7 +80,13 @@ def build(library: Path) -> dict[str, Any]:
         list(pool.map(compile_one, reversed(units)))
         link = [*compiler, *flags, "-shared", *map(str, objects.values()), "-o", str(library)]
         run([*link, f"-L{torch / 'lib'}", "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))], "at linking")
-    return {"torch": torch_version, "compiler": version, "flags": flags, "instruction_sets": list(isas)}
+    return {
+        "torch": torch_version,
+        "compiler": version,
+        "flags": flags,
+        "instruction_sets": list(isas),
+        "sources": sources,
+    }
 
 
 def find_compiler() -> tuple[list[str], str]:
@@ -118,7 +127,10 @@ def run(command: list[str], where: str) -> None:
 
 
 def jobs() -> int:
-    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    value = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not (value.isdecimal() and int(value)):
+        raise SystemExit(f"MAX_JOBS must be a number of processes, 1 or more, got {value!r}")
+    return int(value)
 
 
 def wanted() -> str:
@@ -156,19 +168,26 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """The library knows nothing of Python, so the wheel is for any Python 3 on this platform."""
+    """The library knows nothing of Python, so the wheel is for any Python 3 on this platform; without it, on any."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = wanted() == "0"
+    def run(self) -> None:
+        self.run_command("build")
+        self.skip_build = True
+        self.distribution.native = Path(self.get_finalized_command("build").build_lib, FOLDER, LIBRARY).exists()
+        self.root_is_pure = not self.distribution.native
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
 class WithNative(Distribution):
+    """Only what has extension modules gets them built; whether there is one shows when that has been tried."""
+
+    native = True
+
     def has_ext_modules(self) -> bool:
-        return True
+        return self.native
 
 
 setup(distclass=WithNative, cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel})

@@ -7,7 +7,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -57,13 +59,29 @@ float* floats(const MaybeTensor& x, int64_t numel) {
 // How many pieces of work are worth a thread, if each goes over so many numbers.
 int64_t grain(int64_t numbers) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, numbers)); }
 
+// f(first, last) for ranges of the items, on torch's threads. What a thread throws is thrown again when all are done: of
+// an exception that torch itself carries out of its loop, torch 2.10 leaves not a word.
+template <class F>
+void deal_out(int64_t items, int64_t grain, const F& f) {
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr thrown;
+    torch::stable::parallel_for(0, items, grain, [&](int64_t first, int64_t last) {
+        try {
+            f(first, last);
+        } catch (...) {
+            if (!failed.test_and_set()) thrown = std::current_exception();
+        }
+    });
+    if (thrown) std::rethrow_exception(thrown);
+}
+
 std::string cpu_isa() { return vitreg::name(vitreg::chosen()); }
 
 // GFLOP/s of all threads at once.
 double peak_gflops(torch::headeronly::ScalarType type, double seconds) {
     const vitreg::Dtype dtype = dtype_of(type);
     std::vector<double> speeds(torch::stable::get_num_threads());
-    torch::stable::parallel_for(0, speeds.size(), 1, [&](int64_t first, int64_t last) {
+    deal_out(speeds.size(), 1, [&](int64_t first, int64_t last) {
         for (int64_t thread = first; thread < last; ++thread) speeds[thread] = vitreg::peak_gflops(dtype, seconds);
     });
     return std::accumulate(speeds.begin(), speeds.end(), 0.0);
@@ -137,7 +155,7 @@ void residual_norm_forward(Tensor x, MaybeTensor branch, MaybeTensor layer_scale
     call.rstd = floats(rstd, count);
 
     const auto run = vitreg::kernels().residual_norm->forward;
-    torch::stable::parallel_for(0, count, grain(sizes.channels), [&](int64_t first, int64_t last) {
+    deal_out(count, grain(sizes.channels), [&](int64_t first, int64_t last) {
         std::vector<float> scratch(sizes.channels);
         run(call, first, last, scratch.data());
     });
@@ -181,7 +199,7 @@ void residual_norm_backward(MaybeTensor grad_residual, MaybeTensor grad_normaliz
         sums[i].reset(new float[blocks * sizes.channels]);
         *places[i] = sums[i].get();
     }
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    deal_out(blocks, 1, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; ++block) run.backward(call, block);
     });
     for (int i = 0; i < 3; ++i) {
@@ -190,8 +208,7 @@ void residual_norm_backward(MaybeTensor grad_residual, MaybeTensor grad_normaliz
         STD_TORCH_CHECK(gradient.numel() == sizes.channels && gradient.is_contiguous(), "expected one number a channel");
         const vitreg::NormSums sum{sums[i].get(), size_t(blocks), size_t(sizes.channels), gradient.data_ptr(),
                                    dtype_of(gradient)};
-        torch::stable::parallel_for(0, sizes.channels, grain(blocks),
-                                    [&](int64_t first, int64_t last) { run.sum(sum, first, last); });
+        deal_out(sizes.channels, grain(blocks), [&](int64_t first, int64_t last) { run.sum(sum, first, last); });
     }
 }
 
@@ -204,8 +221,7 @@ void token_norms(Tensor x, Tensor norms) {
     const vitreg::TokenNorms call{size_t(sizes.batch), size_t(sizes.tokens), size_t(sizes.channels), tokens.data,
                                   tokens.dtype, tokens.stride_b, tokens.stride_n, floats(norms, count)};
     const auto run = vitreg::kernels().token_norms->norms;
-    torch::stable::parallel_for(0, count, grain(sizes.channels),
-                                [&](int64_t first, int64_t last) { run(call, first, last); });
+    deal_out(count, grain(sizes.channels), [&](int64_t first, int64_t last) { run(call, first, last); });
 }
 
 template <class T>
@@ -274,8 +290,8 @@ void assemble_forward(Tensor patches, MaybeTensor cls_token, MaybeTensor registe
     call.tokens = out.data;
     call.dtype = out.dtype;
     const auto run = vitreg::kernels().assemble->forward;
-    torch::stable::parallel_for(0, call.items(), grain(call.kPatches * sizes.channels),
-                                [&](int64_t first, int64_t last) { run(call, first, last); });
+    deal_out(call.items(), grain(call.kPatches * sizes.channels),
+             [&](int64_t first, int64_t last) { run(call, first, last); });
 }
 
 void assemble_backward(Tensor grad_tokens, int64_t num_cls_tokens, int64_t num_registers, int64_t prefix_rows,
@@ -302,11 +318,10 @@ void assemble_backward(Tensor grad_tokens, int64_t num_cls_tokens, int64_t num_r
     call.register_tokens = gradient(grad_register_tokens, num_registers);
     call.pos_embed = gradient(grad_pos_embed, prefix_rows + patches);
     const auto run = vitreg::kernels().assemble->backward;
-    torch::stable::parallel_for(0, sizes.tokens, grain(sizes.batch * sizes.channels),
-                                [&](int64_t first, int64_t last) {
-                                    std::vector<float> sums(sizes.channels);
-                                    run(call, first, last, sums.data());
-                                });
+    deal_out(sizes.tokens, grain(sizes.batch * sizes.channels), [&](int64_t first, int64_t last) {
+        std::vector<float> sums(sizes.channels);
+        run(call, first, last, sums.data());
+    });
 }
 
 // ---- attention
@@ -392,8 +407,7 @@ void attention_forward(Tensor query, Tensor key, Tensor value, MaybeTensor key_m
     call.received_attention = floats(received_attention, rows);
     call.max_logit = floats(max_logit, (cu_seqlens ? call.images : call.batch) * call.heads);
     const vitreg::AttentionKernels run = vitreg::kernels().attention(dtype_of(query));
-    torch::stable::parallel_for(0, run.forward_items(call), 1,
-                                [&](int64_t first, int64_t last) { run.forward(call, first, last); });
+    deal_out(run.forward_items(call), 1, [&](int64_t first, int64_t last) { run.forward(call, first, last); });
 }
 
 void attention_backward(Tensor query, Tensor key, Tensor value, MaybeTensor key_mask, MaybeTensor cos, MaybeTensor sin,
@@ -410,8 +424,7 @@ void attention_backward(Tensor query, Tensor key, Tensor value, MaybeTensor key_
     call.grad_value = heads_out(grad_value, query);
     call.threads = torch::stable::get_num_threads();
     const vitreg::AttentionKernels run = vitreg::kernels().attention(dtype_of(query));
-    torch::stable::parallel_for(0, run.backward_items(call), 1,
-                                [&](int64_t first, int64_t last) { run.backward(call, first, last); });
+    deal_out(run.backward_items(call), 1, [&](int64_t first, int64_t last) { run.backward(call, first, last); });
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ void write_turned(T* to, const P* from, int64_t stride_c, const T* rows, size_t 
             const size_t count = patches - m < kLanes ? patches - m : kLanes;
             for (size_t i = 0; i < width; ++i) {
                 const P* some = from + (c + i) * stride_c + m;
-                __builtin_prefetch(some + int64_t(kLanes) * stride_c);  // the CPU does not see such a stride coming
+                __builtin_prefetch(some + kLanes * stride_c);  // the CPU does not see such a stride coming
                 store(read + i * kLanes, count == kLanes ? load(some) : load_first(some, count));
             }
             transpose(turned, kLanes, read, kLanes);

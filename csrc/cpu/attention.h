@@ -2,7 +2,8 @@
 //
 // A call is cut into `items`, which write to places of their own and may run in any order on any threads: results are
 // the same to the last bit however they are dealt out. Neighbouring items share work (a head's keys and values are
-// packed once for a run of them), so give each thread a range that is as long as can be.
+// packed once for a run of them), so give each thread a range that is as long as can be. A thread works in memory of its
+// own, see scratch.h; where there is none for it, it throws.
 //
 // Symbols: B batch, H heads, N tokens, D head dim, P prefix tokens, M = N - P patches, S packed images.
 #pragma once

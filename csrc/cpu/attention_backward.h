@@ -11,7 +11,7 @@
 
 #include "attention_tokens.h"
 #include "exp2.h"
-#include "scratch.h"
+#include "places.h"
 
 namespace vitreg::VITREG_ISA {
 
@@ -22,12 +22,12 @@ public:
         : call_(call),
           head_dim_(static_cast<int>(call.head_dim)),
           words_(words<Op>(head_dim_)),
-          vectors_(up_to(head_dim_, kLane) / kLane),
-          row_(vectors_ * kLane),
+          vectors_(up_to(head_dim_, kLanes) / kLanes),
+          row_(vectors_ * kLanes),
           factor_(fabsf(call.scale) * kLog2E) {
-        const int longest = up_to(static_cast<int>(longest_of(call)), kBlock * kLane);
+        const int longest = up_to(static_cast<int>(longest_of(call)), kBlock * kLanes);
         const int chunk = up_to(longest < longest_chunk(kChunk) ? longest : longest_chunk(kChunk), kBlock);
-        stride_ = chunk + kLane;
+        stride_ = chunk + kLanes;
         Places places(scratch);
         do {
             places.put(keys_as_columns_, longest * words_);
@@ -49,7 +49,7 @@ public:
             places.put(lse_, longest);
             places.put(low_, longest);
             places.put(delta_, longest);
-            places.put(stage_, kLane * words_);
+            places.put(stage_, kLanes * words_);
             places.put(index_, longest);
             places.put(copy_, longest * head_dim_);
         } while (places.again());
@@ -160,7 +160,7 @@ private:
         for (int i = 0; i < queries; ++i) {
             const T* output = token_of<const T>(call_.output, span, i);
             F32 total = zero();
-            for (int d = 0; d < head_dim_; d += kLane) {
+            for (int d = 0; d < head_dim_; d += kLanes) {
                 const int left = head_dim_ - d;
                 total = fma(some_of(rows[i], d, left), some_of(output, call_.output.channel, d, left), total);
             }
@@ -169,13 +169,14 @@ private:
         for (int i = queries; i < padded; ++i) delta_[i] = 0.0f;
     }
 
-    // And the largest of them.
+    // And the largest of them. An infinite logit makes NaN of a row's probabilities, as of its output; where none is above
+    // -inf they are 0.
     float read_lse(const Span& span) {
         const float* lse = call_.lse + (span.batch * call_.heads + span.head) * call_.tokens + span.first;
         const int queries = static_cast<int>(span.tokens), padded = up_to(queries, kBlock);
         float largest = 0.0f;
         for (int i = 0; i < queries; ++i) {
-            lse_[i] = lse[i] * kLog2E;
+            lse_[i] = lse[i] == INFINITY ? NAN : lse[i] == -INFINITY ? INFINITY : lse[i] * kLog2E;
             largest = fmaxf(largest, fabsf(lse[i]));
         }
         for (int i = queries; i < padded; ++i) lse_[i] = 0.0f;
@@ -199,13 +200,13 @@ private:
             const int rows = queries - r < kBlock ? queries - r : kBlock;
             for (int i = 0; i < rows; ++i) low_[r + i] = -INFINITY;
             for_chunks(all_keys, kChunk, [&](int begin, int keys) {
-                score(s, queries_left_ + r * words_, keys_as_columns_, rows, begin, up_to(keys, kLane) / kLane);
+                score(s, queries_left_ + r * words_, keys_as_columns_, rows, begin, up_to(keys, kLanes) / kLanes);
                 for (int i = 0; i < rows; ++i) {
                     const F32 less = zero() - broadcast(lse_[r + i]);
-                    for (int n = 0; n < keys; n += kLane) {
+                    for (int n = 0; n < keys; n += kLanes) {
                         const F32 x = fma(load(s + i * stride_ + n), factor, less);
                         const int left = keys - n;
-                        const float top = max_of(left < kLane ? first_of(x, broadcast(-INFINITY), left) : x);
+                        const float top = max_of(left < kLanes ? first_of(x, broadcast(-INFINITY), left) : x);
                         if (top > low_[r + i]) low_[r + i] = top;
                     }
                 }
@@ -223,13 +224,13 @@ private:
             const int rows = queries - r < kBlock ? queries - r : kBlock;
             float totals[kBlock] = {};
             for_chunks(all_keys, kChunk, [&](int begin, int keys) {
-                score(s, queries_left_ + r * words_, keys_as_columns_, rows, begin, up_to(keys, kLane) / kLane);
+                score(s, queries_left_ + r * words_, keys_as_columns_, rows, begin, up_to(keys, kLanes) / kLanes);
                 for (int i = 0; i < rows; ++i) {
                     const F32 lse = broadcast(lse_[r + i]), low = broadcast(low_[r + i]);
                     F32 total = zero();
-                    for (int n = 0; n < keys; n += kLane) {
+                    for (int n = 0; n < keys; n += kLanes) {
                         const F32 p = probability(load(s + i * stride_ + n), factor, lse, low);
-                        total = total + (keys - n < kLane ? first_of(p, zero(), keys - n) : p);
+                        total = total + (keys - n < kLanes ? first_of(p, zero(), keys - n) : p);
                     }
                     totals[i] += sum(total);
                 }
@@ -243,7 +244,7 @@ private:
     void sum_up_delta(int queries, int keys) {
         float *s = kPairs ? scores_ : p_pairs_, *g = kPairs ? grad_p_ : ds_pairs_;
         const F32 factor = broadcast(factor_);
-        const int vectors = up_to(keys, kLane) / kLane;
+        const int vectors = up_to(keys, kLanes) / kLanes;
         for (int r = 0; r < queries; r += kBlock) {
             const int rows = queries - r < kBlock ? queries - r : kBlock;
             score(s, queries_left_ + r * words_, keys_as_columns_, rows, 0, vectors);
@@ -251,9 +252,9 @@ private:
             for (int i = 0; i < rows; ++i) {
                 const F32 lse = broadcast(lse_[r + i]), low = broadcast(low_[r + i]);
                 F32 total = zero();
-                for (int n = 0; n < keys; n += kLane) {
+                for (int n = 0; n < keys; n += kLanes) {
                     const F32 x = probability(load(s + i * stride_ + n), factor, lse, low) * load(g + i * stride_ + n);
-                    total = total + (keys - n < kLane ? first_of(x, zero(), keys - n) : x);
+                    total = total + (keys - n < kLanes ? first_of(x, zero(), keys - n) : x);
                 }
                 delta_[r + i] = sum(total);
             }
@@ -264,7 +265,7 @@ private:
     void row_of_ds(float* s, float* g, int row, int keys) const {
         const F32 factor = broadcast(factor_), lse = broadcast(lse_[row]), low = broadcast(low_[row]);
         const F32 delta = broadcast(delta_[row]);
-        for (int n = 0; n < keys; n += kLane) {
+        for (int n = 0; n < keys; n += kLanes) {
             const F32 p = probability(load(s + n), factor, lse, low);
             store(s + n, p);
             store(g + n, p * (load(g + n) - delta));
@@ -278,7 +279,7 @@ private:
         float* ds_pairs = ds_pairs_ + (r + i) / 2 * stride_;
         float* ds_rows = ds_rows_ + i * stride_;
         const float *s = scores_ + i * stride_, *g = grad_p_ + i * stride_;
-        for (int n = 0; n < keys; n += 2 * kLane) {
+        for (int n = 0; n < keys; n += 2 * kLanes) {
             F32 p[2][2], ds[2][2];
 #pragma GCC unroll 2
             for (int j = 0; j < 2; ++j) {
@@ -286,10 +287,10 @@ private:
                 const F32 delta = broadcast(delta_[row + i + j]);
 #pragma GCC unroll 2
                 for (int v = 0; v < 2; ++v) {
-                    const int at = j * stride_ + n + v * kLane, left = keys - n - v * kLane;
+                    const int at = j * stride_ + n + v * kLanes, left = keys - n - v * kLanes;
                     p[j][v] = probability(load(s + at), factor, lse, low);
                     // A last key's partner must not be left to chance: its probability may be inf.
-                    if (left < kLane) p[j][v] = first_of(p[j][v], zero(), left > 0 ? left : 0);
+                    if (left < kLanes) p[j][v] = first_of(p[j][v], zero(), left > 0 ? left : 0);
                     ds[j][v] = p[j][v] * (load(g + at) - delta);
                 }
             }
@@ -333,7 +334,7 @@ private:
     // What queries [first, first + count) and keys [begin, begin + keys) give to each other's gradients; those of the
     // keys begin anew.
     void fold(int first, int count, int begin, int keys, bool to_queries, bool to_keys) {
-        const int vectors = up_to(keys, kLane) / kLane, panel = words<Op>(queries_count_);
+        const int vectors = up_to(keys, kLanes) / kLanes, panel = words<Op>(queries_count_);
         for (int at = 0; at < count; at += kGroup) {
             const int group = count - at < kGroup ? count - at : kGroup;
             for (int r = 0; r < group; r += kBlock) {

@@ -11,7 +11,7 @@
 
 #include "attention_tokens.h"
 #include "exp2.h"
-#include "scratch.h"
+#include "places.h"
 
 namespace vitreg::VITREG_ISA {
 
@@ -23,7 +23,7 @@ inline void score(float* s, ptrdiff_t stride, F32* largest, const float* q, int 
                   int vectors, int last_lanes) {
     for (int v = 0; v < vectors;) {
         const int width = panel_width(vectors - v);
-        const bool partial = v + width == vectors && last_lanes < kLane;
+        const bool partial = v + width == vectors && last_lanes < kLanes;
         with_width(width, [&](auto w) {
             constexpr int kWidth = decltype(w)::value, kRows = rows_of_tile(kWidth);
             for (int r = 0; r < rows; r += kRows) {
@@ -41,18 +41,18 @@ inline void score(float* s, ptrdiff_t stride, F32* largest, const float* q, int 
                     for (int j = 0; j < kWidth; ++j) top = max(top, tile.c[i][j]);
                     largest[r + i] = top;
                 }
-                tile.write(s + r * stride + v * kLane, stride);
+                tile.write(s + r * stride + v * kLanes, stride);
             }
         });
-        keys += width * kLane * words;
+        keys += width * kLanes * words;
         v += width;
     }
 }
 
-// p = exp2((s - top) * factor) of a row, over its s; the sum is returned, lane by lane. `kept`, where given, takes
+// p = exp2((s - top) * factor) of a row, over its s; the sum is returned, lane by lane. `in_fp32`, where given, takes
 // them in fp32. The difference first: of large s, a rounded top * factor would leave more than 0 of the largest.
 template <class Op>
-inline F32 exponentials(float* s, float* kept, int vectors, float factor, float top) {
+inline F32 exponentials(float* s, float* in_fp32, int vectors, float factor, float top) {
     constexpr int kMany = kAccumulators / 6;
     const F32 by = broadcast(factor), most = broadcast(top);
     F32 totals[kMany];
@@ -61,21 +61,21 @@ inline F32 exponentials(float* s, float* kept, int vectors, float factor, float 
     for (; v + kMany <= vectors; v += kMany) {
         F32 x[kMany];
 #pragma GCC unroll 4
-        for (int i = 0; i < kMany; ++i) x[i] = (load(s + (v + i) * kLane) - most) * by;
+        for (int i = 0; i < kMany; ++i) x[i] = (load(s + (v + i) * kLanes) - most) * by;
         exp2_of_nonpositive(x);
 #pragma GCC unroll 4
         for (int i = 0; i < kMany; ++i) {
             totals[i] = totals[i] + x[i];
-            if (kept) store(kept + (v + i) * kLane, x[i]);
+            if (in_fp32) store(in_fp32 + (v + i) * kLanes, x[i]);
         }
 #pragma GCC unroll 2
-        for (int i = 0; i < kMany; i += 2) Op::store_pair(s + (v + i) * kLane / Op::kPerWord, x[i], x[i + 1]);
+        for (int i = 0; i < kMany; i += 2) Op::store_pair(s + (v + i) * kLanes / Op::kPerWord, x[i], x[i + 1]);
     }
     for (; v < vectors; ++v) {
-        const F32 x = exp2_of_nonpositive((load(s + v * kLane) - most) * by);
+        const F32 x = exp2_of_nonpositive((load(s + v * kLanes) - most) * by);
         totals[0] = totals[0] + x;
-        if (kept) store(kept + v * kLane, x);
-        Op::store_one(s + v * kLane / Op::kPerWord, x);
+        if (in_fp32) store(in_fp32 + v * kLanes, x);
+        Op::store_one(s + v * kLanes / Op::kPerWord, x);
     }
     F32 total = totals[0];
     for (int i = 1; i < kMany; ++i) total = total + totals[i];
@@ -89,25 +89,25 @@ public:
         : call_(call),
           head_dim_(static_cast<int>(call.head_dim)),
           words_(words<Op>(head_dim_)),
-          vectors_(up_to(head_dim_, kLane) / kLane),
-          longest_(up_to(static_cast<int>(longest_of(call)), kLane)),
+          vectors_(up_to(head_dim_, kLanes) / kLanes),
+          longest_(up_to(static_cast<int>(longest_of(call)), kLanes)),
           whole_rows_(call.prefix_attention || call.received_attention),
           chunk_(whole_rows_ && longest_ > kChunk ? up_to(longest_, kChunk) : kChunk) {
         const int longest = longest_;
         // A vector more than a chunk: rows must not lie a multiple of 4 KiB apart.
-        stride_ = (longest < longest_chunk(chunk_) ? longest : longest_chunk(chunk_)) + kLane;
+        stride_ = (longest < longest_chunk(chunk_) ? longest : longest_chunk(chunk_)) + kLanes;
         Places places(scratch);
         do {
             places.put(keys_, longest * words_);
-            places.put(values_, longest * vectors_ * kLane);
+            places.put(values_, longest * vectors_ * kLanes);
             places.put(queries_, kItemRows * words_);
             places.put(scores_, kBlock * stride_);
-            places.put(kept_, whole_rows_ && Op::kPerWord > 1 ? kBlock * stride_ : 0);
-            places.put(outputs_, kItemRows * vectors_ * kLane);
-            places.put(largest_, kBlock * kLane);
-            places.put(totals_, kItemRows * kLane);
+            places.put(in_fp32_, whole_rows_ && Op::kPerWord > 1 ? kBlock * stride_ : 0);
+            places.put(outputs_, kItemRows * vectors_ * kLanes);
+            places.put(largest_, kBlock * kLanes);
+            places.put(totals_, kItemRows * kLanes);
             places.put(tops_, kItemRows);
-            places.put(stage_, kLane * words_);
+            places.put(stage_, kLanes * words_);
             places.put(index_, longest);
             places.put(received_, longest);
             places.put(copy_, longest * head_dim_);
@@ -143,13 +143,13 @@ private:
     const bool whole_rows_;
     const int chunk_;
     int stride_ = 0;
-    float *keys_, *values_, *queries_, *scores_, *kept_, *outputs_, *tops_, *stage_, *received_;
+    float *keys_, *values_, *queries_, *scores_, *in_fp32_, *outputs_, *tops_, *stage_, *received_;
     F32 *largest_, *totals_;
     int32_t* index_;
     T* copy_;
 
     int64_t image_ = -1, head_ = -1;  // whose keys and values are packed
-    Kept kept_keys_;
+    Kept kept_;
     float max_logit_ = 0;
 
     int64_t row_of(const Span& span) const {
@@ -157,12 +157,12 @@ private:
     }
 
     void pack(const Span& span) {
-        kept_keys_ = kept_keys(call_, span, index_);
-        const int n = kept_keys_.count;
+        kept_ = kept_keys(call_, span, index_);
+        const int n = kept_.count;
         const Rotation rotation(call_, span);
         pack_right_transposed<Op>(
-            keys_, rows_of<T>(call_.key, span, kept_keys_, 0, n, head_dim_, &rotation, copy_), head_dim_, stage_);
-        pack_right<Op>(values_, rows_of<T>(call_.value, span, kept_keys_, 0, n, head_dim_, nullptr, copy_), head_dim_);
+            keys_, rows_of<T>(call_.key, span, kept_, 0, n, head_dim_, &rotation, copy_), head_dim_, stage_);
+        pack_right<Op>(values_, rows_of<T>(call_.value, span, kept_, 0, n, head_dim_, nullptr, copy_), head_dim_);
     }
 
     // Rows [first, first + count) of the span, from query to output.
@@ -180,7 +180,7 @@ private:
             totals_[r] = zero();
         }
 
-        for_chunks(kept_keys_.count, chunk_, [&](int begin, int keys) {
+        for_chunks(kept_.count, chunk_, [&](int begin, int keys) {
             for (int r = 0; r < count; r += kBlock)
                 block(span, first, r, count - r < kBlock ? count - r : kBlock, begin, keys);
         });
@@ -189,12 +189,10 @@ private:
 
     // One block of rows from the r-th against keys [begin, begin + keys).
     void block(const Span& span, int64_t first, int r, int rows, int begin, int keys) {
-        const int vectors = up_to(keys, kLane) / kLane;
+        const int vectors = up_to(keys, kLanes) / kLanes;
         // 0 would make NaN of the -inf of lanes without a key.
         const float factor = fmaxf(fabsf(call_.scale) * kLog2E, __FLT_MIN__);
-        for (int i = 0; i < kBlock; ++i) largest_[i] = broadcast(-INFINITY);
-        score<Op>(scores_, stride_, largest_, queries_ + r * words_, rows, keys_ + begin * words_, words_, vectors,
-                  keys - (vectors - 1) * kLane);
+        score_block(r, rows, begin, keys);
         // Apart from the exponentials, whose start would wait for each row's maximum.
         for (int i = 0; i < rows; ++i) {
             const float before = tops_[r + i], here = max_of(largest_[i]);
@@ -205,28 +203,40 @@ private:
         }
         for (int i = 0; i < rows; ++i) {
             const float top = tops_[r + i] == -INFINITY ? 0.0f : tops_[r + i];
-            float* kept = whole_rows_ && Op::kPerWord > 1 ? kept_ + i * stride_ : nullptr;
+            float* in_fp32 = whole_rows_ && Op::kPerWord > 1 ? in_fp32_ + i * stride_ : nullptr;
             totals_[r + i] =
-                totals_[r + i] + exponentials<Op>(scores_ + i * stride_, kept, vectors, factor, top);
+                totals_[r + i] + exponentials<Op>(scores_ + i * stride_, in_fp32, vectors, factor, top);
         }
-        multiply<Op>(outputs_ + r * vectors_ * kLane, vectors_ * kLane, scores_, stride_, 1, rows, values_, vectors_,
-                     words<Op>(kept_keys_.count), begin / Op::kPerWord, words<Op>(keys), begin > 0);
+        multiply<Op>(outputs_ + r * vectors_ * kLanes, vectors_ * kLanes, scores_, stride_, 1, rows, values_, vectors_,
+                     words<Op>(kept_.count), begin / Op::kPerWord, words<Op>(keys), begin > 0);
         if (whole_rows_) look(span, first + r, r, rows);
+    }
+
+    // Scores of a block's rows from the r-th, and the largest of each.
+    void score_block(int r, int rows, int begin, int keys) {
+        const int vectors = up_to(keys, kLanes) / kLanes;
+        for (int i = 0; i < kBlock; ++i) largest_[i] = broadcast(-INFINITY);
+        score<Op>(scores_, stride_, largest_, queries_ + r * words_, rows, keys_ + begin * words_, words_, vectors,
+                  keys - (vectors - 1) * kLanes);
     }
 
     void rescale(int r, float exponent) {
         const F32 factor = exp2_of_nonpositive(broadcast(exponent));
         totals_[r] = totals_[r] * factor;
-        float* o = outputs_ + r * vectors_ * kLane;
-        for (int v = 0; v < vectors_; ++v) store(o + v * kLane, load(o + v * kLane) * factor);
+        float* o = outputs_ + r * vectors_ * kLanes;
+        for (int v = 0; v < vectors_; ++v) store(o + v * kLanes, load(o + v * kLanes) * factor);
     }
 
-    // Statistics of whole rows of exponentials, in vectors: those of a row end in zeros.
+    // Statistics of whole rows of exponentials, in vectors. What the last of a row holds beyond the keys is 0 with AVX-512
+    // and up to 2^-100 elsewhere (see exp2.h), and is added to numbers that nobody reads.
     void look(const Span& span, int64_t first, int r, int rows) {
-        const float* p = Op::kPerWord > 1 ? kept_ : scores_;
+        const float* p = Op::kPerWord > 1 ? in_fp32_ : scores_;
         float shares[kBlock];
-        for (int i = 0; i < rows; ++i) shares[i] = tops_[r + i] == -INFINITY ? 0.0f : 1.0f / sum(totals_[r + i]);
-        for (int n = 0; n < kept_keys_.count && call_.received_attention; n += kLane) {
+        for (int i = 0; i < rows; ++i) {
+            const float total = sum(totals_[r + i]);
+            shares[i] = nothing(tops_[r + i], total) ? 0.0f : 1.0f / total;
+        }
+        for (int n = 0; n < kept_.count && call_.received_attention; n += kLanes) {
             F32 total = load(received_ + n);
             for (int i = 0; i < rows; ++i) total = fma(load(p + i * stride_ + n), broadcast(shares[i]), total);
             store(received_ + n, total);
@@ -242,27 +252,45 @@ private:
 
     // Values of the keys that take part to the places of all; 0 for the others.
     void scatter(float* to, const float* from, float factor, int64_t tokens) const {
-        if (!kept_keys_.index) return write_token(to, 1, from, factor, static_cast<int>(tokens));
+        if (!kept_.index) return write_token(to, 1, from, factor, static_cast<int>(tokens));
         __builtin_memset(to, 0, tokens * sizeof(float));
-        for (int n = 0; n < kept_keys_.count; ++n) to[kept_keys_.index[n]] = from[n] * factor;
+        for (int n = 0; n < kept_.count; ++n) to[kept_.index[n]] = from[n] * factor;
+    }
+
+    // Whether there is no key, or none with a logit above -inf: zeros, where a plain softmax says NaN. A NaN total is that
+    // of a NaN row.
+    static bool nothing(float top, float total) { return top == -INFINITY && total == total; }
+
+    // Whether a row has a NaN logit. Its scores have given way to exponentials, and are computed again.
+    bool holds_nan(int r) {
+        const int first = r / kBlock * kBlock, row = r - first;
+        bool found = false;
+        for_chunks(kept_.count, chunk_, [&](int begin, int keys) {
+            score_block(first, row + 1, begin, keys);
+            const float* s = scores_ + row * stride_;
+            for (int n = 0; n < keys; ++n) found = found || s[n] != s[n];
+        });
+        return found;
     }
 
     void finish(const Span& span, int64_t token, int r) {
         const float total = sum(totals_[r]), top = tops_[r];
-        float* o = outputs_ + r * vectors_ * kLane;
-        const bool nothing = top == -INFINITY && total == total;  // a NaN total is a NaN row
-        if (nothing) __builtin_memset(o, 0, vectors_ * kLane * sizeof(float));
-        write_token(token_of<T>(call_.output, span, token), call_.output.channel, o, nothing ? 1.0f : 1.0f / total,
+        float* o = outputs_ + r * vectors_ * kLanes;
+        const bool zeros = nothing(top, total);
+        if (zeros) __builtin_memset(o, 0, vectors_ * kLanes * sizeof(float));
+        write_token(token_of<T>(call_.output, span, token), call_.output.channel, o, zeros ? 1.0f : 1.0f / total,
                     head_dim_);
         const float logit = top * fabsf(call_.scale);
-        if (call_.lse) call_.lse[row_of(span) + token] = nothing ? -INFINITY : logit + logf(total);
+        // An infinite logit makes NaN of its exponential as a NaN logit does, and of the output, but not of these two.
+        const bool infinite = total != total && logit == INFINITY && !holds_nan(r);
+        if (call_.lse) call_.lse[row_of(span) + token] = zeros ? -INFINITY : infinite ? logit : logit + logf(total);
         if (call_.max_logit) {
-            if (total != total && top != INFINITY)
+            if (total != total && !infinite)
                 max_logit_ = NAN;
             else if (logit > max_logit_)
                 max_logit_ = logit;
         }
-        if (call_.prefix_attention && kept_keys_.count == 0 && token < call_.num_prefix_tokens)
+        if (call_.prefix_attention && kept_.count == 0 && token < call_.num_prefix_tokens)
             scatter(prefix_row(span, token), nullptr, 0.0f, span.tokens);
     }
 };

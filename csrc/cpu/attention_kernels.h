@@ -12,21 +12,23 @@ struct Attend {
         return count_items(call, [&](int64_t tokens) { return Forward<Op, T>::parts(call, tokens); });
     }
     static void forward(const AttentionForward& call, int64_t begin, int64_t end) {
-        static thread_local Scratch scratch;
+        Scratch& scratch = scratch_of_thread();
         Forward<Op, T> kernel(call, scratch);
         for_items(
             call, [&](int64_t tokens) { return Forward<Op, T>::parts(call, tokens); }, begin, end,
             [&](const Span& span, int64_t part) { kernel.item(span, part); });
+        scratch.end_call();
     }
     static int64_t backward_items(const AttentionBackward& call) {
         return count_items(call, [&](int64_t tokens) { return Backward<Op, T>::parts(call, tokens); });
     }
     static void backward(const AttentionBackward& call, int64_t begin, int64_t end) {
-        static thread_local Scratch scratch;
+        Scratch& scratch = scratch_of_thread();
         Backward<Op, T> kernel(call, scratch);
         for_items(
             call, [&](int64_t tokens) { return Backward<Op, T>::parts(call, tokens); }, begin, end,
             [&](const Span& span, int64_t part) { kernel.item(span, part); });
+        scratch.end_call();
     }
     static constexpr AttentionKernels kernels() { return {forward_items, forward, backward_items, backward}; }
 };

@@ -19,7 +19,7 @@ template <class T>
 inline F32 some_of(const T* token, ptrdiff_t channel, int first, int count) {
     if (channel == 1) return some_of(token, first, count);
     T some[kLanes] = {};
-    for (int i = 0; i < count && i < kLane; ++i) some[i] = token[(first + i) * channel];
+    for (int i = 0; i < count && i < kLanes; ++i) some[i] = token[(first + i) * channel];
     return load(some);
 }
 
@@ -27,16 +27,15 @@ inline F32 some_of(const T* token, ptrdiff_t channel, int first, int count) {
 template <class T>
 inline void write_token(T* token, ptrdiff_t channel, const float* from, float factor, int numbers) {
     const F32 by = broadcast(factor);
-    for (int d = 0; d < numbers; d += kLane) {
-        const int count = numbers - d < kLane ? numbers - d : kLane;
-        if (channel != 1) {
-            T some[kLanes];
-            store(some, load_first(from + d, count) * by);
-            for (int i = 0; i < count; ++i) token[(d + i) * channel] = some[i];
-        } else if (count == kLane) {
-            store(token + d, load(from + d) * by);
+    for (int d = 0; d < numbers; d += kLanes) {
+        const int count = numbers - d;
+        const F32 product = some_of(from, d, count) * by;
+        if (channel == 1) {
+            store_some(token + d, product, count);
         } else {
-            store_first(token + d, load_first(from + d, count) * by, count);
+            T some[kLanes];
+            store(some, product);
+            for (int i = 0; i < count && i < kLanes; ++i) token[(d + i) * channel] = some[i];
         }
     }
 }
@@ -83,29 +82,22 @@ private:
     void apply(float* x, int64_t token, int head_dim) const {
         const float *c = cos + (token - first_patch) * stride, *s = sin + (token - first_patch) * stride;
         const int half = head_dim / 2, length = interleaved ? head_dim : half;
-        for (int i = 0; i < length; i += kLane) {
+        for (int i = 0; i < length; i += kLanes) {
             const int count = length - i;
             if (interleaved) {
                 const F32 own = some_of(x, i, count), sines = some_of(s, i, count);
                 const F32 turned = alternate(swap_pairs(own) * (kBack ? swap_pairs(sines) : sines));
                 const F32 both = own * some_of(c, i, count);
-                put(x, i, count, kBack ? both + turned : both - turned);
+                store_some(x + i, kBack ? both + turned : both - turned, count);
             } else {
                 const F32 a = some_of(x, i, count), b = some_of(x + half, i, count);
                 const F32 sine_a = some_of(s, i, count), sine_b = some_of(s + half, i, count);
                 const F32 turned_a = b * (kBack ? sine_b : sine_a), turned_b = a * (kBack ? sine_a : sine_b);
                 const F32 own_a = a * some_of(c, i, count), own_b = b * some_of(c + half, i, count);
-                put(x, i, count, kBack ? own_a + turned_a : own_a - turned_a);
-                put(x + half, i, count, kBack ? own_b - turned_b : own_b + turned_b);
+                store_some(x + i, kBack ? own_a + turned_a : own_a - turned_a, count);
+                store_some(x + half + i, kBack ? own_b - turned_b : own_b + turned_b, count);
             }
         }
-    }
-
-    static void put(float* x, int i, int count, F32 v) {
-        if (count >= kLane)
-            store(x + i, v);
-        else
-            store_first(x + i, v, count);
     }
 };
 
@@ -136,7 +128,7 @@ inline Rows<T> rows_of(const Heads& x, const Span& span, const Kept& kept, int f
     for (int i = 0; i < count; ++i) {
         const int64_t token = kept[first + i];
         const T* from = token_of<const T>(x, span, token);
-        for (int d = 0; d < head_dim; d += kLane) store(row + d, some_of(from, x.channel, d, head_dim - d));
+        for (int d = 0; d < head_dim; d += kLanes) store(row + d, some_of(from, x.channel, d, head_dim - d));
         if (turned && rotation->turns(token)) rotation->turn(row, token, head_dim);
         write_token(copy + i * head_dim, 1, row, 1.0f, head_dim);
     }

@@ -8,8 +8,6 @@
 
 namespace vitreg::VITREG_ISA {
 
-constexpr int kLane = static_cast<int>(kLanes);
-
 constexpr int up_to(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 template <class Op>
@@ -29,21 +27,24 @@ struct Rows {
 // Numbers [first, first + count) of a row in `count` <= kLanes lanes, zeros in the others.
 template <class T>
 inline F32 some_of(const T* row, int first, int count) {
-    if (count >= kLane) return load(row + first);
+    if (count >= kLanes) return load(row + first);
     return count > 0 ? load_first(row + first, count) : zero();
+}
+
+// As many numbers, up to kLanes, from the first lanes.
+template <class T>
+inline void store_some(T* to, F32 v, int count) {
+    if (count >= kLanes)
+        store(to, v);
+    else
+        store_first(to, v, count);
 }
 
 // One row as words, zeros in what is left of the last.
 template <class Op, class T>
 inline void pack_words(float* to, const T* row, int numbers) {
     if constexpr (Op::kPerWord == 1) {
-        for (int d = 0; d < numbers; d += kLane) {
-            const int count = numbers - d < kLane ? numbers - d : kLane;
-            if (count == kLane)
-                store(to + d, load(row + d));
-            else
-                store_first(to + d, load_first(row + d, count), count);
-        }
+        for (int d = 0; d < numbers; d += kLanes) store_some(to + d, some_of(row, d, numbers - d), numbers - d);
     } else {
         if (numbers % 2) to[numbers / 2] = 0.0f;
         __builtin_memcpy(to, row, numbers * sizeof(T));
@@ -59,12 +60,12 @@ inline void pack_left(float* to, const Rows<T>& rows, int numbers) {
 // The right operand whose columns are the rows' numbers: panels of [words of n][width vectors].
 template <class Op, class T>
 inline void pack_right(float* to, const Rows<T>& rows, int numbers) {
-    const int vectors = up_to(numbers, kLane) / kLane;
+    const int vectors = up_to(numbers, kLanes) / kLanes;
     for (int v = 0; v < vectors;) {
         const int width = panel_width(vectors - v);
         for (int i = 0; i < rows.count; i += Op::kPerWord) {
-            for (int w = 0; w < width; ++w, to += kLane) {
-                const int first = (v + w) * kLane;
+            for (int w = 0; w < width; ++w, to += kLanes) {
+                const int first = (v + w) * kLanes;
                 const F32 a = some_of(rows[i], first, numbers - first);
                 if constexpr (Op::kPerWord == 1)
                     store(to, a);
@@ -80,21 +81,21 @@ inline void pack_right(float* to, const Rows<T>& rows, int numbers) {
 // n-th. `stage` holds kLanes rows of words.
 template <class Op, class T>
 inline void pack_right_transposed(float* to, const Rows<T>& rows, int numbers, float* stage) {
-    const int vectors = up_to(rows.count, kLane) / kLane, length = words<Op>(numbers);
+    const int vectors = up_to(rows.count, kLanes) / kLanes, length = words<Op>(numbers);
     for (int v = 0; v < vectors;) {
         const int width = panel_width(vectors - v);
         for (int w = 0; w < width; ++w) {
-            const int begin = (v + w) * kLane, count = rows.count - begin < kLane ? rows.count - begin : kLane;
+            const int begin = (v + w) * kLanes, count = rows.count - begin < kLanes ? rows.count - begin : kLanes;
             pack_left<Op>(stage, Rows<T>{rows[begin], rows.stride, count}, numbers);
-            __builtin_memset(stage + count * length, 0, (kLane - count) * length * sizeof(float));
-            float* panel = to + w * kLane;
+            __builtin_memset(stage + count * length, 0, (kLanes - count) * length * sizeof(float));
+            float* panel = to + w * kLanes;
             int k = 0;
-            for (; k + kLane <= length; k += kLane)
-                transpose(panel + k * width * kLane, width * kLane, stage + k, length);
+            for (; k + kLanes <= length; k += kLanes)
+                transpose(panel + k * width * kLanes, width * kLanes, stage + k, length);
             for (; k < length; ++k)
-                for (int i = 0; i < kLane; ++i) panel[k * width * kLane + i] = stage[i * length + k];
+                for (int i = 0; i < kLanes; ++i) panel[k * width * kLanes + i] = stage[i * length + k];
         }
-        to += width * kLane * length;
+        to += width * kLanes * length;
         v += width;
     }
 }

@@ -22,7 +22,7 @@ inline F32 first_of(F32 a, F32 b, int n) { return _mm512_mask_mov_ps(b, detail::
 inline F32 first_of(F32 a, F32 b, int n) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(detail::first(n))); }
 #else
 inline F32 first_of(F32 a, F32 b, int n) {
-    for (int i = n; i < static_cast<int>(kLanes); ++i) a[i] = b[i];
+    for (int i = n; i < kLanes; ++i) a[i] = b[i];
     return a;
 }
 #endif
@@ -124,14 +124,14 @@ struct Tile {
 #pragma GCC unroll 24
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-            for (int w = 0; w < kWidth; ++w) c[r][w] = load(from + r * stride + w * static_cast<int>(kLanes));
+            for (int w = 0; w < kWidth; ++w) c[r][w] = load(from + r * stride + w * kLanes);
     }
 
     [[gnu::always_inline]] void write(float* to, ptrdiff_t stride) const {
 #pragma GCC unroll 24
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-            for (int w = 0; w < kWidth; ++w) store(to + r * stride + w * static_cast<int>(kLanes), c[r][w]);
+            for (int w = 0; w < kWidth; ++w) store(to + r * stride + w * kLanes, c[r][w]);
     }
 
     [[gnu::always_inline]] void add_product(const float* a, ptrdiff_t a_row, ptrdiff_t a_k, const float* b,
@@ -160,17 +160,17 @@ inline void multiply(float* c, ptrdiff_t c_row, const float* a, ptrdiff_t a_row,
         with_width(width, [&](auto w) {
             constexpr int kWidth = decltype(w)::value, kRows = rows_of_tile(kWidth);
             for (int r = 0; r < rows; r += kRows) {
-                float* to = c + r * c_row + v * static_cast<int>(kLanes);
+                float* to = c + r * c_row + v * kLanes;
                 Tile<Op, kRows, kWidth> tile;
                 if (add)
                     tile.read(to, c_row);
                 else
                     tile.clear();
-                tile.add_product(a + r * a_row, a_row, a_k, b + first * kWidth * static_cast<int>(kLanes), steps);
+                tile.add_product(a + r * a_row, a_row, a_k, b + first * kWidth * kLanes, steps);
                 tile.write(to, c_row);
             }
         });
-        b += width * static_cast<int>(kLanes) * panel;
+        b += width * kLanes * panel;
         v += width;
     }
 }

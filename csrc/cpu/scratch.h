@@ -1,61 +1,32 @@
-// Working memory of a thread. It is kept between calls: fresh pages would cost a short call more than its arithmetic.
+// Working memory of a thread.
 #pragma once
 
 #include <stddef.h>
-#include <stdlib.h>
 
-#include "vec.h"
+namespace vitreg {
 
-namespace vitreg::VITREG_ISA {
-
+// It is kept between calls: fresh pages would cost a short call more than its arithmetic. Nothing here is inline, as one
+// copy would serve all instruction sets.
 class Scratch {
 public:
     Scratch() = default;
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
-    ~Scratch() { free(memory_); }
+    ~Scratch();
 
-    // At least as many bytes, at a cache line; what stood there before is lost.
-    char* bytes(size_t count) {
-        if (count > bytes_) {
-            free(memory_);
-            bytes_ = (count + 4095) / 4096 * 4096;
-            memory_ = static_cast<char*>(aligned_alloc(4096, bytes_));
-            if (!memory_) abort();
-        }
-        return memory_;
-    }
+    // At least as many bytes, at a page; what stood there before is lost. Throws std::runtime_error, one sentence, where
+    // there is no such memory.
+    char* bytes(size_t count);
+
+    // At the end of a call: back to the system with what is more than short calls need.
+    void end_call();
 
 private:
     char* memory_ = nullptr;
     size_t bytes_ = 0;
 };
 
-// Arrays side by side: named once, they are gone through twice, to add up their sizes and to place them.
-//
-//   Places places(scratch);
-//   do { places.put(pointer, elements); } while (places.again());
-class Places {
-public:
-    explicit Places(Scratch& scratch) : scratch_(scratch) {}
+// That of the calling thread: one for all ops and dtypes, which take turns.
+Scratch& scratch_of_thread();
 
-    template <class T>
-    void put(T*& pointer, size_t elements) {
-        pointer = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
-        used_ += (elements * sizeof(T) + 63) / 64 * 64;
-    }
-
-    bool again() {
-        if (memory_) return false;
-        memory_ = scratch_.bytes(used_);
-        used_ = 0;
-        return true;
-    }
-
-private:
-    Scratch& scratch_;
-    char* memory_ = nullptr;
-    size_t used_ = 0;
-};
-
-}  // namespace vitreg::VITREG_ISA
+}  // namespace vitreg

@@ -36,7 +36,7 @@ namespace vitreg::VITREG_ISA {
 
 #if defined(__AVX512F__)
 
-constexpr size_t kLanes = 16;
+constexpr int kLanes = 16;
 using F32 = __m512;
 
 inline F32 zero() { return _mm512_setzero_ps(); }
@@ -102,7 +102,7 @@ inline void store_first(T* p, F32 v, size_t n) {
 
 #elif defined(__AVX2__)
 
-constexpr size_t kLanes = 8;
+constexpr int kLanes = 8;
 using F32 = __m256;
 
 inline F32 zero() { return _mm256_setzero_ps(); }
@@ -178,7 +178,7 @@ inline void store_first(T* p, F32 v, size_t n) {
 
 #else  // any CPU: four lanes of the compiler's own vectors, which are SSE on x86-64 and NEON on AArch64
 
-constexpr size_t kLanes = 4;
+constexpr int kLanes = 4;
 typedef float F32 __attribute__((vector_size(16)));
 
 namespace detail {

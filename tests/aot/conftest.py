@@ -11,3 +11,5 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
         "tests/aot compiles the Triton kernels, which TRITON_INTERPRET=1 prevents: unset it, or leave this folder out",
         returncode=pytest.ExitCode.USAGE_ERROR,
     )
+
+pytest.register_assert_rewrite("budgets")

@@ -6,9 +6,7 @@ meant to use more, or has come to use less, and let the diff say so. It never gr
 
 from __future__ import annotations
 
-import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed: it exists for Linux x86-64 only")
 
 import triton.language as tl  # noqa: E402
+from budgets import Budgets, beyond_hardware, violations  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
@@ -26,18 +25,7 @@ from vitreg_kernels._runtime.launch import Launch  # noqa: E402
 from vitreg_kernels.ops.attention.backends.triton import launches  # noqa: E402
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES, AttentionInputs, Rope  # noqa: E402
 
-BUDGETS = Path(__file__).with_name("budgets.json")
-ARCHITECTURES = (80, 90, 100)
-LENGTHS = (54, 201, 261, 1029, 1374)  # 5 prefix tokens and 7^2, 14^2, 16^2, 32^2, 37^2 patches
 PREFIX = 5
-
-# Shared memory a block can opt in to: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-MAX_TENSOR_MEMORY_COLUMNS = 512
-
-every_budgeted_case = pytest.mark.parametrize(
-    ("arch", "tokens"), [(arch, tokens) for arch in ARCHITECTURES for tokens in LENGTHS]
-)
 
 
 def attention_inputs(
@@ -60,34 +48,8 @@ def budgeted(arch: int, tokens: int) -> dict[str, tuple[Launch, Resources]]:
     return kernels
 
 
-def measured(arch: int, tokens: int) -> dict[str, dict[str, int]]:
-    return {
-        name: {"registers": used.registers, "spill_bytes": used.spill_bytes, "shared_bytes": used.shared_bytes}
-        for name, (_, used) in budgeted(arch, tokens).items()
-    }
-
-
-def violations(used: dict[str, dict[str, int]], budget: dict[str, dict[str, int]]) -> list[str]:
-    """What one architecture and length does not keep to, as sentences."""
-    broken = [f"{name}: no budget row" for name in used.keys() - budget.keys()]
-    broken += [f"{name}: stale budget row, nothing launches it" for name in budget.keys() - used.keys()]
-    for name in used.keys() & budget.keys():
-        broken += [
-            f"{name}: {count} {what}, budget {budget[name][what]}"
-            for what, count in used[name].items()
-            if count > budget[name][what]
-        ]
-    return sorted(broken)
-
-
-def beyond_hardware(launch: Launch, used: Resources, arch: int) -> list[str]:
-    name, shared, columns = launch.kernel.__name__, used.shared_bytes, used.tensor_memory_columns
-    broken = []
-    if shared > MAX_SHARED_BYTES[arch]:
-        broken.append(f"{name} on sm_{arch}: {shared} bytes of shared memory, limit {MAX_SHARED_BYTES[arch]}")
-    if columns > MAX_TENSOR_MEMORY_COLUMNS:
-        broken.append(f"{name} on sm_{arch}: {columns} columns of tensor memory, limit {MAX_TENSOR_MEMORY_COLUMNS}")
-    return broken
+# 5 prefix tokens and 7^2, 14^2, 16^2, 32^2, 37^2 patches.
+BUDGETS = Budgets("budgets.json", "N", (54, 201, 261, 1029, 1374), budgeted)
 
 
 def matrix_opcode(arch: int, rows: int) -> str:
@@ -95,31 +57,26 @@ def matrix_opcode(arch: int, rows: int) -> str:
     return "HMMA" if rows < 64 else {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]
 
 
-@every_budgeted_case
-def test_kernels_keep_to_their_budget(arch: int, tokens: int) -> None:
-    budget = json.loads(BUDGETS.read_text())[f"sm_{arch}"][f"N={tokens}"]
-    broken = violations(measured(arch, tokens), budget)
-    assert not broken, f"sm_{arch}, N={tokens}: " + "; ".join(broken)
+@BUDGETS.every_case
+def test_kernels_keep_to_their_budget(arch: int, size: int) -> None:
+    BUDGETS.check(arch, size)
 
 
 def test_no_budget_for_what_is_not_tested() -> None:
-    budgets = json.loads(BUDGETS.read_text())
-    assert {arch: list(rows) for arch, rows in budgets.items()} == {
-        f"sm_{arch}": [f"N={tokens}" for tokens in LENGTHS] for arch in ARCHITECTURES
-    }
+    BUDGETS.check_sizes()
 
 
-@every_budgeted_case
-def test_kernels_fit_the_hardware(arch: int, tokens: int) -> None:
-    for launch, used in budgeted(arch, tokens).values():
+@BUDGETS.every_case
+def test_kernels_fit_the_hardware(arch: int, size: int) -> None:
+    for launch, used in budgeted(arch, size).values():
         assert not beyond_hardware(launch, used, arch)
 
 
-@every_budgeted_case
-def test_products_run_on_the_matrix_unit(arch: int, tokens: int) -> None:
-    for name, (launch, used) in budgeted(arch, tokens).items():
+@BUDGETS.every_case
+def test_products_run_on_the_matrix_unit(arch: int, size: int) -> None:
+    for name, (launch, used) in budgeted(arch, size).items():
         opcode = matrix_opcode(arch, launch.constants["BLOCK_M"])
-        assert used.instructions[opcode], f"{name} on sm_{arch}, N={tokens}: no {opcode}"
+        assert used.instructions[opcode], f"{name} on sm_{arch}, N={size}: no {opcode}"
 
 
 def packed(inputs: AttentionInputs, *lengths: int) -> AttentionInputs:
@@ -240,18 +197,5 @@ def test_a_kernel_that_does_not_compile_is_named() -> None:
         compile_launch(launch._replace(constants={"LENGTH": 1000}), 80)  # tl.arange wants a power of two
 
 
-def write_budgets() -> None:
-    """Registers get a headroom of up to 7, because a patch release of ptxas moves them by a few; nothing else does."""
-    budgets: dict[str, dict[str, Any]] = {}
-    for arch in ARCHITECTURES:
-        for tokens in LENGTHS:
-            rows = {
-                name: {**used, "registers": min(255, -(-used["registers"] // 8) * 8), "spill_bytes": 0}
-                for name, used in measured(arch, tokens).items()
-            }
-            budgets.setdefault(f"sm_{arch}", {})[f"N={tokens}"] = rows
-    BUDGETS.write_text(json.dumps(budgets, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    write_budgets()
+    BUDGETS.write()

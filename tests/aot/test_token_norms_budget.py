@@ -5,30 +5,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from test_budget import ARCHITECTURES, beyond_hardware, violations
+from budgets import ARCHITECTURES, Budgets, beyond_hardware
 
 from vitreg_kernels import TokenLayout
 from vitreg_kernels._runtime.aot import Resources, compile_launch
 from vitreg_kernels._runtime.launch import Launch
 from vitreg_kernels.ops.token_norms.backends.triton import launches
 
-BUDGETS = Path(__file__).with_name("token_norms_budgets.json")
-CHANNELS = (384, 768, 1024, 1536)
 LAYOUT = TokenLayout(num_registers=4)
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-
-every_budgeted_case = pytest.mark.parametrize(
-    ("arch", "channels"), [(arch, channels) for arch in ARCHITECTURES for channels in CHANNELS]
-)
 
 
 def statistics_of(channels: int, dtype: torch.dtype = BF16, batch: int = 64, tokens: int = 261) -> list[Launch]:
@@ -43,32 +34,23 @@ def budgeted(arch: int, channels: int) -> dict[str, tuple[Launch, Resources]]:
     return {launch.kernel.__name__: (launch, compile_launch(launch, arch)) for launch in found}
 
 
-def measured(arch: int, channels: int) -> dict[str, dict[str, int]]:
-    return {
-        name: {"registers": used.registers, "spill_bytes": used.spill_bytes, "shared_bytes": used.shared_bytes}
-        for name, (_, used) in budgeted(arch, channels).items()
-    }
+BUDGETS = Budgets("token_norms_budgets.json", "C", (384, 768, 1024, 1536), budgeted)
 
 
-@every_budgeted_case
-def test_kernels_keep_to_their_budget(arch: int, channels: int) -> None:
-    budget = json.loads(BUDGETS.read_text())[f"sm_{arch}"][f"C={channels}"]
-    broken = violations(measured(arch, channels), budget)
-    assert not broken, f"sm_{arch}, C={channels}: " + "; ".join(broken)
+@BUDGETS.every_case
+def test_kernels_keep_to_their_budget(arch: int, size: int) -> None:
+    BUDGETS.check(arch, size)
 
 
 def test_no_budget_for_what_is_not_tested_and_none_for_a_spill() -> None:
-    budgets = json.loads(BUDGETS.read_text())
-    assert {arch: list(rows) for arch, rows in budgets.items()} == {
-        f"sm_{arch}": [f"C={channels}" for channels in CHANNELS] for arch in ARCHITECTURES
-    }
-    assert not any(row["spill_bytes"] for rows in budgets.values() for names in rows.values() for row in names.values())
+    BUDGETS.check_sizes()
+    BUDGETS.check_no_spill()
 
 
-@every_budgeted_case
-def test_tokens_are_read_once_16_bytes_at_a_time(arch: int, channels: int) -> None:
+@BUDGETS.every_case
+def test_tokens_are_read_once_16_bytes_at_a_time(arch: int, size: int) -> None:
     """As many wide loads as hold the tokens of a tile, and no load besides."""
-    launch, used = budgeted(arch, channels)["_token_norms_kernel"]
+    launch, used = budgeted(arch, size)["_token_norms_kernel"]
     wide = launch.constants["ROWS"] * launch.constants["BLOCK_C"] // (32 * launch.num_warps * 8)
     assert len(re.findall(r"\bLDG\.E\.128", used.sass)) == used.instructions["LDG"] == wide
 
@@ -76,12 +58,12 @@ def test_tokens_are_read_once_16_bytes_at_a_time(arch: int, channels: int) -> No
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_counting_waits_for_no_counter_and_adds_no_floats_atomically(arch: int) -> None:
     """A reduction (RED) leaves without an answer; an atomic (ATOM) is waited for. All here add 64-bit integers."""
-    _, used = budgeted(arch, CHANNELS[0])["_count_norms_kernel"]
+    _, used = budgeted(arch, 384)["_count_norms_kernel"]
     reductions = re.findall(r"\bREDG?\.\S+", used.sass)
     assert reductions
     assert all(".ADD.64" in reduction for reduction in reductions), reductions
     assert not any(opcode.startswith("ATOM") for opcode in used.instructions)
-    _, used = budgeted(arch, CHANNELS[0])["_add_counted_norms_kernel"]
+    _, used = budgeted(arch, 384)["_add_counted_norms_kernel"]
     assert not any(opcode.startswith(("ATOM", "RED")) for opcode in used.instructions)
 
 
@@ -103,18 +85,5 @@ def test_variants_fit_the_hardware_and_do_not_spill(arch: int, variant: str) -> 
         assert used.spill_bytes == 0, launch.kernel.__name__
 
 
-def write_budgets() -> None:
-    """Registers get a headroom of up to 7, because a patch release of ptxas moves them by a few; nothing else does."""
-    budgets: dict[str, dict[str, Any]] = {}
-    for arch in ARCHITECTURES:
-        for channels in CHANNELS:
-            rows = {
-                name: {**used, "registers": min(255, -(-used["registers"] // 8) * 8), "spill_bytes": 0}
-                for name, used in measured(arch, channels).items()
-            }
-            budgets.setdefault(f"sm_{arch}", {})[f"C={channels}"] = rows
-    BUDGETS.write_text(json.dumps(budgets, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    write_budgets()
+    BUDGETS.write()

@@ -3,7 +3,7 @@
 // only tell right from wrong. Built once for each instruction set, with its flags:
 //
 //   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -mavx2 -mfma -mf16c -DVITREG_ISA=avx2 -Icsrc/cpu
-//       tests/native/attention.cpp
+//       tests/native/attention.cpp csrc/cpu/scratch.cpp
 #include <cmath>
 #include <cstdio>
 #include <cstring>

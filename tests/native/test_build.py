@@ -7,9 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+
+from vitreg_kernels._runtime import native
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +35,12 @@ def script(path, text):
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return str(path)
+
+
+def compiler_of_nothing(folder):
+    """It answers as a compiler does, and leaves an empty file."""
+    work = 'test "$1" = --version && echo nothing 1.0 && exit; while test "$1" != -o; do shift; done; echo > "$2"'
+    return script(folder / "compiler", work)
 
 
 CALL = """
@@ -90,6 +99,36 @@ def test_an_unknown_wish_is_an_error(tmp_path):
     assert "VITREG_NATIVE must be auto, cpu or 0, got 'yes'" in done.stderr
 
 
+@pytest.mark.parametrize("jobs", ["four", "0", "-1"])
+def test_an_odd_number_of_jobs_is_an_error(jobs, tmp_path):
+    done = build(tmp_path, CXX=compiler_of_nothing(tmp_path), MAX_JOBS=jobs)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(f"MAX_JOBS must be a number of processes, 1 or more, got {jobs!r}")
+
+
+@pytest.mark.parametrize(
+    ("compiles", "wish", "holds"), [(True, "auto", True), (False, "auto", False), (True, "0", False)]
+)
+def test_a_wheel_is_for_a_platform_if_it_holds_a_library(compiles, wish, holds, tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "vitreg_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "native.json"))
+    tables = tmp_path / "vitreg_kernels" / "_runtime" / "configs"  # as measurements write them
+    tables.mkdir(exist_ok=True)
+    (tables / "sm90.json").write_text("{}")
+    compiler = compiler_of_nothing(tmp_path) if compiles else "/bin/false"
+    done = run("setup.py", "-q", "bdist_wheel", cwd=tmp_path, VITREG_NATIVE=wish, CXX=compiler)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert "-py3-none-" in wheel.name
+    assert wheel.name.endswith("-any.whl") == (not holds)
+    with zipfile.ZipFile(wheel) as file:
+        runtime = {name.removeprefix("vitreg_kernels/_runtime/") for name in file.namelist()}
+    assert {"native.py", "native.json", "configs/sm90.json"} <= runtime
+    assert ("libvitreg_native.so" in runtime) == holds
+
+
 def test_a_library_that_does_not_load_is_a_reason(tmp_path):
     shutil.copytree(ROOT / "vitreg_kernels", tmp_path / "vitreg_kernels", ignore=shutil.ignore_patterns("*.so"))
     library = tmp_path / "vitreg_kernels" / "_runtime" / "libvitreg_native.so"
@@ -98,6 +137,46 @@ def test_a_library_that_does_not_load_is_a_reason(tmp_path):
     assert shown.returncode == 0, shown.stderr
     line = next(line for line in shown.stdout.splitlines() if line.startswith("native kernels: none, "))
     assert "libvitreg_native.so" in line
+
+
+@pytest.mark.skipif(bool(native.faults()), reason="; ".join(native.faults()))
+def test_a_library_of_other_sources_is_a_reason(tmp_path):
+    """In a checkout, that is: a wheel holds no sources."""
+    for folder in ("vitreg_kernels", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+
+    def shown():
+        done = run("-c", CALL, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return next(line for line in done.stdout.splitlines() if line.startswith("native kernels: "))
+
+    of_these = shown()
+    assert native.isa() in of_these
+    header = tmp_path / "csrc" / "cpu" / "vec.h"
+    header.write_text(header.read_text() + "\n")
+    assert shown() == (
+        f"native kernels: none, the library was built from other sources than those in {tmp_path / 'csrc'}; "
+        "build it again by python setup.py build_ext --inplace"
+    )
+    shutil.rmtree(tmp_path / "csrc")
+    assert shown() == of_these
+
+
+@pytest.mark.parametrize("odd", ["{", "[]", "\xff", '{"reason": null, "instruction_sets": 5}'])
+@pytest.mark.parametrize("built", [False, True])
+def test_odd_metadata_breaks_nothing(odd, built, tmp_path):
+    if built and native.faults():
+        pytest.skip(native.faults()[0])
+    runtime = tmp_path / "vitreg_kernels" / "_runtime"
+    shutil.copytree(ROOT / "vitreg_kernels", tmp_path / "vitreg_kernels")
+    (runtime / "native.json").write_text(odd, encoding="latin-1")
+    if not built:
+        (runtime / "libvitreg_native.so").unlink(missing_ok=True)
+    shown = run("-c", CALL, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    line = next(line for line in shown.stdout.splitlines() if line.startswith("native kernels: "))
+    assert line.startswith("native kernels: none, ") == (not built)
+    assert "None" not in line
 
 
 def test_it_can_be_left_alone(tmp_path):

@@ -1,7 +1,7 @@
 // The ops dealt out to threads as torch would, for ThreadSanitizer, which knows std::thread but not torch's OpenMP:
 //
 //   g++ -std=c++17 -O1 -g -fsanitize=thread -mavx2 -mfma -mf16c -DVITREG_ISA=avx2 -Icsrc/cpu
-//       tests/native/threads.cpp -pthread
+//       tests/native/threads.cpp csrc/cpu/scratch.cpp -pthread
 #include <cstdio>
 #include <functional>
 #include <thread>

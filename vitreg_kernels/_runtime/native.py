@@ -9,12 +9,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .sources import digest
+
 _FOLDER = Path(__file__).parent
 _LIBRARY, _METADATA = _FOLDER / "libvitreg_native.so", _FOLDER / "native.json"
+# There in a checkout only; in a wheel the library and the Python files have come together.
+_SOURCES = _FOLDER.parents[1] / "csrc"
 
 
 def _load() -> tuple[str, str]:
@@ -22,7 +27,10 @@ def _load() -> tuple[str, str]:
     if os.environ.get("VITREG_NATIVE") == "0":
         return "", "VITREG_NATIVE=0 is set"
     if not _LIBRARY.exists():
-        return "", _metadata().get("reason", "it was not built; install the package, which builds it")
+        return "", str(_metadata().get("reason") or "it was not built; install the package, which builds it")
+    if (_SOURCES / "bindings.cpp").exists() and _metadata().get("sources") != digest(_SOURCES):
+        again = "build it again by python setup.py build_ext --inplace"
+        return "", f"the library was built from other sources than those in {_SOURCES}; {again}"
     try:
         torch.ops.load_library(_LIBRARY)
         return torch.ops.vitreg_native.cpu_isa(), ""
@@ -30,11 +38,13 @@ def _load() -> tuple[str, str]:
         return "", (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _metadata() -> dict:
+def _metadata() -> dict[str, Any]:
+    """What the build wrote down; it may hold anything, or nothing, and is only told to people and compared."""
     try:
-        return json.loads(_METADATA.read_text())
+        written = json.loads(_METADATA.read_text())
     except (OSError, ValueError):
         return {}
+    return written if isinstance(written, dict) else {}
 
 
 _ISA, _FAULT = _load()
@@ -55,8 +65,10 @@ def described() -> str:
     if _FAULT:
         return f"none, {_FAULT}"
     built = _metadata()
-    sets = ", ".join(built.get("instruction_sets", ["unknown"]))
-    return f"{_ISA} (of {sets}), built against torch {built.get('torch')} by {built.get('compiler')}"
+    sets = built.get("instruction_sets")
+    of = ", ".join(map(str, sets)) if isinstance(sets, list) else "unknown"
+    torch_version, compiler = (built.get(name, "unknown") for name in ("torch", "compiler"))
+    return f"{_ISA} (of {of}), built against torch {torch_version} by {compiler}"
 
 
 def in_rows(x: Tensor) -> Tensor:

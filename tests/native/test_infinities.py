@@ -1,0 +1,65 @@
+"""Attention of logits that are no numbers: infinities and NaN stand where they do in the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Spec, make_qkv
+
+from vitreg_kernels._runtime import native
+from vitreg_kernels.functional import register_attention
+from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
+
+pytestmark = pytest.mark.skipif(bool(native.faults()), reason="; ".join(native.faults()))
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+def kinds(x):
+    """0 for a number, 1 for inf, 2 for -inf, 3 for NaN."""
+    return x.isposinf() + 2 * x.isneginf() + 3 * x.isnan()
+
+
+@every_dtype
+@pytest.mark.parametrize("tokens", [33, 700])
+@pytest.mark.parametrize("outputs", [("lse", "max_logit"), OUTPUT_NAMES], ids=["of logits", "all"])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        ({1: torch.inf}, {}),
+        ({1: -torch.inf}, {}),
+        ({1: torch.nan}, {}),
+        ({}, {300: torch.inf}),
+        ({}, {300: -torch.inf}),
+        ({}, {300: torch.inf, 690: torch.nan}),
+        ({}, {300: torch.nan, 690: torch.inf}),
+        ({}, dict.fromkeys(range(690, 700), torch.nan)),
+    ],
+    ids=str,
+)
+def test_forward(dtype, tokens, outputs, queries, keys):
+    """The log-sum-exp beside an infinite logit is inf, the output NaN; a row of -inf is one of zeros."""
+    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, dtype=dtype)).abs().permute(2, 0, 3, 1, 4)
+    for x, marked in ((query, queries), (key, keys)):
+        for token, number in marked.items():
+            x[..., token % tokens, 3] = number
+    (output, statistics), (expected, of_reference) = (
+        register_attention(query, key, value, num_prefix_tokens=3, outputs=outputs, backend=backend)
+        for backend in ("native", "reference")
+    )
+    assert torch.equal(kinds(output), kinds(expected))
+    for name in outputs:
+        assert torch.equal(kinds(getattr(statistics, name)), kinds(getattr(of_reference, name))), name
+
+
+@every_dtype
+@pytest.mark.parametrize("tokens", [33, 700])
+def test_gradients_of_the_values(dtype, tokens):
+    """NaN if a row of the output is; a row of zeros adds nothing to them, and leaves the other rows' alone."""
+    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, dtype=dtype)).abs().permute(2, 0, 3, 1, 4)
+    value.requires_grad_()
+    for number, kind in ((torch.inf, 3), (-torch.inf, 0)):
+        query[..., 1, 3] = number
+        output = register_attention(query, key, value, backend="native")
+        (gradient,) = torch.autograd.grad(output, value, torch.ones_like(output))
+        assert (kinds(gradient) == kind).all()
