@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..._runtime import dispatch
+from ..._runtime.autograd import forward_of
 from . import schema
 from .backends import BACKENDS
 from .types import AssembleInputs, Sizes
@@ -32,7 +33,7 @@ def assemble(inputs: AssembleInputs, backend: str) -> Tensor:
 class _Assemble(torch.autograd.Function):
     """Saves no tensor: all that the gradients depend on is sizes."""
 
-    forward = staticmethod(torch.ops.vitreg.assemble_forward)
+    forward = forward_of(torch.ops.vitreg.assemble_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..._runtime import dispatch
+from ..._runtime.autograd import forward_of
 from . import schema, statistics
 from .backends import BACKENDS
 from .types import OUTPUT_NAMES, AttentionInputs, AttentionOutputs, AttentionResult, Rope, empty_output
@@ -87,10 +88,7 @@ def _forward_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        # Not the op itself: torch looks up the signature of a forward at each call, and an op has none to find.
-        return torch.ops.vitreg.attention_forward(*arguments)
+    forward = forward_of(torch.ops.vitreg.attention_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -105,7 +103,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionQKV(torch.autograd.Function):
-    forward = staticmethod(_forward_qkv)
+    forward = forward_of(_forward_qkv)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..._runtime import dispatch
+from ..._runtime.autograd import forward_of
 from . import schema
 from .backends import BACKENDS
 from .types import NormGradInputs, NormInputs, ResidualNorm
@@ -37,10 +38,7 @@ def normalize(inputs: NormInputs, backend: str) -> ResidualNorm:
 
 
 class _ResidualNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        # Not the op itself: torch looks up the signature of a forward at each call, and an op has none to find.
-        return torch.ops.vitreg.residual_norm_forward(*arguments)
+    forward = forward_of(torch.ops.vitreg.residual_norm_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
