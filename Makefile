@@ -62,7 +62,7 @@ sanitize: $(READY)
 	@echo "== native tests, watched for bad accesses and undefined behaviour"
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTEST_ADDOPTS="-o pythonpath=$(SANITIZED) --capture=sys" OMP_NUM_THREADS=2 \
-		$(BIN)/python -m pytest $(NATIVE_SUITES) -k "native and not Compile and not test_build and not test_memory"
+		$(BIN)/python -m pytest $(NATIVE_SUITES) -k "native and not Compile and not test_build and not test_scratch"
 	@echo "== native kernels on threads, watched for races"
 	c++ -std=c++17 -O1 -g -fsanitize=thread -Wno-maybe-uninitialized -DVITREG_ISA=baseline -Icsrc/cpu tests/native/threads.cpp \
 		csrc/cpu/scratch.cpp -pthread -o $(SANITIZED)/threads
