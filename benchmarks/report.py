@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 100
-# A space before every column: one that outgrows its width moves the rest and never joins its neighbour.
+# A space before every column: one that outgrows its width would move the rest and not join its neighbour.
 _LINE = "  {:<17} {:>9} {:>13} {:>7} {:>7} {:>7} {:>7} {:>9} {:>8}  {}"
 _HEADINGS = _LINE.format(
     "", "median ms", "p20-p80 ms", "GFLOP/s", "% peak", "GB/s", "x peer", "max error", "eager's", ""
@@ -183,5 +183,7 @@ def _overheads(rows: Sequence[Row]) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, never in scientific notation above 1."""
+    """Three significant digits; two in scientific notation below 0.001, where three are too long for a column."""
+    if 0 < value < 1e-3:
+        return f"{value:.1e}"
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
