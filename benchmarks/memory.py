@@ -29,8 +29,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _KEEP = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
 # What glibc's own rule ends at in a process that has freed large blocks.
 _USUAL = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 32 * 2**20, _M_TRIM_THRESHOLD: 64 * 2**20}
-
-
 _MADV_NOHUGEPAGE = 15  # of Linux's mman.h
 
 

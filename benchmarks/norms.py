@@ -138,9 +138,8 @@ def race(case: Case, contenders: Sequence[Peer], copies: Sequence[Copy], budget_
     """One row for each contender, raced or not, without its ``machine``."""
     device = copies[0][0].device
     with memory.kept() if case.memory == "kept" else nullcontext():
-        check, useful_bytes = _check(case, copies[0]), case.bytes
         before = _copy_gbps(copies, device)
-        rows = compete(contenders, copies, budget_s, check, partial(_variant, case), useful_bytes)
+        rows = compete(contenders, copies, budget_s, _check(case, copies[0]), partial(_variant, case), case.bytes)
         copy_gbps = max(before, _copy_gbps(copies, device))
     about = {
         "kind": "residual_norm",
@@ -151,7 +150,7 @@ def race(case: Case, contenders: Sequence[Peer], copies: Sequence[Copy], budget_
         "tokens": case.tokens,
         "channels": case.channels,
         "memory": case.memory,
-        "bytes": useful_bytes,
+        "bytes": case.bytes,
         "copy_gbps": copy_gbps,
     }
     return [{**about, **row, "copy_fraction": None if row["gbps"] is None else row["gbps"] / copy_gbps} for row in rows]
