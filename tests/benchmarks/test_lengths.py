@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
@@ -21,16 +19,17 @@ def tiny(monkeypatch):
     monkeypatch.setattr(lengths, "PAIRS", ((7, 14),))
 
 
-def sleeps(seconds_of):
-    return Peer("vitreg:ours", lambda qkv: time.sleep(seconds_of[qkv.shape[1]]) or qkv, ours=True)
+@pytest.fixture
+def sleeps(clock):
+    return lambda seconds_of: Peer("vitreg:ours", lambda qkv: clock.sleep(seconds_of[qkv.shape[1]]) or qkv, ours=True)
 
 
 @pytest.mark.parametrize(("seconds", "excess"), [({7: 0.01, 14: 0.04}, 0.0), ({7: 0.02, 14: 0.04}, 1.0)])
-def test_the_excess_is_in_time_a_useful_operation(seconds, excess, machine):
+def test_the_excess_is_in_time_a_useful_operation(seconds, excess, machine, sleeps):
     """Twice the tokens are four times the work."""
     (row,) = lengths.measure((7, 14), "fp32", [sleeps(seconds)], batch=1, rounds=3)
     results.validate(row | {"machine": machine})
-    assert row["excess"] == pytest.approx(excess, abs=0.2)
+    assert row["excess"] == pytest.approx(excess, abs=0.01)
     assert row["excess_p20"] <= row["excess"] <= row["excess_p80"]
     assert row["median_ms"] >= 1e3 * seconds[7]
     assert row["next_median_ms"] >= 1e3 * seconds[14]
@@ -89,8 +88,8 @@ def test_a_cut_run_goes_on_where_it_stopped(tmp_path, machine, monkeypatch):
     assert progress == [(0, 2, "N=7 beside 14 fp32"), (1, 2, "N=7 beside 14 bf16"), (2, 2, "")]
 
 
-def test_the_table_marks_what_costs_too_much():
-    those = [sleeps({7: 0.02, 14: 0.04}), Peer("other", lambda qkv: time.sleep(0.02)), Peer("no", eager, refuses=str)]
+def test_the_table_marks_what_costs_too_much(sleeps, clock):
+    those = [sleeps({7: 0.02, 14: 0.04}), Peer("other", lambda qkv: clock.sleep(0.02)), Peer("no", eager, refuses=str)]
     rows = lengths.measure((7, 14), "fp32", those, batch=1, rounds=1)
     rows[0] |= {"gflops": 1234.5, "next_gflops": 98.76}
     rows[1] |= {"gflops": 1.0, "next_gflops": 2.0}
