@@ -14,11 +14,11 @@ template <class T, class P>
 inline void write_token(T* to, const P* from, const T* row, size_t channels) {
     if (row == nullptr) {
         sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE {
-            store(to + c, load(from + c, part), part);
+            write(to + c, load(from + c, part), part);
         });
     } else {
         sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE {
-            store(to + c, load(from + c, part) + load(row + c, part), part);
+            write(to + c, load(from + c, part) + load(row + c, part), part);
         });
     }
 }
@@ -42,26 +42,19 @@ template <class T, class P>
 void write_turned(T* to, const P* from, int64_t stride_c, const T* rows, size_t patches, size_t channels) {
     alignas(64) float read[kLanes * kLanes] = {}, turned[kLanes * kLanes];
     for (size_t c = 0; c < channels; c += kLanes) {
-        const size_t width = channels - c < kLanes ? channels - c : kLanes;
+        const int width = static_cast<int>(channels - c < kLanes ? channels - c : kLanes);
         for (size_t m = 0; m < patches; m += kLanes) {
-            const size_t count = patches - m < kLanes ? patches - m : kLanes;
-            for (size_t i = 0; i < width; ++i) {
+            const int count = static_cast<int>(patches - m < kLanes ? patches - m : kLanes);
+            for (int i = 0; i < width; ++i) {
                 const P* some = from + (c + i) * stride_c + m;
                 __builtin_prefetch(some + kLanes * stride_c);  // the CPU does not see such a stride coming
-                store(read + i * kLanes, count == kLanes ? load(some) : load_first(some, count));
+                store(read + i * kLanes, some_of(some, 0, count));
             }
             transpose(turned, kLanes, read, kLanes);
-            for (size_t j = 0; j < count; ++j) {
+            for (int j = 0; j < count; ++j) {
                 const size_t at = (m + j) * channels + c;
-                const auto write_part = [&](auto part) VITREG_INLINE {
-                    const F32 value = load(turned + j * kLanes);
-                    store(to + at, rows == nullptr ? value : value + load(rows + at, part), part);
-                };
-                if (width == kLanes) {
-                    write_part(Whole{});
-                } else {
-                    write_part(First{width});
-                }
+                const F32 value = load(turned + j * kLanes);
+                store_some(to + at, rows == nullptr ? value : value + some_of(rows + at, 0, width), width);
             }
         }
     }
@@ -111,7 +104,7 @@ inline void forward(const AssembleForward& call, size_t first, size_t last) {
 inline void write_gradient(const ParameterGradient& gradient, size_t row, const float* sums, size_t channels) {
     with_type(gradient.dtype, [&](auto type) {
         auto* to = static_cast<decltype(type)*>(gradient.data) + row * channels;
-        sweep(channels, [&](size_t c, int, auto part) { store(to + c, load(sums + c, part), part); });
+        sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE { write(to + c, load(sums + c, part), part); });
     });
 }
 
@@ -125,12 +118,12 @@ inline void backward(const AssembleBackward& call, size_t first, size_t last, fl
         const ParameterGradient of_row = has_row ? call.pos_embed : ParameterGradient{};
         if (own.data == nullptr && of_row.data == nullptr) continue;
 
-        sweep(channels, [&](size_t c, int, auto part) { store(sums + c, zero(), part); });
+        sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE { write(sums + c, zero(), part); });
         with_type(call.dtype, [&](auto type) {
             const auto* arrived = static_cast<const decltype(type)*>(call.grad_tokens) + token * call.stride_n;
             for (size_t image = 0; image < sizes.batch; ++image, arrived += call.stride_b) {
                 sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE {
-                    store(sums + c, load(sums + c, part) + load(arrived + c, part), part);
+                    write(sums + c, load(sums + c, part) + load(arrived + c, part), part);
                 });
             }
         });

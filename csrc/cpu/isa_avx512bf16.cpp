@@ -1,20 +1,24 @@
 #define VITREG_ISA avx512bf16
+#include "assemble_kernels.h"
 #include "attention_kernels.h"
 #include "kernels.h"
+#include "residual_norm_backward.h"
+#include "residual_norm_forward.h"
 
 namespace vitreg {
 
 namespace avx512 {
 
-// What makes no use of products of bf16.
-extern const NormKernels kResidualNorm;
+// What neither multiplies bf16 nor rounds to it.
 extern const TokenNormKernels kTokenNorms;
-extern const AssembleKernels kAssemble;
 AttentionKernels attention(Dtype dtype);
 
 }  // namespace avx512
 
 namespace avx512bf16 {
+
+constexpr NormKernels kResidualNorm{residual_norm::forward, residual_norm::backward, residual_norm::sum_blocks};
+constexpr AssembleKernels kAssemble{assemble::forward, assemble::backward};
 
 AttentionKernels attention(Dtype dtype) {
     return dtype == Dtype::bf16 ? Attend<Dot, bf16>::kernels() : avx512::attention(dtype);
@@ -22,6 +26,7 @@ AttentionKernels attention(Dtype dtype) {
 
 }  // namespace avx512bf16
 
-const Kernels kAvx512Bf16{&avx512::kResidualNorm, &avx512::kTokenNorms, &avx512::kAssemble, avx512bf16::attention};
+const Kernels kAvx512Bf16{&avx512bf16::kResidualNorm, &avx512::kTokenNorms, &avx512bf16::kAssemble,
+                          avx512bf16::attention};
 
 }  // namespace vitreg

@@ -10,9 +10,9 @@ namespace vitreg {
 
 namespace baseline {
 
-extern const NormKernels kResidualNorm{residual_norm::forward, residual_norm::backward, residual_norm::sum_blocks};
-extern const TokenNormKernels kTokenNorms{token_norms::norms, token_norms::count};
-extern const AssembleKernels kAssemble{assemble::forward, assemble::backward};
+constexpr NormKernels kResidualNorm{residual_norm::forward, residual_norm::backward, residual_norm::sum_blocks};
+constexpr TokenNormKernels kTokenNorms{token_norms::norms, token_norms::count};
+constexpr AssembleKernels kAssemble{assemble::forward, assemble::backward};
 
 AttentionKernels attention(Dtype dtype) { return attention_kernels(dtype); }
 

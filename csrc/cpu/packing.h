@@ -24,22 +24,6 @@ struct Rows {
     const T* operator[](int i) const { return data + i * stride; }
 };
 
-// Numbers [first, first + count) of a row in `count` <= kLanes lanes, zeros in the others.
-template <class T>
-inline F32 some_of(const T* row, int first, int count) {
-    if (count >= kLanes) return load(row + first);
-    return count > 0 ? load_first(row + first, count) : zero();
-}
-
-// As many numbers, up to kLanes, from the first lanes.
-template <class T>
-inline void store_some(T* to, F32 v, int count) {
-    if (count >= kLanes)
-        store(to, v);
-    else
-        store_first(to, v, count);
-}
-
 // One row as words, zeros in what is left of the last.
 template <class Op, class T>
 inline void pack_words(float* to, const T* row, int numbers) {

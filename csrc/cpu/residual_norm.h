@@ -22,9 +22,6 @@ struct NormRows {
 struct NormRowsOut {
     void* data = nullptr;
     Dtype dtype = Dtype::f32;
-    // Past the caches, which have no room for it and so need not fetch what is overwritten. Rows begin at multiples of
-    // 64 bytes then.
-    bool streamed = false;
 };
 
 struct NormForward {
@@ -40,6 +37,9 @@ struct NormForward {
     float* token_norms;  // [B, N]
     float* mean;         // [B, N]; null for RMSNorm
     float* rstd;         // [B, N]
+    // Residual and normalized tokens go past the caches, which have no room for them and so need not fetch what is
+    // overwritten. Their rows begin at multiples of 64 bytes then.
+    bool streamed;
 };
 
 struct NormBackward {
@@ -53,6 +53,7 @@ struct NormBackward {
     const float* drop_path;
     const float* weight;
     NormRowsOut grad_x, grad_branch;  // the first in the residual's dtype
+    bool streamed;  // both, as in the forward
     float* layer_scale_sums;      // [blocks, C] or null, each block's part of the gradient
     float* weight_sums;
     float* bias_sums;

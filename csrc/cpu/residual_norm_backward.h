@@ -26,17 +26,17 @@ inline T* row_of(const NormRowsOut& rows, size_t row, size_t channels) {
 inline float* begin_sums(float* sums, size_t block, size_t channels) {
     if (sums == nullptr) return nullptr;
     float* own = sums + block * channels;
-    sweep(channels, [&](size_t c, int, auto part) { store(own + c, zero(), part); });
+    sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE { write(own + c, zero(), part); });
     return own;
 }
 
-template <class Part>
-inline void accumulate(float* sums, F32 a, F32 b, Part part) {
-    store(sums, fma(a, b, load(sums, part)), part);
+template <class V, class Part>
+inline VITREG_INLINE void accumulate(float* sums, V a, V b, Part part) {
+    write(sums, fma(a, b, load(sums, part)), part);
 }
 
 // X of the residual, B of the branch, Y of the normalized tokens.
-template <class X, class B, class Y>
+template <class X, class B, class Y, bool kStreamed>
 void backward_rows(const NormBackward& call, size_t block) {
     const size_t channels = call.channels;
     const float* weight = call.weight;
@@ -53,18 +53,18 @@ void backward_rows(const NormBackward& call, size_t block) {
         const F32 centre = broadcast(call.mean == nullptr ? 0.0f : call.mean[row]), scale = broadcast(call.rstd[row]);
         F32 along = zero(), average = zero();  // mean(g * x_hat), mean(g)
         if (upstream != nullptr) {
-            F32 alongs[4] = {zero(), zero(), zero(), zero()}, totals[4] = {zero(), zero(), zero(), zero()};
+            Total of_products, total;
             sweep(channels, [&](size_t c, int i, auto part) VITREG_INLINE {
-                const F32 arrived = load(upstream + c, part);
-                const F32 unit = (load(residual + c, part) - centre) * scale;
-                const F32 g = arrived * load(weight + c, part);  // zero in lanes that do not exist
-                alongs[i] = fma(g, unit, alongs[i]);
-                totals[i] = totals[i] + g;
+                const auto arrived = load(upstream + c, part);
+                const auto unit = (load(residual + c, part) - centre) * scale;
+                const auto g = arrived * load(weight + c, part);  // zero in lanes that do not exist
+                of_products.add_product(g, unit, i);
+                total.add(g, i);
                 if (of_weight != nullptr) accumulate(of_weight + c, arrived, unit, part);
-                if (of_bias != nullptr) store(of_bias + c, arrived + load(of_bias + c, part), part);
+                if (of_bias != nullptr) write(of_bias + c, arrived + load(of_bias + c, part), part);
             });
-            along = broadcast(sum(alongs) / channels);
-            if (call.mean != nullptr) average = broadcast(sum(totals) / channels);
+            along = broadcast(of_products.value() / channels);
+            if (call.mean != nullptr) average = broadcast(total.value() / channels);
         }
 
         const X* passing = row_of<X>(call.grad_residual, image, token);
@@ -72,32 +72,35 @@ void backward_rows(const NormBackward& call, size_t block) {
         X* grad_x = row_of<X>(call.grad_x, row, channels);
         B* grad_branch = row_of<B>(call.grad_branch, row, channels);
         const F32 kept = broadcast(call.drop_path == nullptr ? 1.0f : call.drop_path[image]);
-        sweep(channels, [&](size_t c, int, auto part) {
-            F32 gradient = zero();
+        sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE {
+            decltype(load(weight, part)) gradient = zero();
             if (upstream != nullptr) {
-                const F32 g = load(upstream + c, part) * load(weight + c, part);
-                const F32 unit = (load(residual + c, part) - centre) * scale;
+                const auto g = load(upstream + c, part) * load(weight + c, part);
+                const auto unit = (load(residual + c, part) - centre) * scale;
                 gradient = scale * (g - average - unit * along);
             }
             if (passing != nullptr) gradient = gradient + load(passing + c, part);
-            if (grad_x != nullptr) write(grad_x + c, gradient, part, call.grad_x.streamed);
+            if (grad_x != nullptr) write<kStreamed>(grad_x + c, gradient, part);
             if (grad_branch != nullptr) {
-                const F32 factor = layer_scale == nullptr ? kept : kept * load(layer_scale + c, part);
-                write(grad_branch + c, gradient * factor, part, call.grad_branch.streamed);
+                const decltype(gradient) factor = layer_scale == nullptr ? kept : kept * load(layer_scale + c, part);
+                write<kStreamed>(grad_branch + c, gradient * factor, part);
             }
             if (of_layer_scale != nullptr) {
                 accumulate(of_layer_scale + c, gradient, kept * load(branch + c, part), part);
             }
         });
     }
-    if (call.grad_x.streamed || call.grad_branch.streamed) stream_done();
+    if constexpr (kStreamed) stream_done();
 }
 
 inline void backward(const NormBackward& call, size_t block) {
     with_type(call.residual.dtype, [&](auto x) {
         with_type(call.grad_branch.data == nullptr ? call.branch.dtype : call.grad_branch.dtype, [&](auto b) {
-            with_type(call.grad_normalized.dtype,
-                      [&](auto y) { backward_rows<decltype(x), decltype(b), decltype(y)>(call, block); });
+            with_type(call.grad_normalized.dtype, [&](auto y) {
+                with_flag(call.streamed, [&](auto streamed) {
+                    backward_rows<decltype(x), decltype(b), decltype(y), decltype(streamed)::value>(call, block);
+                });
+            });
         });
     });
 }
@@ -105,12 +108,12 @@ inline void backward(const NormBackward& call, size_t block) {
 inline void sum_blocks(const NormSums& call, size_t first, size_t last) {
     with_type(call.dtype, [&](auto type) {
         auto* gradient = static_cast<decltype(type)*>(call.gradient) + first;
-        sweep(last - first, [&](size_t c, int, auto part) {
-            F32 total = zero();
+        sweep(last - first, [&](size_t c, int, auto part) VITREG_INLINE {
+            decltype(load(call.sums, part)) total = zero();
             for (size_t block = 0; block < call.blocks; ++block) {
                 total = total + load(call.sums + block * call.channels + first + c, part);
             }
-            store(gradient + c, total, part);
+            write(gradient + c, total, part);
         });
     });
 }

@@ -12,7 +12,7 @@ namespace residual_norm {
 struct NoBranch {};
 
 // X of x and the residual, B of the branch, Y of the normalized tokens.
-template <class X, class B, class Y>
+template <class X, class B, class Y, bool kStreamed>
 void forward_rows(const NormForward& call, size_t first, size_t last, float* scratch) {
     constexpr bool kBranch = sizeof(B) != sizeof(NoBranch);
     const size_t channels = call.channels;
@@ -25,51 +25,51 @@ void forward_rows(const NormForward& call, size_t first, size_t last, float* scr
         const X* x = static_cast<const X*>(call.x.data) + image * call.x.stride_b + token * call.x.stride_n;
         const float* values = scratch;  // the residual as it is stored
 
-        F32 totals[4] = {zero(), zero(), zero(), zero()}, squares[4] = {zero(), zero(), zero(), zero()};
-        const auto add = [&](F32 value, int i) VITREG_INLINE {
-            totals[i] = totals[i] + value;
-            squares[i] = fma(value, value, squares[i]);
+        Total total, squares;
+        const auto add = [&](auto value, int i) VITREG_INLINE {
+            total.add(value, i);
+            squares.add_product(value, value, i);
         };
         if constexpr (kBranch) {
             X* residual = static_cast<X*>(call.residual.data) + row * channels;
             const B* branch =
                 static_cast<const B*>(call.branch.data) + image * call.branch.stride_b + token * call.branch.stride_n;
-            const bool kept_apart = sizeof(X) != sizeof(float) || call.residual.streamed;
+            constexpr bool kKeptApart = sizeof(X) != sizeof(float) || kStreamed;
             const F32 kept = broadcast(call.drop_path == nullptr ? 1.0f : call.drop_path[image]);
             sweep(channels, [&](size_t c, int i, auto part) VITREG_INLINE {
-                const F32 factor = layer_scale == nullptr ? kept : kept * load(layer_scale + c, part);
-                const F32 value = fma(load(branch + c, part), factor, load(x + c, part));
-                write(residual + c, value, part, call.residual.streamed);
+                const auto before = load(x + c, part);
+                const decltype(before) factor = layer_scale == nullptr ? kept : kept * load(layer_scale + c, part);
+                const auto value = fma(load(branch + c, part), factor, before);
                 // What is normalized is what is stored: the backward has nothing else to start from.
-                const F32 stored = rounded<X>(value);
-                if (kept_apart) store(scratch + c, stored, part);
+                const auto stored = write<kStreamed>(residual + c, value, part);
+                if constexpr (kKeptApart) write(scratch + c, stored, part);
                 add(stored, i);
             });
-            if constexpr (sizeof(X) == sizeof(float)) values = kept_apart ? scratch : residual;
+            if constexpr (sizeof(X) == sizeof(float)) values = kKeptApart ? scratch : residual;
         } else {
             sweep(channels, [&](size_t c, int i, auto part) VITREG_INLINE {
-                const F32 value = load(x + c, part);
-                if constexpr (sizeof(X) != sizeof(float)) store(scratch + c, value, part);
+                const auto value = load(x + c, part);
+                if constexpr (sizeof(X) != sizeof(float)) write(scratch + c, value, part);
                 add(value, i);
             });
             if constexpr (sizeof(X) == sizeof(float)) values = x;
         }
 
         // By itself, though mean and variance would give it: they do not for an infinite token.
-        float square = sum(squares);
+        float square = squares.value();
         call.token_norms[row] = __builtin_sqrtf(square);
         float mean = 0.0f;
         if (call.mean != nullptr) {
-            mean = sum(totals) / channels;
+            mean = total.value() / channels;
             call.mean[row] = mean;
             // Centred before it is squared: E[x^2] - E[x]^2 has nothing left of the variance where the mean is large.
             const F32 centre = broadcast(mean);
-            F32 parts[4] = {zero(), zero(), zero(), zero()};
+            Total centred_squares;
             sweep(channels, [&](size_t c, int i, auto part) VITREG_INLINE {
-                const F32 centred = existing(load(values + c, part) - centre, part);
-                parts[i] = fma(centred, centred, parts[i]);
+                const auto centred = existing(load(values + c, part) - centre, part);
+                centred_squares.add_product(centred, centred, i);
             });
-            square = sum(parts);
+            square = centred_squares.value();
         }
         const float rstd = 1.0f / __builtin_sqrtf(square / channels + call.eps);
         call.rstd[row] = rstd;
@@ -77,19 +77,19 @@ void forward_rows(const NormForward& call, size_t first, size_t last, float* scr
         Y* normalized = static_cast<Y*>(call.normalized.data) + row * channels;
         const F32 centre = broadcast(mean), scale = broadcast(rstd);
         if (bias != nullptr) {
-            sweep(channels, [&](size_t c, int, auto part) {
-                const F32 unit = (load(values + c, part) - centre) * scale;
-                const F32 result = fma(unit, load(weight + c, part), load(bias + c, part));
-                write(normalized + c, result, part, call.normalized.streamed);
+            sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE {
+                const auto unit = (load(values + c, part) - centre) * scale;
+                const auto result = fma(unit, load(weight + c, part), load(bias + c, part));
+                write<kStreamed>(normalized + c, result, part);
             });
         } else {
-            sweep(channels, [&](size_t c, int, auto part) {
-                const F32 unit = (load(values + c, part) - centre) * scale;
-                write(normalized + c, unit * load(weight + c, part), part, call.normalized.streamed);
+            sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE {
+                const auto unit = (load(values + c, part) - centre) * scale;
+                write<kStreamed>(normalized + c, unit * load(weight + c, part), part);
             });
         }
     }
-    if (call.residual.streamed || call.normalized.streamed) stream_done();
+    if constexpr (kStreamed) stream_done();
 }
 
 inline void forward(const NormForward& call, size_t first, size_t last, float* scratch) {
@@ -97,9 +97,14 @@ inline void forward(const NormForward& call, size_t first, size_t last, float* s
         with_type(call.normalized.dtype, [&](auto y) {
             using X = decltype(x);
             using Y = decltype(y);
-            if (call.branch.data == nullptr) return forward_rows<X, NoBranch, Y>(call, first, last, scratch);
-            with_type(call.branch.dtype,
-                      [&](auto b) { forward_rows<X, decltype(b), Y>(call, first, last, scratch); });
+            with_flag(call.streamed, [&](auto streamed) {
+                constexpr bool kStreamed = decltype(streamed)::value;
+                if (call.branch.data == nullptr)
+                    return forward_rows<X, NoBranch, Y, kStreamed>(call, first, last, scratch);
+                with_type(call.branch.dtype, [&](auto b) {
+                    forward_rows<X, decltype(b), Y, kStreamed>(call, first, last, scratch);
+                });
+            });
         });
     });
 }

@@ -1,11 +1,11 @@
-// Walking a row of channels in vectors, and dtypes known at run time made types.
+// Walking along a row of channels, and dtypes known at run time made types.
 #pragma once
 
-#include "vec.h"
+#include "pair.h"
 
 namespace vitreg::VITREG_ISA {
 
-// Which lanes of a vector exist: all, or the first n.
+// Which lanes exist: all of a pair of vectors, or the first n of one.
 struct Whole {};
 struct First {
     size_t n;
@@ -15,39 +15,70 @@ struct First {
 #define VITREG_INLINE __attribute__((always_inline))
 
 template <class T>
-inline F32 load(const T* p, Whole) { return load(p); }
+inline VITREG_INLINE Pair load(const T* p, Whole) { return load_pair(p); }
 template <class T>
-inline F32 load(const T* p, First part) { return load_first(p, part.n); }
-template <class T>
-inline void store(T* p, F32 v, Whole) { store(p, v); }
-template <class T>
-inline void store(T* p, F32 v, First part) { store_first(p, v, part.n); }
+inline VITREG_INLINE F32 load(const T* p, First part) { return load_first(p, part.n); }
 
-// store, or stream where that is asked for and there is a whole vector to write.
-template <class T, class Part>
-inline void write(T* p, F32 v, Part part, bool streamed) {
-    if constexpr (sizeof(Part) == sizeof(Whole)) {
-        if (streamed) return stream(p, v);
-    }
-    store(p, v, part);
+// Gives what is read there afterwards. Past the caches where kStreamed, but for single vectors.
+template <bool kStreamed = false, class T>
+inline VITREG_INLINE Pair write(T* p, Pair v, Whole) { return put<kStreamed>(p, v); }
+template <bool kStreamed = false, class T>
+inline VITREG_INLINE F32 write(T* p, F32 v, First part) {
+    store_first(p, v, part.n);
+    return rounded<T>(v);
 }
 
-inline F32 existing(F32 v, Whole) { return v; }
-inline F32 existing(F32 v, First part) { return first_lanes(v, part.n); }
+inline VITREG_INLINE Pair existing(Pair v, Whole) { return v; }
+inline VITREG_INLINE F32 existing(F32 v, First part) { return first_lanes(v, part.n); }
 
-// body(c, i, part) for the vectors of `channels` numbers: c is the first channel, part says which lanes exist, and i
-// goes round 0 to 3, for sums that need not wait for each other.
+// A sum along a row: of four vectors, which need not wait for each other. Those of a pair are the i-th and the next.
+class Total {
+public:
+    Total() : parts_{zero(), zero(), zero(), zero()} {}
+
+    VITREG_INLINE void add(F32 v, int i) { parts_[i] = parts_[i] + v; }
+    VITREG_INLINE void add(Pair v, int i) {
+        add(v.low, i);
+        add(v.high, i + 1);
+    }
+
+    VITREG_INLINE void add_product(F32 a, F32 b, int i) { parts_[i] = fma(a, b, parts_[i]); }
+    VITREG_INLINE void add_product(Pair a, Pair b, int i) {
+        add_product(a.low, b.low, i);
+        add_product(a.high, b.high, i + 1);
+    }
+
+    VITREG_INLINE float value() const { return sum((parts_[0] + parts_[1]) + (parts_[2] + parts_[3])); }
+
+private:
+    F32 parts_[4];
+};
+
+// body(c, i, part) along `channels` numbers: c is the first of them, part says which lanes exist, and i is where a Total
+// takes them.
 template <class Body>
 inline VITREG_INLINE void sweep(size_t channels, const Body& body) {
     size_t c = 0;
     for (; c + 4 * kLanes <= channels; c += 4 * kLanes) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) body(c + i * kLanes, i, Whole{});
+        body(c, 0, Whole{});
+        body(c + 2 * kLanes, 2, Whole{});
     }
     for (; c < channels; c += kLanes) body(c, 0, First{channels - c < kLanes ? channels - c : kLanes});
 }
 
-inline float sum(const F32 (&parts)[4]) { return sum((parts[0] + parts[1]) + (parts[2] + parts[3])); }
+template <bool kValue>
+struct Flag {
+    static constexpr bool value = kValue;
+};
+
+// function(Flag<...>{}) with what is known at run time only.
+template <class Function>
+inline void with_flag(bool value, const Function& function) {
+    if (value)
+        function(Flag<true>{});
+    else
+        function(Flag<false>{});
+}
 
 // function(T{}) with the type that a dtype stands for.
 template <class Function>

@@ -15,12 +15,12 @@ inline void norms(const TokenNorms& call, size_t first, size_t last) {
         for (size_t row = first; row < last; ++row) {
             const size_t image = row / call.tokens, token = row % call.tokens;
             const T* x = static_cast<const T*>(call.x) + image * call.stride_b + token * call.stride_n;
-            F32 squares[4] = {zero(), zero(), zero(), zero()};
+            Total squares;
             sweep(call.channels, [&](size_t c, int i, auto part) VITREG_INLINE {
-                const F32 value = load(x + c, part);
-                squares[i] = fma(value, value, squares[i]);
+                const auto value = load(x + c, part);
+                squares.add_product(value, value, i);
             });
-            call.norms[row] = __builtin_sqrtf(sum(squares));
+            call.norms[row] = __builtin_sqrtf(squares.value());
         }
     });
 }

@@ -10,6 +10,8 @@
 //   load(p) store(p, v)       kLanes elements of float, bf16 or fp16; no alignment asked for
 //   load_first(p, n)          n <= kLanes elements, zeros after them; touches no memory beyond
 //   store_first(p, v, n)      likewise
+//   some_of(row, first, n)   elements from the first-th, as many of n as there are lanes, zeros after them
+//   store_some(p, v, n)       as many of n elements as there are lanes
 //   first_lanes(v, n)         v in its first n <= kLanes lanes, zero in the others
 //   rounded<T>(v)             v as store would round it to T, ties to even; NaN stays NaN if it is quiet, as all computed ones are
 //   fma(a, b, c)              a * b + c, in one rounding where the CPU can
@@ -55,14 +57,21 @@ inline F32 widen(const bf16*, __m256i v) {
 }
 inline F32 widen(const fp16*, __m256i v) { return _mm512_cvtph_ps(v); }
 
-// The upper half of each lane is v in bf16. In integers, not by vcvtneps2bf16, which takes subnormal numbers for zero.
+// The upper half of each lane is v in bf16.
 inline __m512i rounded_bits(F32 v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
     return _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), bits, half);
 }
+#if defined(__AVX512BF16__)
+inline bool subnormal(F32 v) { return _mm512_fpclass_ps_mask(v, 0x20) != 0; }
+#endif
 inline __m256i narrow(const bf16*, F32 v) {
+#if defined(__AVX512BF16__)
+    // Which takes a subnormal number for zero.
+    if (__builtin_expect(!subnormal(v), 1)) return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#endif
     const __m512i upper = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011, 0xf000d,
                                            0xb0009, 0x70005, 0x30001);
     return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, rounded_bits(v)));
@@ -286,6 +295,20 @@ inline F32 rounded(F32 v) {
     } else {
         return detail::widen(static_cast<const T*>(nullptr), detail::narrow(static_cast<const T*>(nullptr), v));
     }
+}
+
+template <class T>
+inline F32 some_of(const T* row, int first, int count) {
+    if (count >= kLanes) return load(row + first);
+    return count > 0 ? load_first(row + first, count) : zero();
+}
+
+template <class T>
+inline void store_some(T* to, F32 v, int count) {
+    if (count >= kLanes)
+        store(to, v);
+    else
+        store_first(to, v, count);
 }
 
 inline void stream_done() {
