@@ -343,6 +343,11 @@ private:
                 float* g = kPairs ? grad_p_ : ds_pairs_ + r * stride_;
                 score(s, queries_left_ + row * words_, keys_as_columns_, rows, begin, vectors);
                 score(g, grads_left_ + row * words_, values_as_columns_, rows, begin, vectors);
+                if (kPairs && rows % 2) {
+                    // The last query's partner does not exist; an infinite key or value made NaN of its zeros.
+                    __builtin_memset(s + rows * stride_, 0, vectors * kLanes * sizeof(float));
+                    __builtin_memset(g + rows * stride_, 0, vectors * kLanes * sizeof(float));
+                }
                 for (int i = 0; i < rows; i += Op::kPerWord)
                     if constexpr (kPairs)
                         rows_of_ds(i, r, row, keys);
