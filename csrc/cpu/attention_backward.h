@@ -70,6 +70,7 @@ public:
         if (span.image != image_ || span.head != head_) prepare(span);
         image_ = span.image;
         head_ = span.head;
+        next_ = next_of(call_, span);
         const int queries = static_cast<int>(span.tokens), keys = kept_.count;
         const int64_t first_of_queries = parts_of_keys(span.tokens);
         if (whole(call_)) {
@@ -122,6 +123,7 @@ private:
     T* copy_;
 
     int64_t image_ = -1, head_ = -1;  // what is packed
+    Span next_;
     int queries_count_ = 0;
     Kept kept_;
     Rotation rotation_;
@@ -331,6 +333,14 @@ private:
         }
     }
 
+    [[gnu::always_inline]] void prefetch_next(int64_t token) const {
+        prefetch<T>(call_.query, next_, token, head_dim_);
+        prefetch<T>(call_.key, next_, token, head_dim_);
+        prefetch<T>(call_.value, next_, token, head_dim_);
+        prefetch<T>(call_.output, next_, token, head_dim_);
+        prefetch<T>(call_.grad_output, next_, token, head_dim_);
+    }
+
     // What queries [first, first + count) and keys [begin, begin + keys) give to each other's gradients; those of the
     // keys begin anew.
     void fold(int first, int count, int begin, int keys, bool to_queries, bool to_keys) {
@@ -348,11 +358,13 @@ private:
                     __builtin_memset(s + rows * stride_, 0, vectors * kLanes * sizeof(float));
                     __builtin_memset(g + rows * stride_, 0, vectors * kLanes * sizeof(float));
                 }
-                for (int i = 0; i < rows; i += Op::kPerWord)
+                for (int i = 0; i < rows; i += Op::kPerWord) {
+                    for (int j = 0; j < Op::kPerWord && begin == 0; ++j) prefetch_next(row + i + j);
                     if constexpr (kPairs)
                         rows_of_ds(i, r, row, keys);
                     else
                         row_of_ds(s + i * stride_, g + i * stride_, row + i, keys);
+                }
                 if (to_queries)
                     multiply<Op>(grad_query_ + (at + r) * row_, row_, kPairs ? ds_rows_ : g, stride_, 1, rows, keys_,
                                  vectors_, words<Op>(kept_.count), begin / Op::kPerWord, words<Op>(keys), true);

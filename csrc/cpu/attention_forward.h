@@ -123,6 +123,7 @@ public:
         if (span.image != image_ || span.head != head_) pack(span);
         image_ = span.image;
         head_ = span.head;
+        next_ = next_of(call_, span);
         max_logit_ = -INFINITY;
         if (call_.received_attention) __builtin_memset(received_, 0, longest_ * sizeof(float));
         const bool whole = parts(call_, span.tokens) == 1;
@@ -149,6 +150,7 @@ private:
     T* copy_;
 
     int64_t image_ = -1, head_ = -1;  // whose keys and values are packed
+    Span next_;
     Kept kept_;
     float max_logit_ = 0;
 
@@ -204,12 +206,19 @@ private:
         for (int i = 0; i < rows; ++i) {
             const float top = tops_[r + i] == -INFINITY ? 0.0f : tops_[r + i];
             float* in_fp32 = whole_rows_ && Op::kPerWord > 1 ? in_fp32_ + i * stride_ : nullptr;
+            if (begin == 0) prefetch_next(first + r + i);
             totals_[r + i] =
                 totals_[r + i] + exponentials<Op>(scores_ + i * stride_, in_fp32, vectors, factor, top);
         }
         multiply<Op>(outputs_ + r * vectors_ * kLanes, vectors_ * kLanes, scores_, stride_, 1, rows, values_, vectors_,
                      words<Op>(kept_.count), begin / Op::kPerWord, words<Op>(keys), begin > 0);
         if (whole_rows_) look(span, first + r, r, rows);
+    }
+
+    [[gnu::always_inline]] void prefetch_next(int64_t token) const {
+        prefetch<T>(call_.query, next_, token, head_dim_);
+        prefetch<T>(call_.key, next_, token, head_dim_);
+        prefetch<T>(call_.value, next_, token, head_dim_);
     }
 
     // Scores of a block's rows from the r-th, and the largest of each.

@@ -20,6 +20,12 @@ inline Span span_of(const Attention& call, int64_t image, int64_t head) {
     return {0, image, head, first, call.cu_seqlens[image + 1] - first, first - image * call.num_prefix_tokens};
 }
 
+// The head after this one; itself if it is the last.
+inline Span next_of(const Attention& call, const Span& span) {
+    if (span.head + 1 < call.heads) return span_of(call, span.image, span.head + 1);
+    return span.image + 1 < images_of(call) ? span_of(call, span.image + 1, 0) : span;
+}
+
 inline int64_t longest_of(const Attention& call) {
     int64_t longest = 0;
     for (int64_t image = 0; image < images_of(call); ++image) {
