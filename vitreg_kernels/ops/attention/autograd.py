@@ -17,7 +17,7 @@ from ..._runtime import dispatch
 from ..._runtime.autograd import forward_of
 from . import schema, statistics
 from .backends import BACKENDS
-from .types import OUTPUT_NAMES, AttentionInputs, AttentionOutputs, AttentionResult, Rope, empty_output
+from .types import AttentionInputs, AttentionOutputs, AttentionResult, Rope, empty_output
 
 # The tensors and scalars of a call after query, key and value, in the order of the schemas.
 _Call = tuple[Tensor | None, Tensor | None, Tensor | None, bool, Tensor | None, int, int, float]
@@ -26,7 +26,7 @@ _Call = tuple[Tensor | None, Tensor | None, Tensor | None, bool, Tensor | None, 
 def attend(inputs: AttentionInputs, backend: str) -> AttentionResult:
     """Attention of separate query, key and value by a named backend; differentiable in all three."""
     qkv = (inputs.query, inputs.key, inputs.value)
-    return _run(_Attention, torch.ops.vitreg.attention_forward, qkv, inputs, backend)
+    return _run(_Attention, _forward, qkv, inputs, backend)
 
 
 def attend_qkv(qkv: Tensor, inputs: AttentionInputs, backend: str) -> AttentionResult:
@@ -37,14 +37,14 @@ def attend_qkv(qkv: Tensor, inputs: AttentionInputs, backend: str) -> AttentionR
 def _run(function: type, forward: Any, tensors: tuple, inputs: AttentionInputs, backend: str) -> AttentionResult:
     call, outputs = _call_of(inputs), list(inputs.outputs)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        # The backward needs the log-sum-exp, whether or not it was asked for.
-        outputs += [] if "lse" in outputs else ["lse"]
+        # The backward needs the log-sum-exp, whether or not it was asked for, and looks for it in front.
+        outputs = ["lse", *(name for name in outputs if name != "lse")]
         output, *computed = function.apply(*tensors, *call, outputs, backend)
     else:
         if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise NotImplementedError(f"backend {backend!r} has no forward-mode derivative; take backend='sdpa'")
         output, *computed = forward(*tensors, *call, outputs, backend)
-    by_name = dict(zip(OUTPUT_NAMES, computed, strict=True))
+    by_name = dict(zip(outputs, computed, strict=True))
     return AttentionResult(output, AttentionOutputs(**{name: by_name[name] for name in inputs.outputs}))
 
 
@@ -83,12 +83,17 @@ def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    output, statistics = torch.ops.vitreg.attention_forward(query, key, value, *rest)
+    return output, *statistics
+
+
 def _forward_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return torch.ops.vitreg.attention_forward(*_unpack(qkv), *rest)
+    return _forward(*_unpack(qkv), *rest)
 
 
 class _Attention(torch.autograd.Function):
-    forward = forward_of(torch.ops.vitreg.attention_forward)
+    forward = forward_of(_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -131,11 +136,11 @@ def _gradient(ctx: Any, op: Any, grad_output: Tensor) -> Any:
     return op(grad_output, *tensors, *call, output, lse, ctx.backend)
 
 
-def _forward_impl(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _forward_impl(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
     *call, outputs, backend = rest
     inputs = _inputs_of(query, key, value, tuple(call), outputs)
     output, computed = dispatch.find(BACKENDS, backend).forward(inputs)
-    return output, *(query.new_empty(0, dtype=torch.float32) if x is None else x for x in computed)
+    return output, [getattr(computed, name) for name in outputs]
 
 
 def _backward_impl(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:

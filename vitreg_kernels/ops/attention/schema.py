@@ -1,8 +1,7 @@
 """The op's schemas and fakes (shapes, dtypes and strides without data). Imports torch only.
 
 Every op here is opaque to torch.compile and takes detached inputs; ``autograd.py`` joins forward and backward.
-Arity is fixed: a statistic nobody asked for is a tensor without elements. The backend is a string, chosen before
-tracing.
+Statistics come in the order in which ``outputs`` names them. The backend is a string, chosen before tracing.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import OUTPUT_NAMES, empty_output
+from .types import empty_output
 
 LIBRARY = torch.library.Library("vitreg", "FRAGMENT")
 
@@ -21,8 +20,7 @@ _CALL = (
 
 LIBRARY.define(
     f"attention_forward(Tensor query, Tensor key, Tensor value, {_CALL}, str[] outputs, str backend) -> "
-    "(Tensor output, Tensor lse, Tensor prefix_attention, Tensor received_attention, Tensor max_logit, "
-    "Tensor token_norms)"
+    "(Tensor output, Tensor[] statistics)"
 )
 LIBRARY.define(
     f"attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, {_CALL}, Tensor output, "
@@ -33,15 +31,14 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "attention_statistics(Tensor query, Tensor key, Tensor? attn_mask, Tensor? cu_seqlens, SymInt num_prefix_tokens, "
-    "float scale, str[] outputs) -> "
-    "(Tensor lse, Tensor prefix_attention, Tensor received_attention, Tensor max_logit)"
+    "float scale, str[] outputs) -> Tensor[]"
 )
 
 
 def empty_statistics(
     query: Tensor, cu_seqlens: Tensor | None, num_prefix_tokens: int, outputs: list[str]
-) -> dict[str, Tensor]:
-    """Uninitialised statistics in the order of ``OUTPUT_NAMES``; without elements where not asked for."""
+) -> list[Tensor]:
+    """Uninitialised statistics, one for each of ``outputs``."""
     batch, heads, tokens, _ = query.shape
     images = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shapes = {
@@ -52,13 +49,13 @@ def empty_statistics(
         "token_norms": (batch, tokens),
     }
     dtype = torch.promote_types(query.dtype, torch.float32)
-    return {name: query.new_empty(shapes[name] if name in outputs else 0, dtype=dtype) for name in OUTPUT_NAMES}
+    return [query.new_empty(shapes[name], dtype=dtype) for name in outputs]
 
 
 @torch.library.register_fake("vitreg::attention_forward", lib=LIBRARY)
 def _(query, key, value, *call_outputs_backend):  # noqa: ANN001, ANN002, ANN202
     *_, cu_seqlens, _max_seqlen, num_prefix_tokens, _scale, outputs, _backend = call_outputs_backend
-    return empty_output(query), *empty_statistics(query, cu_seqlens, num_prefix_tokens, outputs).values()
+    return empty_output(query), empty_statistics(query, cu_seqlens, num_prefix_tokens, outputs)
 
 
 @torch.library.register_fake("vitreg::attention_backward", lib=LIBRARY)
@@ -73,6 +70,4 @@ def _(grad_output, qkv, *_):  # noqa: ANN001, ANN002, ANN202
 
 @torch.library.register_fake("vitreg::attention_statistics", lib=LIBRARY)
 def _(query, key, attn_mask, cu_seqlens, num_prefix_tokens, scale, outputs):  # noqa: ANN001, ANN202
-    everything = empty_statistics(query, cu_seqlens, num_prefix_tokens, outputs)
-    del everything["token_norms"]
-    return tuple(everything.values())
+    return empty_statistics(query, cu_seqlens, num_prefix_tokens, outputs)

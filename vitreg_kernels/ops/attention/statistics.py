@@ -38,9 +38,7 @@ def of_output(inputs: AttentionInputs, output: Tensor) -> AttentionOutputs:
             inputs.scale,
             of_logits,
         )
-        for name, tensor in zip(LOGIT_STATISTICS, computed, strict=True):
-            if name in asked:
-                asked[name] = tensor
+        asked |= zip(of_logits, computed, strict=True)
     return AttentionOutputs(**asked)
 
 
@@ -52,14 +50,11 @@ def blockwise(
     num_prefix_tokens: int,
     scale: float,
     outputs: list[str],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Body of ``vitreg::attention_statistics``: (lse, prefix_attention, received_attention, max_logit).
-
-    What ``outputs`` does not name comes back with no elements.
-    """
+) -> list[Tensor]:
+    """Body of ``vitreg::attention_statistics``: those that ``outputs`` names, each one of ``LOGIT_STATISTICS``."""
     with torch.autocast(query.device.type, enabled=False):  # fp32 is meant where it is written
         statistics = _of_call(query, key, attn_mask, cu_seqlens, num_prefix_tokens, scale, outputs)
-    return tuple(x if name in outputs else x.new_empty(0) for name, x in zip(LOGIT_STATISTICS, statistics, strict=True))
+    return [statistics[LOGIT_STATISTICS.index(name)] for name in outputs]
 
 
 def _of_call(
