@@ -10,7 +10,7 @@ from ..._runtime import dispatch
 from ..._runtime.arguments import described
 from . import autograd, features
 from .backends import BACKENDS
-from .types import AttentionInputs, AttentionOutputs, AttentionResult, Rope
+from .types import AttentionOutputs, Rope
 from .validation import autocast, validated
 
 
@@ -77,8 +77,9 @@ def register_attention(
         max_seqlen=max_seqlen,
         outputs=outputs,
     )
-    result = _run(inputs, backend)
-    return (result.output, result.statistics) if inputs.outputs else result.output
+    taken = dispatch.select(BACKENDS, features.request_of(inputs), backend)
+    output, statistics = autograd.attend(inputs, taken.NAME) if taken.OPAQUE else taken.forward(inputs)
+    return (output, statistics) if inputs.outputs else output
 
 
 def register_attention_qkv(
@@ -124,9 +125,13 @@ def register_attention_qkv(
         max_seqlen=max_seqlen,
         outputs=outputs,
     )
-    result = _run(inputs, backend, qkv)
-    output = result.output.transpose(1, 2).flatten(2)
-    return (output, result.statistics) if inputs.outputs else output
+    taken = dispatch.select(BACKENDS, features.request_of(inputs), backend)
+    if taken.OPAQUE:
+        output, statistics = autograd.attend_qkv(qkv, inputs, taken.NAME)
+    else:
+        of_heads, statistics = taken.forward(inputs)
+        output = of_heads.transpose(1, 2).flatten(2)
+    return (output, statistics) if inputs.outputs else output
 
 
 def explain(
@@ -165,13 +170,3 @@ def explain(
         outputs=outputs,
     )
     return dispatch.explain(BACKENDS, features.request_of(inputs), backend)
-
-
-def _run(inputs: AttentionInputs, name: str | None, qkv: Tensor | None = None) -> AttentionResult:
-    """Select and run. ``qkv`` is the packed tensor that query, key and value are views of, if there is one."""
-    backend = dispatch.select(BACKENDS, features.request_of(inputs), name)
-    if not backend.OPAQUE:
-        return backend.forward(inputs)
-    if qkv is None:
-        return autograd.attend(inputs, backend.NAME)
-    return autograd.attend_qkv(qkv, inputs, backend.NAME)

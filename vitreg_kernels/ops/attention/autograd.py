@@ -17,24 +17,28 @@ from ..._runtime import dispatch
 from ..._runtime.autograd import forward_of
 from . import schema, statistics
 from .backends import BACKENDS
-from .types import AttentionInputs, AttentionOutputs, AttentionResult, Rope, empty_output
+from .types import AttentionInputs, AttentionOutputs, Rope, empty_output
 
 # The tensors and scalars of a call after query, key and value, in the order of the schemas.
 _Call = tuple[Tensor | None, Tensor | None, Tensor | None, bool, Tensor | None, int, int, float]
 
 
-def attend(inputs: AttentionInputs, backend: str) -> AttentionResult:
-    """Attention of separate query, key and value by a named backend; differentiable in all three."""
-    qkv = (inputs.query, inputs.key, inputs.value)
-    return _run(_Attention, _forward, qkv, inputs, backend)
+def attend(inputs: AttentionInputs, backend: str) -> tuple[Tensor, AttentionOutputs]:
+    """``[B, H, N, D]`` and the statistics, by a named backend; differentiable in query, key and value."""
+    return _run(_Attention, _forward, (inputs.query, inputs.key, inputs.value), inputs, backend)
 
 
-def attend_qkv(qkv: Tensor, inputs: AttentionInputs, backend: str) -> AttentionResult:
-    """The same of packed ``[B, N, 3, H, D]``, of which ``inputs`` holds views; its gradient comes back packed."""
+def attend_qkv(qkv: Tensor, inputs: AttentionInputs, backend: str) -> tuple[Tensor, AttentionOutputs]:
+    """``[B, N, C]`` and the statistics of packed ``[B, N, 3, H, D]``, of which ``inputs`` holds views.
+
+    Differentiable in ``qkv``, whose gradient comes back packed.
+    """
     return _run(_AttentionQKV, _forward_qkv, (qkv,), inputs, backend)
 
 
-def _run(function: type, forward: Any, tensors: tuple, inputs: AttentionInputs, backend: str) -> AttentionResult:
+def _run(
+    function: type, forward: Any, tensors: tuple, inputs: AttentionInputs, backend: str
+) -> tuple[Tensor, AttentionOutputs]:
     call, outputs = _call_of(inputs), list(inputs.outputs)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         # The backward needs the log-sum-exp, whether or not it was asked for, and looks for it in front.
@@ -45,7 +49,7 @@ def _run(function: type, forward: Any, tensors: tuple, inputs: AttentionInputs, 
             raise NotImplementedError(f"backend {backend!r} has no forward-mode derivative; take backend='sdpa'")
         output, *computed = forward(*tensors, *call, outputs, backend)
     by_name = dict(zip(outputs, computed, strict=True))
-    return AttentionResult(output, AttentionOutputs(**{name: by_name[name] for name in inputs.outputs}))
+    return output, AttentionOutputs(**{name: by_name[name] for name in inputs.outputs})
 
 
 def _call_of(inputs: AttentionInputs) -> _Call:
@@ -83,13 +87,20 @@ def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def _heads(x: Tensor, qkv: Tensor) -> Tensor:
+    """``[B, N, C]`` -> a ``[B, H, N, D]`` view."""
+    batch, tokens, _, heads, head_dim = qkv.shape
+    return x.view(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     output, statistics = torch.ops.vitreg.attention_forward(query, key, value, *rest)
     return output, *statistics
 
 
 def _forward_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _forward(*_unpack(qkv), *rest)
+    output, statistics = torch.ops.vitreg.attention_forward_qkv(qkv, *rest)
+    return output, *statistics
 
 
 class _Attention(torch.autograd.Function):
@@ -143,26 +154,31 @@ def _forward_impl(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
     return output, [getattr(computed, name) for name in outputs]
 
 
+def _forward_qkv_impl(qkv: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
+    output, statistics = _forward_impl(*_unpack(qkv), *rest)
+    return output.transpose(1, 2).flatten(2), statistics
+
+
 def _backward_impl(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *call, output, lse, backend = rest
     gradients = empty_output(query), empty_output(key), empty_output(value)
-    _backward_into(gradients, grad_output, (query, key, value), rest)
+    inputs = _inputs_of(query, key, value, tuple(call), [])
+    dispatch.find(BACKENDS, backend).backward(inputs, output, lse, grad_output, *gradients)
     return gradients
 
 
 def _backward_qkv_impl(grad_output: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
-    gradient = qkv.new_empty(qkv.shape)
-    _backward_into(_unpack(gradient), grad_output, _unpack(qkv), rest)
-    return gradient
-
-
-def _backward_into(gradients: tuple, grad_output: Tensor, qkv: tuple, rest: tuple) -> None:
     *call, output, lse, backend = rest
-    inputs = _inputs_of(*qkv, tuple(call), [])
-    dispatch.find(BACKENDS, backend).backward(inputs, output, lse, grad_output, *gradients)
+    gradient = qkv.new_empty(qkv.shape)
+    inputs = _inputs_of(*_unpack(qkv), tuple(call), [])
+    grad_output, output = _heads(grad_output, qkv), _heads(output, qkv)
+    dispatch.find(BACKENDS, backend).backward(inputs, output, lse, grad_output, *_unpack(gradient))
+    return gradient
 
 
 for _name, _impl in (
     ("attention_forward", _forward_impl),
+    ("attention_forward_qkv", _forward_qkv_impl),
     ("attention_backward", _backward_impl),
     ("attention_backward_qkv", _backward_qkv_impl),
     ("attention_statistics", statistics.blockwise),

@@ -1,5 +1,6 @@
 """The op's schemas and fakes (shapes, dtypes and strides without data). Imports torch only.
 
+Ops named ``qkv`` take a packed projection ``[B, N, 3, H, D]`` whole, outputs and their gradients as ``[B, N, C]``.
 Every op here is opaque to torch.compile and takes detached inputs; ``autograd.py`` joins forward and backward.
 Statistics come in the order in which ``outputs`` names them. The backend is a string, chosen before tracing.
 """
@@ -21,6 +22,9 @@ _CALL = (
 LIBRARY.define(
     f"attention_forward(Tensor query, Tensor key, Tensor value, {_CALL}, str[] outputs, str backend) -> "
     "(Tensor output, Tensor[] statistics)"
+)
+LIBRARY.define(
+    f"attention_forward_qkv(Tensor qkv, {_CALL}, str[] outputs, str backend) -> (Tensor output, Tensor[] statistics)"
 )
 LIBRARY.define(
     f"attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, {_CALL}, Tensor output, "
@@ -56,6 +60,15 @@ def empty_statistics(
 def _(query, key, value, *call_outputs_backend):  # noqa: ANN001, ANN002, ANN202
     *_, cu_seqlens, _max_seqlen, num_prefix_tokens, _scale, outputs, _backend = call_outputs_backend
     return empty_output(query), empty_statistics(query, cu_seqlens, num_prefix_tokens, outputs)
+
+
+@torch.library.register_fake("vitreg::attention_forward_qkv", lib=LIBRARY)
+def _(qkv, *call_outputs_backend):  # noqa: ANN001, ANN002, ANN202
+    *_, cu_seqlens, _max_seqlen, num_prefix_tokens, _scale, outputs, _backend = call_outputs_backend
+    batch, tokens, _, heads, head_dim = qkv.shape
+    query = qkv.select(2, 0).transpose(1, 2)
+    statistics = empty_statistics(query, cu_seqlens, num_prefix_tokens, outputs)
+    return qkv.new_empty(batch, tokens, heads * head_dim), statistics
 
 
 @torch.library.register_fake("vitreg::attention_backward", lib=LIBRARY)
