@@ -76,7 +76,7 @@ public:
         if (whole(call_)) {
             clear_queries(queries);
             for_chunks(keys, kChunk, [&](int begin, int count) {
-                fold(0, queries, begin, count, true, true);
+                fold(span, 0, queries, begin, count, true, true);
                 write_keys(span, begin, count);
             });
             write_queries(span, 0, queries);
@@ -84,14 +84,14 @@ public:
             int64_t chunk = 0;
             for_chunks(keys, kKeysOfItem, [&](int begin, int count) {
                 if (chunk++ != part) return;
-                fold(0, queries, begin, count, false, true);
+                fold(span, 0, queries, begin, count, false, true);
                 write_keys(span, begin, count);
             });
         } else {
             const int first = static_cast<int>(part - first_of_queries) * kQueriesOfItem;
             const int count = queries - first < kQueriesOfItem ? queries - first : kQueriesOfItem;
             clear_queries(count);
-            for_chunks(keys, kChunk, [&](int begin, int n) { fold(first, count, begin, n, true, false); });
+            for_chunks(keys, kChunk, [&](int begin, int n) { fold(span, first, count, begin, n, true, false); });
             write_queries(span, first, count);
         }
         if (part == 0 && kept_.index) write_nothing(span);
@@ -333,17 +333,21 @@ private:
         }
     }
 
-    [[gnu::always_inline]] void prefetch_next(int64_t token) const {
+    // What the next head reads of a token, and where this one's gradients will be written.
+    [[gnu::always_inline]] void prefetch_rows(const Span& span, int64_t token) const {
         prefetch<T>(call_.query, next_, token, head_dim_);
         prefetch<T>(call_.key, next_, token, head_dim_);
         prefetch<T>(call_.value, next_, token, head_dim_);
         prefetch<T>(call_.output, next_, token, head_dim_);
         prefetch<T>(call_.grad_output, next_, token, head_dim_);
+        prefetch<T, true>(call_.grad_query, span, token, head_dim_);
+        prefetch<T, true>(call_.grad_key, span, token, head_dim_);
+        prefetch<T, true>(call_.grad_value, span, token, head_dim_);
     }
 
     // What queries [first, first + count) and keys [begin, begin + keys) give to each other's gradients; those of the
     // keys begin anew.
-    void fold(int first, int count, int begin, int keys, bool to_queries, bool to_keys) {
+    void fold(const Span& span, int first, int count, int begin, int keys, bool to_queries, bool to_keys) {
         const int vectors = up_to(keys, kLanes) / kLanes, panel = words<Op>(queries_count_);
         for (int at = 0; at < count; at += kGroup) {
             const int group = count - at < kGroup ? count - at : kGroup;
@@ -359,7 +363,7 @@ private:
                     __builtin_memset(g + rows * stride_, 0, vectors * kLanes * sizeof(float));
                 }
                 for (int i = 0; i < rows; i += Op::kPerWord) {
-                    for (int j = 0; j < Op::kPerWord && begin == 0; ++j) prefetch_next(row + i + j);
+                    for (int j = 0; j < Op::kPerWord && begin == 0; ++j) prefetch_rows(span, row + i + j);
                     if constexpr (kPairs)
                         rows_of_ds(i, r, row, keys);
                     else

@@ -16,14 +16,14 @@ inline T* token_of(const Heads& x, const Span& span, int64_t token) {
 
 // Asks for a token of the next head while there is other work: a head's tokens lie so far apart that a CPU does not see
 // them coming. Inlined, as the compiler takes a function that does only this for one without an effect.
-template <class T>
+template <class T, bool kToWrite = false>
 [[gnu::always_inline]] inline void prefetch(const Heads& x, const Span& span, int64_t token, int head_dim) {
     if (token >= span.tokens) return;
     constexpr int kLine = 64;
     const char* row = reinterpret_cast<const char*>(token_of<const T>(x, span, token));
     const int bytes = head_dim * static_cast<int>(sizeof(T));
-    for (int i = 0; i < bytes; i += kLine) __builtin_prefetch(row + i);
-    __builtin_prefetch(row + bytes - 1);
+    for (int i = 0; i < bytes; i += kLine) __builtin_prefetch(row + i, kToWrite);
+    __builtin_prefetch(row + bytes - 1, kToWrite);
 }
 
 // Numbers of a token with any stride, as fp32 with `count` a multiple of kLanes or the last.

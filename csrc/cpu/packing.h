@@ -24,6 +24,12 @@ struct Rows {
     const T* operator[](int i) const { return data + i * stride; }
 };
 
+// Whether rows of so many numbers, as they lie, are rows of whole words.
+template <class Op, class T>
+inline bool are_words(const Rows<T>& rows, int numbers) {
+    return sizeof(T) * Op::kPerWord == sizeof(float) && numbers % Op::kPerWord == 0 && rows.stride % Op::kPerWord == 0;
+}
+
 // One row as words, zeros in what is left of the last.
 template <class Op, class T>
 inline void pack_words(float* to, const T* row, int numbers) {
@@ -70,9 +76,15 @@ inline void pack_right_transposed(float* to, const Rows<T>& rows, int numbers, f
         const int width = panel_width(vectors - v);
         for (int w = 0; w < width; ++w) {
             const int begin = (v + w) * kLanes, count = rows.count - begin < kLanes ? rows.count - begin : kLanes;
+            float* panel = to + w * kLanes;
+            if (count == kLanes && are_words<Op>(rows, numbers) && length % kLanes == 0) {
+                const float* from = reinterpret_cast<const float*>(rows[begin]);
+                for (int k = 0; k < length; k += kLanes)
+                    transpose(panel + k * width * kLanes, width * kLanes, from + k, rows.stride / Op::kPerWord);
+                continue;
+            }
             pack_left<Op>(stage, Rows<T>{rows[begin], rows.stride, count}, numbers);
             __builtin_memset(stage + count * length, 0, (kLanes - count) * length * sizeof(float));
-            float* panel = to + w * kLanes;
             int k = 0;
             for (; k + kLanes <= length; k += kLanes)
                 transpose(panel + k * width * kLanes, width * kLanes, stage + k, length);
