@@ -56,7 +56,7 @@ test-aot: $(READY)
 # not concern them; nor do leaks, which Python has many of at its end. OpenMP is unknown to ThreadSanitizer: threads.cpp
 # runs the kernels on threads it knows.
 sanitize: $(READY)
-	@echo "== building for the sanitizers (a minute or two)"
+	@echo "== building for the sanitizers (some minutes)"
 	VITREG_NATIVE=cpu CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=$(SANITIZERS) -fno-sanitize-recover=undefined" \
 		$(BIN)/python setup.py -q build --build-base $(SANITIZED)/work --build-lib $(SANITIZED)
 	@echo "== native tests, watched for bad accesses and undefined behaviour"
