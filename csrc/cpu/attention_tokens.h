@@ -14,8 +14,8 @@ inline T* token_of(const Heads& x, const Span& span, int64_t token) {
     return static_cast<T*>(x.data) + span.batch * x.batch + span.head * x.head + (span.first + token) * x.token;
 }
 
-// Asks for a token of the next head while there is other work: a head's tokens lie so far apart that a CPU does not see
-// them coming. Inlined, as the compiler takes a function that does only this for one without an effect.
+// Asks for a token's memory while there is other work: a head's tokens lie so far apart that a CPU does not see them
+// coming. Inlined, as the compiler takes a function that does only this for one without an effect.
 template <class T, bool kToWrite = false>
 [[gnu::always_inline]] inline void prefetch(const Heads& x, const Span& span, int64_t token, int head_dim) {
     if (token >= span.tokens) return;

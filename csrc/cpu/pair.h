@@ -25,20 +25,6 @@ struct Pair {
     return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)};
 }
 
-[[gnu::always_inline]] inline Pair load_pair(const float* p) { return {load(p), load(p + kLanes)}; }
-
-template <bool kStreamed>
-[[gnu::always_inline]] inline Pair put(float* p, Pair v) {
-    if constexpr (kStreamed) {
-        stream(p, v.low);
-        stream(p + kLanes, v.high);
-    } else {
-        store(p, v.low);
-        store(p + kLanes, v.high);
-    }
-    return v;
-}
-
 #if defined(__AVX512F__)
 
 namespace detail {
@@ -72,30 +58,28 @@ template <class T>
 
 }  // namespace detail
 
-template <class T>
-[[gnu::always_inline]] inline Pair load_pair(const T* p) {
-    return detail::widen(p, _mm512_loadu_si512(p));
-}
-
-template <bool kStreamed, class T>
-[[gnu::always_inline]] inline Pair put(T* p, Pair v) {
-    const __m512i bits = detail::narrow(p, v);
-    if constexpr (kStreamed)
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits);
-    else
-        _mm512_storeu_si512(p, bits);
-    return detail::widen(p, bits);
-}
-
-#else
+#endif
 
 template <class T>
 [[gnu::always_inline]] inline Pair load_pair(const T* p) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == sizeof(bf16)) return detail::widen(p, _mm512_loadu_si512(p));
+#endif
     return {load(p), load(p + kLanes)};
 }
 
 template <bool kStreamed, class T>
 [[gnu::always_inline]] inline Pair put(T* p, Pair v) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == sizeof(bf16)) {
+        const __m512i bits = detail::narrow(p, v);
+        if constexpr (kStreamed)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits);
+        else
+            _mm512_storeu_si512(p, bits);
+        return detail::widen(p, bits);
+    }
+#endif
     if constexpr (kStreamed) {
         stream(p, v.low);
         stream(p + kLanes, v.high);
@@ -105,7 +89,5 @@ template <bool kStreamed, class T>
     }
     return {rounded<T>(v.low), rounded<T>(v.high)};
 }
-
-#endif
 
 }  // namespace vitreg::VITREG_ISA
