@@ -38,8 +38,8 @@ public:
             places.put(grads_left_, longest * words_);
             places.put(grads_, words<Op>(longest) * row_);
             places.put(grad_query_, longest * row_);
-            places.put(grad_key_, chunk * row_);
-            places.put(grad_value_, chunk * row_);
+            places.put(grad_key_, stride_ * row_);
+            places.put(grad_value_, stride_ * row_);
             places.put(scores_, kScoreRows * stride_);
             places.put(grad_p_, kScoreRows * stride_);
             // As far as a tile of keys may look beyond a row's end.
@@ -49,7 +49,7 @@ public:
             places.put(lse_, longest);
             places.put(low_, longest);
             places.put(delta_, longest);
-            places.put(stage_, kLanes * words_);
+            places.put(stage_, kLanes * (words_ > row_ ? words_ : row_));
             places.put(index_, longest);
             places.put(copy_, longest * head_dim_);
         } while (places.again());
@@ -99,6 +99,7 @@ public:
 
 private:
     static constexpr bool kPairs = Op::kPerWord > 1;
+    static constexpr int kBlock = Op::kBlock;
     static constexpr int kKeysOfItem = kChunk / 2, kQueriesOfItem = 4 * kBlock;
     // Query rows over which dK and dV are summed in registers.
     static constexpr int kGroup = kPairs ? 4 * kBlock : 2 * kBlock;
@@ -150,11 +151,11 @@ private:
         rows = rows_of<T>(call_.value, span, kept, 0, kept.count, head_dim_, nullptr, copy_);
         pack_right_transposed<Op>(values_as_columns_, rows, head_dim_, stage_);
         rows = rows_of<T>(call_.query, span, Kept{}, 0, queries, head_dim_, &rotation, copy_);
-        pack_right<Op>(queries_, rows, head_dim_);
+        pack_sums(queries_, rows);
         pack_left<Op>(queries_left_, rows, head_dim_);
         if (call_.scale < 0) negate<Op>(queries_left_, queries * words_);
         rows = rows_of<T>(call_.grad_output, span, Kept{}, 0, queries, head_dim_, nullptr, copy_);
-        pack_right<Op>(grads_, rows, head_dim_);
+        pack_sums(grads_, rows);
         pack_left<Op>(grads_left_, rows, head_dim_);
         float* const lefts[] = {queries_left_, grads_left_};
         for (float* left : lefts)
@@ -291,9 +292,12 @@ private:
                 for (int v = 0; v < 2; ++v) {
                     const int at = j * stride_ + n + v * kLanes, left = keys - n - v * kLanes;
                     p[j][v] = probability(load(s + at), factor, lse, low);
-                    // A last key's partner must not be left to chance: its probability may be inf.
-                    if (left < kLanes) p[j][v] = first_of(p[j][v], zero(), left > 0 ? left : 0);
                     ds[j][v] = p[j][v] * (load(g + at) - delta);
+                    // What follows the last key must not be left to chance: its probability may be inf.
+                    if (left < kLanes) {
+                        p[j][v] = first_of(p[j][v], zero(), left > 0 ? left : 0);
+                        ds[j][v] = first_of(ds[j][v], zero(), left > 0 ? left : 0);
+                    }
                 }
             }
             Op::store_rows(nullptr, nullptr, p_pairs + n, p[0], p[1]);
@@ -327,9 +331,42 @@ private:
     }
 
     void write_keys(const Span& span, int begin, int count) {
-        for (int i = 0; i < count; ++i) {
-            write(call_.grad_key, span, kept_[begin + i], grad_key_ + i * row_, call_.scale, &rotation_);
-            write(call_.grad_value, span, kept_[begin + i], grad_value_ + i * row_, 1.0f, nullptr);
+        for (int i = 0; i < count; i += kLanes) {
+            const int some = count - i < kLanes ? count - i : kLanes;
+            float* rows = rows_of_sums(grad_key_, i);
+            for (int j = 0; j < some; ++j)
+                write(call_.grad_key, span, kept_[begin + i + j], rows + j * row_, call_.scale, &rotation_);
+            rows = rows_of_sums(grad_value_, i);
+            for (int j = 0; j < some; ++j)
+                write(call_.grad_value, span, kept_[begin + i + j], rows + j * row_, 1.0f, nullptr);
+        }
+    }
+
+    // Sums over queries, sums[key, d] += pairs[query, key] x[query, d]: on vectors as a product whose left operand is the
+    // transposed pairs. Tiles cannot be read so; there the pairs are the right operand, x is transposed when it is
+    // packed, and so are the sums when they are done.
+    void pack_sums(float* to, const Rows<T>& rows) {
+        if constexpr (Op::kTiles)
+            pack_left_transposed<Op>(to, rows, head_dim_, stage_);
+        else
+            pack_right<Op>(to, rows, head_dim_);
+    }
+
+    void add_sums(float* sums, const float* pairs, const float* x, int keys, int from, int length, bool add) {
+        const int panel = words<Op>(queries_count_);
+        if constexpr (Op::kTiles)
+            Op::multiply(sums, stride_, x + from, panel, row_, pairs, stride_, up_to(keys, kLanes) / kLanes, length, add);
+        else
+            multiply<Op>(sums, row_, pairs, 1, stride_, keys, x, vectors_, panel, from, length, add);
+    }
+
+    // Rows of the sums, kLanes of them from the i-th key's.
+    float* rows_of_sums(float* sums, int i) {
+        if constexpr (Op::kTiles) {
+            for (int d = 0; d < row_; d += kLanes) transpose(stage_ + d, row_, sums + d * stride_ + i, stride_);
+            return stage_;
+        } else {
+            return sums + i * row_;
         }
     }
 
@@ -348,7 +385,7 @@ private:
     // What queries [first, first + count) and keys [begin, begin + keys) give to each other's gradients; those of the
     // keys begin anew.
     void fold(const Span& span, int first, int count, int begin, int keys, bool to_queries, bool to_keys) {
-        const int vectors = up_to(keys, kLanes) / kLanes, panel = words<Op>(queries_count_);
+        const int vectors = up_to(keys, kLanes) / kLanes;
         for (int at = 0; at < count; at += kGroup) {
             const int group = count - at < kGroup ? count - at : kGroup;
             for (int r = 0; r < group; r += kBlock) {
@@ -369,14 +406,19 @@ private:
                     else
                         row_of_ds(s + i * stride_, g + i * stride_, row + i, keys);
                 }
+                for (int pair = (rows + 1) / 2; kPairs && pair < words<Op>(rows); ++pair) {
+                    const int at = (r / 2 + pair) * stride_;
+                    __builtin_memset(p_pairs_ + at, 0, vectors * kLanes * sizeof(float));
+                    __builtin_memset(ds_pairs_ + at, 0, vectors * kLanes * sizeof(float));
+                }
                 if (to_queries)
                     multiply<Op>(grad_query_ + (at + r) * row_, row_, kPairs ? ds_rows_ : g, stride_, 1, rows, keys_,
                                  vectors_, words<Op>(kept_.count), begin / Op::kPerWord, words<Op>(keys), true);
             }
             if (!to_keys) continue;
             const int from = (first + at) / Op::kPerWord, length = words<Op>(group);
-            multiply<Op>(grad_value_, row_, p_pairs_, 1, stride_, keys, grads_, vectors_, panel, from, length, at > 0);
-            multiply<Op>(grad_key_, row_, ds_pairs_, 1, stride_, keys, queries_, vectors_, panel, from, length, at > 0);
+            add_sums(grad_value_, p_pairs_, grads_, keys, from, length, at > 0);
+            add_sums(grad_key_, ds_pairs_, queries_, keys, from, length, at > 0);
         }
     }
 };

@@ -15,8 +15,6 @@
 
 namespace vitreg::VITREG_ISA {
 
-constexpr int kItemRows = 4 * kBlock;
-
 // Scores of a block: s[row, key] = sum over d of q[row, d] k[key, d], and the largest of each row, lane by lane.
 template <class Op>
 inline void score(float* s, ptrdiff_t stride, F32* largest, const float* q, int rows, const float* keys, int words,
@@ -48,6 +46,27 @@ inline void score(float* s, ptrdiff_t stride, F32* largest, const float* q, int 
         v += width;
     }
 }
+
+#if defined(__AMX_BF16__)
+template <>
+inline void score<Amx>(float* s, ptrdiff_t stride, F32* largest, const float* q, int rows, const float* keys, int words,
+                       int vectors, int last_lanes) {
+    multiply<Amx>(s, stride, q, words, 1, rows, keys, vectors, words, 0, words, false);
+    for (int r = 0; r < rows; ++r) {
+        float* row = s + r * stride;
+        const int last = vectors - 1;
+        const F32 masked = first_of(load(row + last * kLanes), broadcast(-INFINITY), last_lanes);
+        if (last_lanes < kLanes) store(row + last * kLanes, masked);
+        F32 tops[4] = {largest[r], masked, masked, masked};
+        int v = 0;
+        for (; v + 4 <= last; v += 4)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) tops[i] = max(tops[i], load(row + (v + i) * kLanes));
+        for (; v < last; ++v) tops[0] = max(tops[0], load(row + v * kLanes));
+        largest[r] = max(max(tops[0], tops[1]), max(tops[2], tops[3]));
+    }
+}
+#endif
 
 // p = exp2((s - top) * factor) of a row, over its s; the sum is returned, lane by lane. `in_fp32`, where given, takes
 // them in fp32. The difference first: of large s, a rounded top * factor would leave more than 0 of the largest.
@@ -138,6 +157,8 @@ public:
     }
 
 private:
+    static constexpr int kBlock = Op::kBlock, kItemRows = 4 * kBlock;
+
     const AttentionForward& call_;
     const int head_dim_, words_, vectors_;
     const int longest_;

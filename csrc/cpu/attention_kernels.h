@@ -13,6 +13,7 @@ struct Attend {
     }
     static void forward(const AttentionForward& call, int64_t begin, int64_t end) {
         Scratch& scratch = scratch_of_thread();
+        [[maybe_unused]] const typename Op::Session session;
         Forward<Op, T> kernel(call, scratch);
         for_items(
             call, [&](int64_t tokens) { return Forward<Op, T>::parts(call, tokens); }, begin, end,
@@ -24,6 +25,7 @@ struct Attend {
     }
     static void backward(const AttentionBackward& call, int64_t begin, int64_t end) {
         Scratch& scratch = scratch_of_thread();
+        [[maybe_unused]] const typename Op::Session session;
         Backward<Op, T> kernel(call, scratch);
         for_items(
             call, [&](int64_t tokens) { return Backward<Op, T>::parts(call, tokens); }, begin, end,
@@ -34,7 +36,9 @@ struct Attend {
 };
 
 inline AttentionKernels attention_kernels(Dtype dtype) {
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+    if (dtype == Dtype::bf16) return Attend<Amx, bf16>::kernels();
+#elif defined(__AVX512BF16__)
     if (dtype == Dtype::bf16) return Attend<Dot, bf16>::kernels();
 #else
     if (dtype == Dtype::bf16) return Attend<Fma, bf16>::kernels();

@@ -9,16 +9,30 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace vitreg {
 
 namespace {
 
-constexpr const char* kNames[kIsas] = {"baseline", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kNames[kIsas] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
 
 #if defined(__x86_64__)
 
 constexpr bool has(uint32_t word, uint32_t bits) { return (word & bits) == bits; }
+
+// Tiles are a kilobyte each that the system must keep for every thread: it wants to be asked first, once for them all.
+bool tiles_are_granted() {
+#if defined(__linux__)
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 Isa ask() {
     uint32_t eax, ebx, ecx, edx;
@@ -28,12 +42,13 @@ Isa ask() {
     uint32_t saved, high;  // the registers that the operating system keeps for each thread
     __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return Isa::baseline;
-    constexpr uint32_t kYmm = 0x06, kZmm = 0xe6;
+    constexpr uint32_t kYmm = 0x06, kZmm = 0xe6, kTiles = 0x60000, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+    const bool amx = has(edx, kAmxBf16 | kAmxTile) && has(saved, kTiles);
     if (!fma_f16c || !has(ebx, bit_AVX2) || !has(saved, kYmm)) return Isa::baseline;
     if (!has(ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL) || !has(saved, kZmm)) return Isa::avx2;
     constexpr uint32_t kAvx512Bf16 = 1u << 5;
     if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !has(eax, kAvx512Bf16)) return Isa::avx512;
-    return Isa::avx512bf16;
+    return amx && tiles_are_granted() ? Isa::amx : Isa::avx512bf16;
 }
 
 #else
@@ -51,7 +66,7 @@ Isa choose() {
         throw std::runtime_error(std::string("VITREG_CPU_ISA=") + wanted + ", but this CPU goes no further than " +
                                  name(detected()));
     }
-    throw std::runtime_error(std::string("VITREG_CPU_ISA must be baseline, avx2, avx512 or avx512bf16, got ") + wanted);
+    throw std::runtime_error(std::string("VITREG_CPU_ISA must be baseline, avx2, avx512, avx512bf16 or amx, got ") + wanted);
 }
 
 }  // namespace

@@ -4,9 +4,9 @@
 namespace vitreg {
 
 // In order: each contains the ones before it.
-enum class Isa { baseline, avx2, avx512, avx512bf16 };
+enum class Isa { baseline, avx2, avx512, avx512bf16, amx };
 
-constexpr int kIsas = 4;
+constexpr int kIsas = 5;
 
 const char* name(Isa isa);
 

@@ -17,8 +17,8 @@ AttentionKernels attention(Dtype dtype);
 
 namespace avx512bf16 {
 
-constexpr NormKernels kResidualNorm{residual_norm::forward, residual_norm::backward, residual_norm::sum_blocks};
-constexpr AssembleKernels kAssemble{assemble::forward, assemble::backward};
+extern const NormKernels kResidualNorm{residual_norm::forward, residual_norm::backward, residual_norm::sum_blocks};
+extern const AssembleKernels kAssemble{assemble::forward, assemble::backward};
 
 AttentionKernels attention(Dtype dtype) {
     return dtype == Dtype::bf16 ? Attend<Dot, bf16>::kernels() : avx512::attention(dtype);

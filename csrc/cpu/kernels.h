@@ -17,7 +17,7 @@ struct Kernels {
 
 extern const Kernels kBaseline;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16, kAmx;
 #endif
 
 // Those that this process runs, see cpuid.h.

@@ -4,6 +4,9 @@
 #pragma once
 
 #include "products.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 #include "transpose.h"
 
 namespace vitreg::VITREG_ISA {
@@ -12,7 +15,7 @@ constexpr int up_to(int x, int multiple) { return (x + multiple - 1) / multiple 
 
 template <class Op>
 constexpr int words(int numbers) {
-    return (numbers + Op::kPerWord - 1) / Op::kPerWord;
+    return up_to(numbers, Op::kPerWord * Op::kStep) / Op::kPerWord;
 }
 
 template <class T>
@@ -30,13 +33,13 @@ inline bool are_words(const Rows<T>& rows, int numbers) {
     return sizeof(T) * Op::kPerWord == sizeof(float) && numbers % Op::kPerWord == 0 && rows.stride % Op::kPerWord == 0;
 }
 
-// One row as words, zeros in what is left of the last.
+// One row as words, zeros in what is left of them.
 template <class Op, class T>
 inline void pack_words(float* to, const T* row, int numbers) {
     if constexpr (Op::kPerWord == 1) {
         for (int d = 0; d < numbers; d += kLanes) store_some(to + d, some_of(row, d, numbers - d), numbers - d);
     } else {
-        if (numbers % 2) to[numbers / 2] = 0.0f;
+        for (int i = numbers / 2; i < words<Op>(numbers); ++i) to[i] = 0.0f;
         __builtin_memcpy(to, row, numbers * sizeof(T));
     }
 }
@@ -63,6 +66,9 @@ inline void pack_right(float* to, const Rows<T>& rows, int numbers) {
                     Op::store_words(to, a, i + 1 < rows.count ? some_of(rows[i + 1], first, numbers - first) : zero());
             }
         }
+        const int beyond = words<Op>(rows.count) - (rows.count + Op::kPerWord - 1) / Op::kPerWord;
+        __builtin_memset(to, 0, beyond * width * kLanes * sizeof(float));
+        to += beyond * width * kLanes;
         v += width;
     }
 }
@@ -77,7 +83,7 @@ inline void pack_right_transposed(float* to, const Rows<T>& rows, int numbers, f
         for (int w = 0; w < width; ++w) {
             const int begin = (v + w) * kLanes, count = rows.count - begin < kLanes ? rows.count - begin : kLanes;
             float* panel = to + w * kLanes;
-            if (count == kLanes && are_words<Op>(rows, numbers) && length % kLanes == 0) {
+            if (count == kLanes && are_words<Op>(rows, numbers) && numbers % (kLanes * Op::kPerWord) == 0) {
                 const float* from = reinterpret_cast<const float*>(rows[begin]);
                 for (int k = 0; k < length; k += kLanes)
                     transpose(panel + k * width * kLanes, width * kLanes, from + k, rows.stride / Op::kPerWord);
@@ -93,6 +99,24 @@ inline void pack_right_transposed(float* to, const Rows<T>& rows, int numbers, f
         }
         to += width * kLanes * length;
         v += width;
+    }
+}
+
+// The left operand whose rows are the rows' numbers, of pairs: [D, to whole vectors][words of n]. `stage` holds kLanes
+// times as many words.
+template <class Op, class T>
+inline void pack_left_transposed(float* to, const Rows<T>& rows, int numbers, float* stage) {
+    const int length = words<Op>(rows.count);
+    for (int d = 0; d < numbers; d += kLanes) {
+        for (int k = 0; k < length; k += kLanes) {
+            for (int i = 0; i < kLanes; ++i) {
+                const int row = (k + i) * Op::kPerWord;
+                const F32 a = row < rows.count ? some_of(rows[row], d, numbers - d) : zero();
+                const F32 b = row + 1 < rows.count ? some_of(rows[row + 1], d, numbers - d) : zero();
+                Op::store_words(stage + i * kLanes, a, b);
+            }
+            transpose(to + d * length + k, length, stage, kLanes);
+        }
     }
 }
 

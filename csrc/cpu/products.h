@@ -27,7 +27,15 @@ inline F32 first_of(F32 a, F32 b, int n) {
 }
 #endif
 
-struct Fma {
+// Rows that are worked on together, a multiple of every tile's rows; and words that a sum advances by. `kTiles`: by AMX,
+// see amx.h. A session lives as long as a thread multiplies.
+struct OnVectors {
+    static constexpr int kBlock = 24, kStep = 1;
+    static constexpr bool kTiles = false;
+    struct Session {};
+};
+
+struct Fma : OnVectors {
     static constexpr int kPerWord = 1;
     [[gnu::always_inline]] static F32 step(F32 a, F32 b, F32 c) { return fma(a, b, c); }
     [[gnu::always_inline]] static void store_pair(float* p, F32 a, F32 b) {
@@ -38,7 +46,7 @@ struct Fma {
 };
 
 #if defined(__AVX512BF16__)
-struct Dot {
+struct Dot : OnVectors {
     // (i, i) in the i-th word.
     [[gnu::always_inline]] static __m512i lane_pairs() {
         return _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
@@ -82,9 +90,6 @@ constexpr int kAccumulators = 24, kWidest = 4;
 #else
 constexpr int kAccumulators = 12, kWidest = 2;
 #endif
-
-// Rows that are worked on together; a multiple of every tile's rows.
-constexpr int kBlock = 24;
 
 constexpr int rows_of_tile(int width) { return kAccumulators / width; }
 
@@ -151,7 +156,7 @@ struct Tile {
 };
 
 // C[rows, vectors] = A B, or C += A B: A[row, k] = a[row * a_row + k * a_k]; the panels of B are `panel` words long, of
-// which `steps` from the `first` are used. C has room for rows up to the next multiple of kBlock.
+// which `steps` from the `first` are used. C has room for rows up to the next multiple of Op::kBlock.
 template <class Op>
 inline void multiply(float* c, ptrdiff_t c_row, const float* a, ptrdiff_t a_row, ptrdiff_t a_k, int rows,
                      const float* b, int vectors, ptrdiff_t panel, int first, int steps, bool add) {

@@ -12,7 +12,7 @@ import pytest
 from vitreg_kernels._runtime import native
 
 ROOT = Path(__file__).parents[2]
-ALL = ("baseline", "avx2", "avx512", "avx512bf16")
+ALL = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 # Those below the one that this process runs, in which the suites run anyway.
 OTHERS = ALL[: ALL.index(native.isa())] if native.isa() else ()
 SUITES = [
@@ -53,7 +53,7 @@ def test_a_name_that_is_none():
     done = python("-c", call, VITREG_CPU_ISA="sse9")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert "VITREG_CPU_ISA must be baseline, avx2, avx512 or avx512bf16, got sse9" in last
+    assert "VITREG_CPU_ISA must be baseline, avx2, avx512, avx512bf16 or amx, got sse9" in last
     assert last.startswith("vitreg_kernels._runtime.dispatch.UnsupportedError")
 
 

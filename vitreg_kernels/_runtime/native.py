@@ -1,7 +1,7 @@
 """The native CPU library, loaded when this module is first imported, where the install has one that runs here.
 
 ``VITREG_NATIVE=0`` in the environment leaves it alone, as an install without it would be. ``VITREG_CPU_ISA`` names the
-instruction set to run (baseline, avx2, avx512, avx512bf16) instead of the best that the CPU has; tests do.
+instruction set to run (baseline, avx2, avx512, avx512bf16, amx) instead of the best that the CPU has; tests do.
 """
 
 from __future__ import annotations

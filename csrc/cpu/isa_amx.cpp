@@ -1,0 +1,28 @@
+#define VITREG_ISA amx
+#include "attention_kernels.h"
+#include "kernels.h"
+
+namespace vitreg {
+
+// What does not multiply bf16.
+namespace avx512 {
+extern const TokenNormKernels kTokenNorms;
+AttentionKernels attention(Dtype dtype);
+}  // namespace avx512
+
+namespace avx512bf16 {
+extern const NormKernels kResidualNorm;
+extern const AssembleKernels kAssemble;
+}  // namespace avx512bf16
+
+namespace amx {
+
+AttentionKernels attention(Dtype dtype) {
+    return dtype == Dtype::bf16 ? Attend<Amx, bf16>::kernels() : avx512::attention(dtype);
+}
+
+}  // namespace amx
+
+const Kernels kAmx{&avx512bf16::kResidualNorm, &avx512::kTokenNorms, &avx512bf16::kAssemble, amx::attention};
+
+}  // namespace vitreg
