@@ -45,7 +45,7 @@ X86_64_FLAGS = {
     "avx2": _AVX2,
     "avx512": _AVX512,
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
-    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "amx": (*_AVX512, "-mavx512bf16"),  # its own instructions are written in assembly
 }
 
 

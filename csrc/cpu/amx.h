@@ -3,7 +3,8 @@
 // Of the left operand a tile holds 16 rows of 16 words (32 bf16), of the right one 16 words of 16 columns: just as
 // products.h lays both out, as long as there are words by the 16. So rows of words are padded with zeros to that.
 //
-// Compilers name tiles by literals only, and some let a tile be loaded before what it loads is stored; hence assembly.
+// In assembly: compilers name tiles by literals only, some let a tile be loaded before what it loads is stored, and older
+// ones know neither the instructions nor one macro for them. So isa_amx.cpp defines VITREG_AMX.
 #pragma once
 
 #include "products.h"

@@ -47,7 +47,7 @@ inline void score(float* s, ptrdiff_t stride, F32* largest, const float* q, int 
     }
 }
 
-#if defined(__AMX_BF16__)
+#if defined(VITREG_AMX)
 template <>
 inline void score<Amx>(float* s, ptrdiff_t stride, F32* largest, const float* q, int rows, const float* keys, int words,
                        int vectors, int last_lanes) {

@@ -1,4 +1,5 @@
 #define VITREG_ISA amx
+#define VITREG_AMX
 #include "attention_kernels.h"
 #include "kernels.h"
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "products.h"
-#if defined(__AMX_BF16__)
+#if defined(VITREG_AMX)
 #include "amx.h"
 #endif
 #include "transpose.h"
