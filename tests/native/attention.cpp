@@ -4,6 +4,8 @@
 //
 //   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -mavx2 -mfma -mf16c -DVITREG_ISA=avx2 -Icsrc/cpu
 //       tests/native/attention.cpp csrc/cpu/scratch.cpp
+//
+// Not for amx: nothing here asks the system for tiles, and no sanitizer sees what they load and store.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
