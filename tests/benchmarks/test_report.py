@@ -123,6 +123,7 @@ def test_table_of_a_cut_run_with_nothing_raced_yet(rows):
 
 def test_bars(rows):
     figures = pytest.importorskip("matplotlib.figure")
+    rows = _with_peak(rows, 2)
     figure = figures.Figure()
     panels = figure.subplots(2)
     for axes, dtype in zip(panels, ("fp32", "bf16"), strict=True):
@@ -149,6 +150,23 @@ def test_bars_are_of_the_most_threads(rows):
     report.draw_bars(axes, [*(row | {"threads": 2} for row in raced), *faster], "fp32", "forward")
     heights = [bar.get_height() for bars in axes.containers if bars.get_label() == "vitreg:ours" for bar in bars]
     assert heights == [r["gflops"] for r in raced if (r["variant"], r["dtype"]) == ("vitreg:ours", "fp32")]
+
+
+def test_a_peak_far_above_the_bars_is_told_instead_of_drawn(rows):
+    figures = pytest.importorskip("matplotlib.figure")
+    for times, drawn in ((4, True), (6, False)):
+        axes = figures.Figure().subplots()
+        report.draw_bars(axes, _with_peak(rows, times), "fp32", "forward")
+        assert ("measured peak" in axes.get_legend_handles_labels()[1]) is drawn
+        assert ("measured peak" in axes.get_ylabel()) is not drawn
+
+
+def _with_peak(rows, times):
+    """The rows under a ceiling so many times as high as the highest of their fp32 bars."""
+    highest = max(row["gflops"] or 0 for row in rows if row.get("dtype") == "fp32")
+    speeds = dict.fromkeys(("fp32", "bf16"), times * highest)
+    ceilings = {"kind": "roofline", **Roofline(speeds, 10.0)._asdict(), "machine": rows[0]["machine"]}
+    return [ceilings, *(row for row in rows if row["kind"] != "roofline")]
 
 
 def _raced(rows):
