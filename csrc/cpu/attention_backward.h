@@ -24,8 +24,9 @@ public:
           words_(words<Op>(head_dim_)),
           vectors_(up_to(head_dim_, kLanes) / kLanes),
           row_(vectors_ * kLanes),
-          factor_(fabsf(call.scale) * kLog2E) {
-        const int longest = up_to(static_cast<int>(longest_of(call)), kBlock * kLanes);
+          factor_(fabsf(call.scale) * kLog2E),
+          alike_(!kPairs && row_ == head_dim_ && panel_width(vectors_) == vectors_ && call.scale >= 0) {
+        const int longest = up_to(static_cast<int>(longest_of(call)), Op::kBlock * kLanes);
         const int chunk = up_to(longest < longest_chunk(kChunk) ? longest : longest_chunk(kChunk), kBlock);
         stride_ = chunk + kLanes;
         Places places(scratch);
@@ -34,9 +35,9 @@ public:
             places.put(values_as_columns_, longest * words_);
             places.put(keys_, words<Op>(longest) * row_);
             places.put(queries_left_, longest * words_);
-            places.put(queries_, words<Op>(longest) * row_);
+            places.put(queries_, alike_ ? 0 : words<Op>(longest) * row_);
             places.put(grads_left_, longest * words_);
-            places.put(grads_, words<Op>(longest) * row_);
+            places.put(grads_, alike_ ? 0 : words<Op>(longest) * row_);
             places.put(grad_query_, longest * row_);
             places.put(grad_key_, stride_ * row_);
             places.put(grad_value_, stride_ * row_);
@@ -53,6 +54,7 @@ public:
             places.put(index_, longest);
             places.put(copy_, longest * head_dim_);
         } while (places.again());
+        if (alike_) queries_ = queries_left_, grads_ = grads_left_;
     }
 
     // A head is one item where there are enough of them for the threads. Where there are not, keys and queries are
@@ -99,10 +101,11 @@ public:
 
 private:
     static constexpr bool kPairs = Op::kPerWord > 1;
-    static constexpr int kBlock = Op::kBlock;
-    static constexpr int kKeysOfItem = kChunk / 2, kQueriesOfItem = 4 * kBlock;
+    // Single numbers take two blocks at a time: what is packed of the keys is read from the cache half as often.
+    static constexpr int kBlock = kPairs ? Op::kBlock : 2 * Op::kBlock;
+    static constexpr int kKeysOfItem = kChunk / 2, kQueriesOfItem = 4 * Op::kBlock;
     // Query rows over which dK and dV are summed in registers.
-    static constexpr int kGroup = kPairs ? 4 * kBlock : 2 * kBlock;
+    static constexpr int kGroup = 4 * Op::kBlock;
     // Where words are single numbers, P and dS take the places of the scores and of dP.
     static constexpr int kScoreRows = kPairs ? kBlock : 0;
     // With so few keys the rounding of lse and of the output weighs more than a few small products.
@@ -115,6 +118,7 @@ private:
     const AttentionBackward& call_;
     const int head_dim_, words_, vectors_, row_;
     const float factor_;
+    const bool alike_;  // packed queries and dO, as left operands and as right ones: one panel of whole rows
     int stride_ = 0;
     float *keys_as_columns_, *values_as_columns_, *keys_, *queries_left_, *queries_, *grads_left_, *grads_;
     float *grad_query_, *grad_key_, *grad_value_, *scores_, *grad_p_, *p_pairs_, *ds_pairs_, *ds_rows_;
@@ -151,12 +155,12 @@ private:
         rows = rows_of<T>(call_.value, span, kept, 0, kept.count, head_dim_, nullptr, copy_);
         pack_right_transposed<Op>(values_as_columns_, rows, head_dim_, stage_);
         rows = rows_of<T>(call_.query, span, Kept{}, 0, queries, head_dim_, &rotation, copy_);
-        pack_sums(queries_, rows);
         pack_left<Op>(queries_left_, rows, head_dim_);
+        if (!alike_) pack_sums(queries_, rows);
         if (call_.scale < 0) negate<Op>(queries_left_, queries * words_);
         rows = rows_of<T>(call_.grad_output, span, Kept{}, 0, queries, head_dim_, nullptr, copy_);
-        pack_sums(grads_, rows);
         pack_left<Op>(grads_left_, rows, head_dim_);
+        if (!alike_) pack_sums(grads_, rows);
         float* const lefts[] = {queries_left_, grads_left_};
         for (float* left : lefts)
             __builtin_memset(left + queries * words_, 0, (padded - queries) * words_ * sizeof(float));

@@ -111,7 +111,7 @@ def register_attention_qkv(
     if not isinstance(qkv, Tensor) or qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be a [B, N, 3, H, D] tensor, got {described(qkv)}")
     (qkv,) = autocast(qkv)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = autograd.unpack(qkv.detach())  # opaque ops take qkv whole; for them views need no graph
     inputs = validated(
         query,
         key,
@@ -129,7 +129,8 @@ def register_attention_qkv(
     if taken.OPAQUE:
         output, statistics = autograd.attend_qkv(qkv, inputs, taken.NAME)
     else:
-        of_heads, statistics = taken.forward(inputs)
+        query, key, value = autograd.unpack(qkv)
+        of_heads, statistics = taken.forward(inputs._replace(query=query, key=key, value=value))
         output = of_heads.transpose(1, 2).flatten(2)
     return (output, statistics) if inputs.outputs else output
 

@@ -82,7 +82,7 @@ def _inputs_of(query: Tensor, key: Tensor, value: Tensor, call: _Call, outputs: 
     )
 
 
-def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``[B, N, 3, H, D]`` -> query, key and value as ``[B, H, N, D]`` views."""
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -155,7 +155,7 @@ def _forward_impl(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 
 def _forward_qkv_impl(qkv: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
-    output, statistics = _forward_impl(*_unpack(qkv), *rest)
+    output, statistics = _forward_impl(*unpack(qkv), *rest)
     return output.transpose(1, 2).flatten(2), statistics
 
 
@@ -170,9 +170,9 @@ def _backward_impl(grad_output: Tensor, query: Tensor, key: Tensor, value: Tenso
 def _backward_qkv_impl(grad_output: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     *call, output, lse, backend = rest
     gradient = qkv.new_empty(qkv.shape)
-    inputs = _inputs_of(*_unpack(qkv), tuple(call), [])
+    inputs = _inputs_of(*unpack(qkv), tuple(call), [])
     grad_output, output = _heads(grad_output, qkv), _heads(output, qkv)
-    dispatch.find(BACKENDS, backend).backward(inputs, output, lse, grad_output, *_unpack(gradient))
+    dispatch.find(BACKENDS, backend).backward(inputs, output, lse, grad_output, *unpack(gradient))
     return gradient
 
 
