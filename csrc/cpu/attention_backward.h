@@ -48,6 +48,7 @@ public:
             places.put(ds_pairs_, words<Op>(kGroup) * stride_ + kBlock);
             places.put(ds_rows_, kBlock * stride_);
             places.put(lse_, longest);
+            places.put(top_, longest);
             places.put(low_, longest);
             places.put(delta_, longest);
             places.put(stage_, kLanes * (words_ > row_ ? words_ : row_));
@@ -122,7 +123,8 @@ private:
     int stride_ = 0;
     float *keys_as_columns_, *values_as_columns_, *keys_, *queries_left_, *queries_, *grads_left_, *grads_;
     float *grad_query_, *grad_key_, *grad_value_, *scores_, *grad_p_, *p_pairs_, *ds_pairs_, *ds_rows_;
-    float *lse_, *low_, *delta_;  // base 2; log2 of the sum of the probabilities by this lse; rowsum(dO * O)
+    // Base 2; the exponent that the largest probabilities by this lse have; log2 of their sum; rowsum(dO * O).
+    float *lse_, *top_, *low_, *delta_;
     float* stage_;
     int32_t* index_;
     T* copy_;
@@ -140,11 +142,9 @@ private:
         kept_ = kept_keys(call_, span, index_);
         rotation_ = Rotation(call_, span);
         pack(span, kept_, rotation_);
-        const bool few = kept_.count <= kFewKeys;
         const float largest = read_lse(span);
         if (largest > kCoarseLse) look_at_tops(queries_count_, kept_.count);
-        if (largest > kPreciseLse || few) look_at_sums(queries_count_, kept_.count);
-        if (few) sum_up_delta(queries_count_, kept_.count);
+        if (largest > kPreciseLse && !few_keys()) look_at_sums(queries_count_, kept_.count);
     }
 
     void pack(const Span& span, const Kept& kept, const Rotation& rotation) {
@@ -187,7 +187,7 @@ private:
             largest = fmaxf(largest, fabsf(lse[i]));
         }
         for (int i = queries; i < padded; ++i) lse_[i] = 0.0f;
-        for (int i = 0; i < padded; ++i) low_[i] = 0.0f;
+        for (int i = 0; i < padded; ++i) top_[i] = low_[i] = 0.0f;
         return largest;
     }
 
@@ -199,13 +199,13 @@ private:
         return exp2_of_nonpositive(fma(s, factor, zero() - lse) - low);
     }
 
-    // low = the largest exponent of each row, which the rounding of lse has taken far from 0.
+    // top = the largest exponent of each row, which the rounding of lse has taken far from 0.
     void look_at_tops(int queries, int all_keys) {
         float* s = kPairs ? scores_ : p_pairs_;
         const F32 factor = broadcast(factor_);
         for (int r = 0; r < queries; r += kBlock) {
             const int rows = queries - r < kBlock ? queries - r : kBlock;
-            for (int i = 0; i < rows; ++i) low_[r + i] = -INFINITY;
+            for (int i = 0; i < rows; ++i) top_[r + i] = -INFINITY;
             for_chunks(all_keys, kChunk, [&](int begin, int keys) {
                 score(s, queries_left_ + r * words_, keys_as_columns_, rows, begin, up_to(keys, kLanes) / kLanes);
                 for (int i = 0; i < rows; ++i) {
@@ -214,12 +214,14 @@ private:
                         const F32 x = fma(load(s + i * stride_ + n), factor, less);
                         const int left = keys - n;
                         const float top = max_of(left < kLanes ? first_of(x, broadcast(-INFINITY), left) : x);
-                        if (top > low_[r + i]) low_[r + i] = top;
+                        if (top > top_[r + i]) top_[r + i] = top;
                     }
                 }
             });
-            for (int i = 0; i < rows; ++i)
-                if (!(fabsf(low_[r + i]) < INFINITY)) low_[r + i] = 0.0f;
+            for (int i = 0; i < rows; ++i) {
+                if (!(fabsf(top_[r + i]) < INFINITY)) top_[r + i] = 0.0f;
+                low_[r + i] = top_[r + i];
+            }
         }
     }
 
@@ -233,38 +235,39 @@ private:
             for_chunks(all_keys, kChunk, [&](int begin, int keys) {
                 score(s, queries_left_ + r * words_, keys_as_columns_, rows, begin, up_to(keys, kLanes) / kLanes);
                 for (int i = 0; i < rows; ++i) {
-                    const F32 lse = broadcast(lse_[r + i]), low = broadcast(low_[r + i]);
+                    const F32 lse = broadcast(lse_[r + i]), top = broadcast(top_[r + i]);
                     F32 total = zero();
                     for (int n = 0; n < keys; n += kLanes) {
-                        const F32 p = probability(load(s + i * stride_ + n), factor, lse, low);
+                        const F32 p = probability(load(s + i * stride_ + n), factor, lse, top);
                         total = total + (keys - n < kLanes ? first_of(p, zero(), keys - n) : p);
                     }
                     totals[i] += sum(total);
                 }
             });
             for (int i = 0; i < rows; ++i)
-                if (totals[i] > 0.0f && totals[i] < INFINITY) low_[r + i] += log2f(totals[i]);
+                if (totals[i] > 0.0f && totals[i] < INFINITY) low_[r + i] = top_[r + i] + log2f(totals[i]);
         }
     }
 
-    // delta = sum of P dP over the keys, instead of the sum of dO O over the channels, in which O is rounded.
-    void sum_up_delta(int queries, int keys) {
-        float *s = kPairs ? scores_ : p_pairs_, *g = kPairs ? grad_p_ : ds_pairs_;
+    bool few_keys() const { return kept_.count <= kFewKeys; }
+
+    // low, and delta as the sum of P dP over the keys instead of the sum of dO O over the channels, in which O is rounded:
+    // of rows whose scores `s` and dP `g` are there for all keys.
+    void look_at_rows(const float* s, const float* g, int row, int rows) {
         const F32 factor = broadcast(factor_);
-        const int vectors = up_to(keys, kLanes) / kLanes;
-        for (int r = 0; r < queries; r += kBlock) {
-            const int rows = queries - r < kBlock ? queries - r : kBlock;
-            score(s, queries_left_ + r * words_, keys_as_columns_, rows, 0, vectors);
-            score(g, grads_left_ + r * words_, values_as_columns_, rows, 0, vectors);
-            for (int i = 0; i < rows; ++i) {
-                const F32 lse = broadcast(lse_[r + i]), low = broadcast(low_[r + i]);
-                F32 total = zero();
-                for (int n = 0; n < keys; n += kLanes) {
-                    const F32 x = probability(load(s + i * stride_ + n), factor, lse, low) * load(g + i * stride_ + n);
-                    total = total + (keys - n < kLanes ? first_of(x, zero(), keys - n) : x);
-                }
-                delta_[r + i] = sum(total);
+        for (int i = 0; i < rows; ++i, s += stride_, g += stride_) {
+            const F32 lse = broadcast(lse_[row + i]), top = broadcast(top_[row + i]);
+            F32 totals = zero(), products = zero();
+            for (int n = 0; n < kept_.count; n += kLanes) {
+                const int left = kept_.count - n;
+                const F32 p = probability(load(s + n), factor, lse, top), x = p * load(g + n);
+                totals = totals + (left < kLanes ? first_of(p, zero(), left) : p);
+                products = products + (left < kLanes ? first_of(x, zero(), left) : x);
             }
+            const float total = sum(totals);
+            const bool counts = total > 0.0f && total < INFINITY;
+            low_[row + i] = counts ? top_[row + i] + log2f(total) : top_[row + i];
+            delta_[row + i] = counts ? sum(products) / total : sum(products);
         }
     }
 
@@ -398,6 +401,7 @@ private:
                 float* g = kPairs ? grad_p_ : ds_pairs_ + r * stride_;
                 score(s, queries_left_ + row * words_, keys_as_columns_, rows, begin, vectors);
                 score(g, grads_left_ + row * words_, values_as_columns_, rows, begin, vectors);
+                if (few_keys()) look_at_rows(s, g, row, rows);
                 if (kPairs && rows % 2) {
                     // The last query's partner does not exist; an infinite key or value made NaN of its zeros.
                     __builtin_memset(s + rows * stride_, 0, vectors * kLanes * sizeof(float));
