@@ -49,7 +49,7 @@ public:
             places.put(ds_rows_, kBlock * stride_);
             places.put(lse_, longest);
             places.put(top_, longest);
-            places.put(low_, longest);
+            places.put(share_, longest);
             places.put(delta_, longest);
             places.put(stage_, kLanes * (words_ > row_ ? words_ : row_));
             places.put(index_, longest);
@@ -123,8 +123,9 @@ private:
     int stride_ = 0;
     float *keys_as_columns_, *values_as_columns_, *keys_, *queries_left_, *queries_, *grads_left_, *grads_;
     float *grad_query_, *grad_key_, *grad_value_, *scores_, *grad_p_, *p_pairs_, *ds_pairs_, *ds_rows_;
-    // Base 2; the exponent that the largest probabilities by this lse have; log2 of their sum; rowsum(dO * O).
-    float *lse_, *top_, *low_, *delta_;
+    // Base 2; the largest exponent that it gives, where that is far from 0; by what the probabilities by both are
+    // multiplied, to sum up to 1; rowsum(dO * O).
+    float *lse_, *top_, *share_, *delta_;
     float* stage_;
     int32_t* index_;
     T* copy_;
@@ -187,7 +188,7 @@ private:
             largest = fmaxf(largest, fabsf(lse[i]));
         }
         for (int i = queries; i < padded; ++i) lse_[i] = 0.0f;
-        for (int i = 0; i < padded; ++i) top_[i] = low_[i] = 0.0f;
+        for (int i = 0; i < padded; ++i) top_[i] = 0.0f, share_[i] = 1.0f;
         return largest;
     }
 
@@ -195,8 +196,8 @@ private:
         multiply<Op>(s, stride_, left, words_, 1, rows, columns + begin * words_, vectors, words_, 0, words_, false);
     }
 
-    [[gnu::always_inline]] static F32 probability(F32 s, F32 factor, F32 lse, F32 low) {
-        return exp2_of_nonpositive(fma(s, factor, zero() - lse) - low);
+    [[gnu::always_inline]] static F32 probability(F32 s, F32 factor, F32 lse, F32 top) {
+        return exp2_of_nonpositive(fma(s, factor, zero() - lse) - top);
     }
 
     // top = the largest exponent of each row, which the rounding of lse has taken far from 0.
@@ -218,14 +219,12 @@ private:
                     }
                 }
             });
-            for (int i = 0; i < rows; ++i) {
+            for (int i = 0; i < rows; ++i)
                 if (!(fabsf(top_[r + i]) < INFINITY)) top_[r + i] = 0.0f;
-                low_[r + i] = top_[r + i];
-            }
         }
     }
 
-    // low = log2 of the sum of each row's probabilities.
+    // share = 1 / the sum of each row's probabilities.
     void look_at_sums(int queries, int all_keys) {
         float* s = kPairs ? scores_ : p_pairs_;
         const F32 factor = broadcast(factor_);
@@ -244,15 +243,18 @@ private:
                     totals[i] += sum(total);
                 }
             });
-            for (int i = 0; i < rows; ++i)
-                if (totals[i] > 0.0f && totals[i] < INFINITY) low_[r + i] = top_[r + i] + log2f(totals[i]);
+            for (int i = 0; i < rows; ++i) share_[r + i] = share_of(totals[i]);
         }
     }
 
+    // Not so where no key is left, or NaN.
+    static bool is_sum(float total) { return total > 0.0f && total < INFINITY; }
+    static float share_of(float total) { return is_sum(total) ? 1.0f / total : 1.0f; }
+
     bool few_keys() const { return kept_.count <= kFewKeys; }
 
-    // low, and delta as the sum of P dP over the keys instead of the sum of dO O over the channels, in which O is rounded:
-    // of rows whose scores `s` and dP `g` are there for all keys.
+    // share, and delta as the sum of P dP over the keys instead of the sum of dO O over the channels, in which O is
+    // rounded: of rows whose scores `s` and dP `g` are there for all keys.
     void look_at_rows(const float* s, const float* g, int row, int rows) {
         const F32 factor = broadcast(factor_);
         for (int i = 0; i < rows; ++i, s += stride_, g += stride_) {
@@ -264,19 +266,19 @@ private:
                 totals = totals + (left < kLanes ? first_of(p, zero(), left) : p);
                 products = products + (left < kLanes ? first_of(x, zero(), left) : x);
             }
-            const float total = sum(totals);
-            const bool counts = total > 0.0f && total < INFINITY;
-            low_[row + i] = counts ? top_[row + i] + log2f(total) : top_[row + i];
-            delta_[row + i] = counts ? sum(products) / total : sum(products);
+            const float total = sum(totals), product = sum(products);
+            share_[row + i] = share_of(total);
+            // Divided, not multiplied by the share, which is rounded: of a single key dP itself remains.
+            delta_[row + i] = is_sum(total) ? product / total : product;
         }
     }
 
     // P and dS of one row, over its scores and dP.
     void row_of_ds(float* s, float* g, int row, int keys) const {
-        const F32 factor = broadcast(factor_), lse = broadcast(lse_[row]), low = broadcast(low_[row]);
-        const F32 delta = broadcast(delta_[row]);
+        const F32 factor = broadcast(factor_), lse = broadcast(lse_[row]), top = broadcast(top_[row]);
+        const F32 share = broadcast(share_[row]), delta = broadcast(delta_[row]);
         for (int n = 0; n < keys; n += kLanes) {
-            const F32 p = probability(load(s + n), factor, lse, low);
+            const F32 p = probability(load(s + n), factor, lse, top) * share;
             store(s + n, p);
             store(g + n, p * (load(g + n) - delta));
         }
@@ -293,12 +295,12 @@ private:
             F32 p[2][2], ds[2][2];
 #pragma GCC unroll 2
             for (int j = 0; j < 2; ++j) {
-                const F32 lse = broadcast(lse_[row + i + j]), low = broadcast(low_[row + i + j]);
-                const F32 delta = broadcast(delta_[row + i + j]);
+                const F32 lse = broadcast(lse_[row + i + j]), top = broadcast(top_[row + i + j]);
+                const F32 share = broadcast(share_[row + i + j]), delta = broadcast(delta_[row + i + j]);
 #pragma GCC unroll 2
                 for (int v = 0; v < 2; ++v) {
                     const int at = j * stride_ + n + v * kLanes, left = keys - n - v * kLanes;
-                    p[j][v] = probability(load(s + at), factor, lse, low);
+                    p[j][v] = probability(load(s + at), factor, lse, top) * share;
                     ds[j][v] = p[j][v] * (load(g + at) - delta);
                     // What follows the last key must not be left to chance: its probability may be inf.
                     if (left < kLanes) {

@@ -17,7 +17,10 @@ ALL = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 OTHERS = ALL[: ALL.index(native.isa())] if native.isa() else ()
 SUITES = [
     ROOT / "tests" / "contract",
-    *(ROOT / "tests" / "native" / f"test_{name}.py" for name in ("infinities", "large_results", "rounding", "threads")),
+    *(
+        ROOT / "tests" / "native" / f"test_{name}.py"
+        for name in ("infinities", "large_results", "probabilities", "rounding", "threads")
+    ),
     *(
         ROOT / "tests" / f"test_{name}.py"
         for name in ("residual_norm", "token_norms", "assemble", "parity", "masks", "edges", "packing", "statistics")
