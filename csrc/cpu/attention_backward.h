@@ -247,9 +247,8 @@ private:
         }
     }
 
-    // Not so where no key is left, or NaN.
-    static bool is_sum(float total) { return total > 0.0f && total < INFINITY; }
-    static float share_of(float total) { return is_sum(total) ? 1.0f / total : 1.0f; }
+    // Sums are near 1, but for NaN and where no key is left: there every probability is 0, or up to 2^-100 (see exp2.h).
+    static float share_of(float total) { return total > 0x1p-60f && total < INFINITY ? 1.0f / total : 1.0f; }
 
     bool few_keys() const { return kept_.count <= kFewKeys; }
 
@@ -266,10 +265,9 @@ private:
                 totals = totals + (left < kLanes ? first_of(p, zero(), left) : p);
                 products = products + (left < kLanes ? first_of(x, zero(), left) : x);
             }
-            const float total = sum(totals), product = sum(products);
-            share_[row + i] = share_of(total);
-            // Divided, not multiplied by the share, which is rounded: of a single key dP itself remains.
-            delta_[row + i] = is_sum(total) ? product / total : product;
+            share_[row + i] = share_of(sum(totals));
+            // The probability of a single key does not change: its dS is 0 whatever the rounding.
+            delta_[row + i] = kept_.count == 1 ? g[0] : share_[row + i] * sum(products);
         }
     }
 

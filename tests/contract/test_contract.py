@@ -353,6 +353,19 @@ class TestCompile:
         assert all(x.dtype == expected[name].dtype for name, x in actual.items())
         torch.testing.assert_close(actual, expected)
 
+    @every_backend
+    def test_functional_gradient(self, op, backend):
+        """torch.func.grad sees through the op in a graph, or in no graph if it cannot be traced."""
+        call = op.make_call(op.KINDS[0])
+        name = op.INPUTS[0]
+
+        def loss(x: Tensor) -> Tensor:
+            outputs = op.outputs(backend.NAME, call | {name: x})
+            return sum((outputs[output].sin().sum() for output in op.OUTPUTS), x.sum())
+
+        compiled = torch.compile(torch.func.grad(loss), backend="aot_eager")
+        torch.testing.assert_close(compiled(call[name]), torch.func.grad(loss)(call[name]), rtol=1e-4, atol=1e-5)
+
     @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a compiler")
     @pytest.mark.parametrize("op", [op for op in OPS if not isinstance(op, PackedAttention)], ids=str)
     def test_inductor(self, op):

@@ -16,7 +16,7 @@ from vitreg_kernels.functional import assemble_tokens
 from vitreg_kernels.ops.assemble.backends import triton
 from vitreg_kernels.ops.assemble.backends.triton.backward_kernel import backward_launch
 from vitreg_kernels.ops.assemble.backends.triton.forward_kernel import forward_launch
-from vitreg_kernels.ops.assemble.types import AssembleGradients, AssembleInputs
+from vitreg_kernels.ops.assemble.types import AssembleGradients, AssembleInputs, sizes_of
 
 OPS = torch.ops.vitreg
 PARAMETERS = DIFFERENTIABLE[1:]
@@ -43,7 +43,7 @@ def run_guarded(call: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
     views = {name: memory.view for name, memory in written.items()}
     gradients = AssembleGradients(*(views.get(f"grad_{name}") for name in PARAMETERS))
     forward_launch(inputs, views["tokens"]).run()
-    backward_launch(upstream, inputs.sizes, gradients).run()
+    backward_launch(upstream, sizes_of(*inputs), gradients).run()
     for name, memory in written.items():
         memory.check_written(name)
     return views
@@ -88,7 +88,7 @@ def test_one_launch_each_way_and_none_for_what_nobody_wants(monkeypatch: pytest.
     assert (forward.grid, backward.grid) == ((4,), (14,))  # prefix and patches of two images; tokens
     tokens = make_upstream(Spec())["tokens"]
     prefix_only = AssembleGradients(inputs.cls_token, inputs.register_tokens, None)
-    assert backward_launch(tokens, inputs.sizes, prefix_only).grid == (5,)
+    assert backward_launch(tokens, sizes_of(*inputs), prefix_only).grid == (5,)
 
     def backward_of(*_: object) -> None:
         pytest.fail("a kernel ran for the gradient of the patches")

@@ -69,6 +69,23 @@ def test_gradients_of_the_values(dtype, tokens):
 
 
 @every_dtype
+@pytest.mark.parametrize("tokens", [33, 700])
+def test_a_query_that_looks_nowhere_gives_nothing(dtype, tokens):
+    """All its logits are -inf: the values have no part of its output's gradient, however large that is."""
+    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, dtype=dtype)).abs().permute(2, 0, 3, 1, 4)
+    query[..., 1, 3] = -torch.inf
+    value.requires_grad_()
+    output = register_attention(query, key, value, backend="native")
+    upstream = torch.randn(query.shape).to(dtype)
+
+    def gradient(of_it):
+        upstream[..., 1, :] = of_it
+        return torch.autograd.grad(output, value, upstream, retain_graph=True)
+
+    torch.testing.assert_close(gradient(1000.0), gradient(0.0), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@every_dtype
 @pytest.mark.parametrize("tokens", [33, 34, 701])
 @pytest.mark.parametrize("count", [1, 2])
 def test_gradients_of_keys_and_values_beside_one_at_minus_infinity(dtype, tokens, count):

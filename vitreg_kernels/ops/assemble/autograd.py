@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..._runtime import dispatch
-from ..._runtime.autograd import forward_of
+from ..._runtime.autograd import forward_of, refuse_unseen_derivatives
 from . import schema
 from .backends import BACKENDS
-from .types import AssembleInputs, Sizes
+from .types import AssembleInputs, Sizes, num_prefix, sizes_of
 
 
 def assemble(inputs: AssembleInputs, backend: str) -> Tensor:
@@ -25,8 +24,7 @@ def assemble(inputs: AssembleInputs, backend: str) -> Tensor:
     tensors = [t for t in inputs[:4] if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Assemble.apply(*inputs, backend)
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f"backend {backend!r} has no forward-mode derivative; take backend='composite'")
+    refuse_unseen_derivatives(tensors, backend, instead="composite")
     return torch.ops.vitreg.assemble_forward(*inputs, backend)
 
 
@@ -38,7 +36,7 @@ class _Assemble(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         *call, ctx.backend = inputs
-        ctx.sizes = AssembleInputs(*call).sizes
+        ctx.sizes = sizes_of(*call)
         ctx.parameter_dtypes = tuple(
             t.dtype if wanted else None for t, wanted in zip(call[1:4], ctx.needs_input_grad[1:4], strict=True)
         )
@@ -50,7 +48,7 @@ class _Assemble(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # A view, as cat's own backward gives: autograd adds into no gradient whose memory another tensor holds, and
             # copies it where the patches are of another dtype.
-            of_patches = grad_tokens[:, ctx.sizes.prefix :]
+            of_patches = grad_tokens[:, num_prefix(ctx.sizes) :]
         wanted = [dtype is not None for dtype in ctx.parameter_dtypes]
         if any(wanted):
             computed = torch.ops.vitreg.assemble_backward(grad_tokens, *ctx.sizes, *ctx.parameter_dtypes, ctx.backend)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import AssembleInputs
+from .types import AssembleInputs, num_prefix, sizes_of
 
 
 def assemble_tokens(inputs: AssembleInputs) -> Tensor:
@@ -23,7 +23,7 @@ def assemble_tokens(inputs: AssembleInputs) -> Tensor:
     tokens = torch.cat([*prefix, patches], dim=1)
     if pos_embed is None:
         return tokens
-    sizes = inputs.sizes
+    sizes = sizes_of(*inputs)
     before, of_patches = pos_embed.split((sizes.prefix_rows, sizes.patches), dim=1)
-    without_row = pos_embed.new_zeros(1, sizes.prefix - sizes.prefix_rows, pos_embed.shape[2])
+    without_row = pos_embed.new_zeros(1, num_prefix(sizes) - sizes.prefix_rows, pos_embed.shape[2])
     return tokens + torch.cat((before, without_row, of_patches), dim=1)

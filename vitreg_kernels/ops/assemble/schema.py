@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import AssembleGradients, AssembleInputs, Sizes
+from .types import AssembleGradients, AssembleInputs, Sizes, num_tokens, sizes_of
 
 LIBRARY = torch.library.Library("vitreg", "FRAGMENT")
 
@@ -29,7 +29,7 @@ LIBRARY.define(
 def empty_tokens(inputs: AssembleInputs) -> Tensor:
     """The uninitialised result."""
     batch, _, channels = inputs.patches.shape
-    return inputs.patches.new_empty((batch, inputs.sizes.tokens, channels), dtype=inputs.dtype)
+    return inputs.patches.new_empty((batch, num_tokens(sizes_of(*inputs)), channels), dtype=inputs.dtype)
 
 
 def empty_gradients(

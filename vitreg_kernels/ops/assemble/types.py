@@ -6,7 +6,7 @@ tokens, C channels of a token. A row is that of the position embedding.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,16 +28,6 @@ class Sizes(NamedTuple):
     patches: int
     prefix_rows: int | None
 
-    @property
-    def prefix(self) -> int:
-        """P."""
-        return self.cls_tokens + self.registers
-
-    @property
-    def tokens(self) -> int:
-        """N."""
-        return self.prefix + self.patches
-
 
 class AssembleInputs(NamedTuple):
     """A validated call. Every backend takes exactly this.
@@ -56,12 +46,25 @@ class AssembleInputs(NamedTuple):
     pos_embed: Tensor | None
     dtype: torch.dtype
 
-    @property
-    def sizes(self) -> Sizes:
-        patches = self.patches.shape[1]
-        cls_tokens, registers = (0 if t is None else t.shape[1] for t in (self.cls_token, self.register_tokens))
-        prefix_rows = None if self.pos_embed is None else self.pos_embed.shape[1] - patches
-        return Sizes(cls_tokens, registers, patches, prefix_rows)
+
+# Functions, not properties, which torch 2.10 cannot trace of a NamedTuple.
+def num_prefix(sizes: Sizes) -> int:
+    """P."""
+    return sizes.cls_tokens + sizes.registers
+
+
+def num_tokens(sizes: Sizes) -> int:
+    """N."""
+    return num_prefix(sizes) + sizes.patches
+
+
+def sizes_of(
+    patches: Tensor, cls_token: Tensor | None, register_tokens: Tensor | None, pos_embed: Tensor | None, *_: Any
+) -> Sizes:
+    """How many tokens the call with these inputs has of each kind."""
+    count = patches.shape[1]
+    cls_tokens, registers = (0 if t is None else t.shape[1] for t in (cls_token, register_tokens))
+    return Sizes(cls_tokens, registers, count, None if pos_embed is None else pos_embed.shape[1] - count)
 
 
 class AssembleGradients(NamedTuple):

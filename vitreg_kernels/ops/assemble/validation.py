@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._runtime.arguments import DTYPES, described
-from .types import AssembleInputs, Sizes
+from .types import AssembleInputs, Sizes, num_prefix, num_tokens, sizes_of
 
 
 def validated(
@@ -36,7 +36,7 @@ def validated(
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in given.values()), patches.dtype)
     inputs = AssembleInputs(patches, cls_token, register_tokens, pos_embed, dtype)
     if pos_embed is not None:
-        _check_rows(pos_embed, inputs.sizes)
+        _check_rows(pos_embed, sizes_of(*inputs))
     return inputs
 
 
@@ -59,9 +59,9 @@ def _check(name: str, tensor: Tensor, patches: Tensor) -> None:
 
 def _check_rows(pos_embed: Tensor, sizes: Sizes) -> None:
     """In this order: timm without rows for its prefix, DINOv2 and Hugging Face, timm with them."""
-    if sizes.prefix_rows not in (0, sizes.cls_tokens, sizes.prefix):
+    if sizes.prefix_rows not in (0, sizes.cls_tokens, num_prefix(sizes)):
         raise ValueError(
             f"pos_embed must have {sizes.patches} rows (patches), {sizes.cls_tokens + sizes.patches} (CLS tokens and "
-            f"patches) or {sizes.tokens} (CLS tokens, registers and patches), got {described(pos_embed)}; "
+            f"patches) or {num_tokens(sizes)} (CLS tokens, registers and patches), got {described(pos_embed)}; "
             "interpolate it to the grid of the patches first"
         )

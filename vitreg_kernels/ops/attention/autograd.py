@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..._runtime import dispatch
-from ..._runtime.autograd import forward_of
+from ..._runtime.autograd import forward_of, refuse_unseen_derivatives
 from . import schema, statistics
 from .backends import BACKENDS
 from .types import AttentionInputs, AttentionOutputs, Rope, empty_output
@@ -45,8 +44,7 @@ def _run(
         outputs = ["lse", *(name for name in outputs if name != "lse")]
         output, *computed = function.apply(*tensors, *call, outputs, backend)
     else:
-        if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            raise NotImplementedError(f"backend {backend!r} has no forward-mode derivative; take backend='sdpa'")
+        refuse_unseen_derivatives(tensors, backend, instead="sdpa")
         output, *computed = forward(*tensors, *call, outputs, backend)
     by_name = dict(zip(outputs, computed, strict=True))
     return output, AttentionOutputs(**{name: by_name[name] for name in inputs.outputs})

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..._runtime import dispatch
-from ..._runtime.autograd import forward_of
+from ..._runtime.autograd import forward_of, refuse_unseen_derivatives
 from . import schema
 from .backends import BACKENDS
 from .types import NormGradInputs, NormInputs, ResidualNorm
@@ -31,8 +30,7 @@ def normalize(inputs: NormInputs, backend: str) -> ResidualNorm:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         residual, normalized, token_norms, *_ = _ResidualNorm.apply(*inputs, backend)
     else:
-        if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            raise NotImplementedError(f"backend {backend!r} has no forward-mode derivative; take backend='composite'")
+        refuse_unseen_derivatives(tensors, backend, instead="composite")
         residual, normalized, token_norms, *_ = torch.ops.vitreg.residual_norm_forward(*inputs, backend)
     return ResidualNorm(inputs.x if inputs.branch is None else residual, normalized, token_norms)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...._runtime.arguments import DTYPES
 from ...._runtime.dispatch import Request, Requirements, unmet
 from .. import features
-from ..types import AssembleInputs
+from ..types import AssembleInputs, sizes_of
 
 NAME = "composite"
 OPAQUE = False
@@ -30,7 +30,7 @@ def forward(inputs: AssembleInputs) -> Tensor:
         cls_token, register_tokens, pos_embed = (None if t is None else t.to(dtype) for t in parameters)
         prefix, patches = [t for t in (cls_token, register_tokens) if t is not None], inputs.patches
         if pos_embed is not None:
-            rows = inputs.sizes.prefix_rows
+            rows = sizes_of(*inputs).prefix_rows
             prefix, patches = _with_rows(prefix, pos_embed[:, :rows]), patches + pos_embed[:, rows:]
         return torch.cat([*(t.expand(len(patches), -1, -1) for t in prefix), patches], dim=1)
 

@@ -9,7 +9,7 @@ from ....._runtime import triton_mode
 from ....._runtime.dispatch import Request, Requirements, unmet
 from ....._runtime.launch import Launch, run_all
 from ... import features, schema
-from ...types import AssembleGradients, AssembleInputs, Sizes
+from ...types import AssembleGradients, AssembleInputs, Sizes, sizes_of
 
 NAME = "triton"
 OPAQUE = True
@@ -62,7 +62,7 @@ def launches(inputs: AssembleInputs) -> list[Launch]:
     from .backward_kernel import backward_launch
     from .forward_kernel import forward_launch
 
-    tokens, sizes = schema.empty_tokens(inputs), inputs.sizes
+    tokens, sizes = schema.empty_tokens(inputs), sizes_of(*inputs)
     dtypes = (None if t is None else t.dtype for t in inputs[1:4])
     gradients = schema.empty_gradients(tokens, sizes, *dtypes)
     return [forward_launch(inputs, tokens), backward_launch(torch.empty_like(tokens), sizes, gradients)]

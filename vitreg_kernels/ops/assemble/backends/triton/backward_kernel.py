@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....._runtime.launch import Launch
-from ...types import AssembleGradients, Sizes
+from ...types import AssembleGradients, Sizes, num_prefix
 
 # The images read at a time, by a cache line of each: 16 elements a thread.
 _IMAGES, _BLOCK_C = 32, 64
@@ -77,10 +77,10 @@ def backward_launch(grad_tokens: Tensor, sizes: Sizes, gradients: AssembleGradie
         **{f"grad_tokens_stride_{axis}": grad_tokens.stride(i) for i, axis in enumerate("bnc")},
         "batch": batch,
         "num_cls_tokens": sizes.cls_tokens,
-        "num_prefix": sizes.prefix,
+        "num_prefix": num_prefix(sizes),
         "prefix_rows": sizes.prefix_rows,
     }
     constants = {"C": channels, "BLOCK_C": _BLOCK_C, "IMAGES": _IMAGES}
-    summed = sizes.prefix if gradients.pos_embed is None else tokens
+    summed = num_prefix(sizes) if gradients.pos_embed is None else tokens
     grid = (summed * triton.cdiv(channels, _BLOCK_C),)
     return Launch(_assemble_bwd_kernel, grid, arguments, constants, 4, 1)

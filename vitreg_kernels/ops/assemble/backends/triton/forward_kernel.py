@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....._runtime.launch import Launch
-from ...types import AssembleInputs
+from ...types import AssembleInputs, num_prefix, sizes_of
 
 # 64 bytes of a 16-bit patch's row of channels-outer memory, by as many channels as divide a ViT's without a rest.
 _ROWS, _BLOCK_C = 32, 128
@@ -91,8 +91,8 @@ def forward_launch(inputs: AssembleInputs, tokens: Tensor) -> Launch:
     """The forward as a launch, which writes every element of the contiguous ``tokens``."""
     batch, _, channels = tokens.shape
     patches, cls_token, register_tokens, pos_embed, _ = inputs
-    sizes = inputs.sizes
-    prefix_tiles = triton.cdiv(sizes.prefix, _ROWS)
+    sizes = sizes_of(*inputs)
+    prefix_tiles = triton.cdiv(num_prefix(sizes), _ROWS)
     tiles_of_image = prefix_tiles + triton.cdiv(sizes.patches, _ROWS)
     arguments = {
         "patches": patches,
