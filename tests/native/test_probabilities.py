@@ -44,3 +44,13 @@ def test_probabilities_sum_up_to_one_under_large_logits(tokens, dtype, size, rou
     _, _, of_value = gradients(query, key, value, upstream, scale=1.0)
     sums = of_value.double().sum(2), upstream.double().sum(2)
     torch.testing.assert_close(*sums, rtol=0, atol=tokens**0.5 * rounding)
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 54, 64, 65, 261])
+def test_what_all_keys_share_has_no_gradient(tokens):
+    """It shifts all logits of a query alike, so dS sums up to 0, however coarsely a large log-sum-exp is rounded."""
+    query, key, value, upstream = torch.randn(4, 4, 2, tokens, 16)
+    query[..., 0] = key[..., 0] = 64.0
+    of_query, _, _ = gradients(query, key, value, upstream, scale=1.0)
+    shared = of_query[..., 0] / 64.0
+    torch.testing.assert_close(shared, torch.zeros_like(shared), rtol=0, atol=2e-5)
