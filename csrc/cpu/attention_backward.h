@@ -109,7 +109,7 @@ private:
     static constexpr int kGroup = 4 * Op::kBlock;
     // Where words are single numbers, P and dS take the places of the scores and of dP.
     static constexpr int kScoreRows = kPairs ? kBlock : 0;
-    // With so few keys the rounding of lse and of the output weighs more than a few small products.
+    // With so few keys the rounding of lse and of the output weighs more than another look at each row.
     static constexpr int kFewKeys = 64;
     // An lse beyond it has lost too much to rounding: the sums of the probabilities it gives are looked at first.
     static constexpr float kPreciseLse = sizeof(T) == 4 ? 32.0f : 1024.0f;

@@ -7,6 +7,7 @@ interpreter's process, by tests/interpreter/test_contract.py.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -65,6 +66,17 @@ def same_bits(actual: Tensors, expected: Tensors) -> None:
     assert actual.keys() == expected.keys()
     for name, x in actual.items():
         assert torch.equal(x, expected[name]), name
+
+
+def loss_of_input(op: Op, call: dict) -> tuple[Tensor, Callable[[Tensor, str], Tensor]]:
+    """A call's first input, and a loss of it by a backend, in which all outputs take part."""
+    name = op.INPUTS[0]
+
+    def loss(x: Tensor, by: str) -> Tensor:
+        outputs = op.outputs(by, call | {name: x})
+        return sum((outputs[output].sin().sum() for output in op.OUTPUTS), x.sum())
+
+    return call[name], loss
 
 
 @every_op
@@ -231,14 +243,8 @@ class TestGradients:
     @every_backend
     def test_functional_gradient(self, op, backend):
         """torch.func.grad sees through the op."""
-        call = op.make_call(op.KINDS[0])
-        name = op.INPUTS[0]
-
-        def loss(x: Tensor, by: str) -> Tensor:
-            outputs = op.outputs(by, call | {name: x})
-            return sum((outputs[output].sin().sum() for output in op.OUTPUTS), x.sum())
-
-        actual, expected = (torch.func.grad(loss)(call[name], by) for by in (backend.NAME, "reference"))
+        x, loss = loss_of_input(op, op.make_call(op.KINDS[0]))
+        actual, expected = (torch.func.grad(loss)(x, by) for by in (backend.NAME, "reference"))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
     @every_backend
@@ -357,15 +363,10 @@ class TestCompile:
     @every_backend
     def test_functional_gradient(self, op, backend):
         """torch.func.grad sees through the op in a graph, or in no graph if it cannot be traced."""
-        call = op.make_call(op.KINDS[0])
-        name = op.INPUTS[0]
-
-        def loss(x: Tensor) -> Tensor:
-            outputs = op.outputs(backend.NAME, call | {name: x})
-            return sum((outputs[output].sin().sum() for output in op.OUTPUTS), x.sum())
-
-        compiled = torch.compile(torch.func.grad(loss), backend="aot_eager")
-        torch.testing.assert_close(compiled(call[name]), torch.func.grad(loss)(call[name]), rtol=1e-4, atol=1e-5)
+        x, loss = loss_of_input(op, op.make_call(op.KINDS[0]))
+        gradient = torch.func.grad(partial(loss, by=backend.NAME))
+        compiled = torch.compile(gradient, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), gradient(x), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a compiler")
     @pytest.mark.parametrize("op", [op for op in OPS if not isinstance(op, PackedAttention)], ids=str)
