@@ -26,9 +26,16 @@ public:
           row_(vectors_ * kLanes),
           factor_(fabsf(call.scale) * kLog2E),
           alike_(!kPairs && row_ == head_dim_ && panel_width(vectors_) == vectors_ && call.scale >= 0) {
-        const int longest = up_to(static_cast<int>(longest_of(call)), Op::kBlock * kLanes);
+        place(scratch);
+    }
+
+    // Takes its arrays of the scratch, again if that has served others: nothing is packed in them.
+    void place(Scratch& scratch) {
+        image_ = head_ = -1;
+        const int longest = up_to(static_cast<int>(longest_of(call_)), Op::kBlock * kLanes);
         const int chunk = up_to(longest < longest_chunk(kChunk) ? longest : longest_chunk(kChunk), kBlock);
         stride_ = chunk + kLanes;
+        ds_stride_ = words<Op>(chunk) + kLanes;
         Places places(scratch);
         do {
             places.put(keys_as_columns_, longest * words_);
@@ -46,7 +53,7 @@ public:
             // As far as a tile of keys may look beyond a row's end.
             places.put(p_pairs_, words<Op>(kGroup) * stride_ + kBlock);
             places.put(ds_pairs_, words<Op>(kGroup) * stride_ + kBlock);
-            places.put(ds_rows_, kBlock * stride_);
+            places.put(ds_rows_, kBlock * ds_stride_);
             places.put(lse_, longest);
             places.put(top_, longest);
             places.put(share_, longest);
@@ -69,8 +76,13 @@ public:
         return whole(call) ? 1 : parts_of_keys(tokens) + (tokens + kQueriesOfItem - 1) / kQueriesOfItem;
     }
 
-    void item(const Span& span, int64_t part) {
-        if (span.image != image_ || span.head != head_) prepare(span);
+    // False where nothing was done, as a number is not finite and would be cut into parts, see attention_parts.h. That is
+    // so for all items of a head, whose number depends on that of the threads.
+    bool item(const Span& span, int64_t part) {
+        if (span.image != image_ || span.head != head_) {
+            if (Op::kParts > 1 && !is_finite(span)) return false;
+            prepare(span);
+        }
         image_ = span.image;
         head_ = span.head;
         next_ = next_of(call_, span);
@@ -98,15 +110,16 @@ public:
             write_queries(span, first, count);
         }
         if (part == 0 && kept_.index) write_nothing(span);
+        return true;
     }
 
 private:
     static constexpr bool kPairs = Op::kPerWord > 1;
     // Single numbers take two blocks at a time: what is packed of the keys is read from the cache half as often.
     static constexpr int kBlock = kPairs ? Op::kBlock : 2 * Op::kBlock;
-    static constexpr int kKeysOfItem = kChunk / 2, kQueriesOfItem = 4 * Op::kBlock;
+    static constexpr int kKeysOfItem = kChunk / 2, kQueriesOfItem = Op::kItem;
     // Query rows over which dK and dV are summed in registers.
-    static constexpr int kGroup = 4 * Op::kBlock;
+    static constexpr int kGroup = (Op::kParts > 1 ? 2 : 4) * Op::kBlock;
     // Where words are single numbers, P and dS take the places of the scores and of dP.
     static constexpr int kScoreRows = kPairs ? kBlock : 0;
     // With so few keys the rounding of lse and of the output weighs more than another look at each row.
@@ -120,7 +133,7 @@ private:
     const int head_dim_, words_, vectors_, row_;
     const float factor_;
     const bool alike_;  // packed queries and dO, as left operands and as right ones: one panel of whole rows
-    int stride_ = 0;
+    int stride_ = 0, ds_stride_ = 0;
     float *keys_as_columns_, *values_as_columns_, *keys_, *queries_left_, *queries_, *grads_left_, *grads_;
     float *grad_query_, *grad_key_, *grad_value_, *scores_, *grad_p_, *p_pairs_, *ds_pairs_, *ds_rows_;
     // Base 2; the largest exponent that it gives, where that is far from 0; by what the probabilities by both are
@@ -130,13 +143,20 @@ private:
     int32_t* index_;
     T* copy_;
 
-    int64_t image_ = -1, head_ = -1;  // what is packed
+    int64_t image_, head_;  // what is packed
     Span next_;
     int queries_count_ = 0;
     Kept kept_;
     Rotation rotation_;
 
     static int64_t parts_of_keys(int64_t tokens) { return count_chunks(static_cast<int>(tokens), kKeysOfItem); }
+
+    bool is_finite(const Span& span) const {
+        const Heads* const inputs[] = {&call_.query, &call_.key, &call_.value, &call_.grad_output};
+        for (const Heads* x : inputs)
+            if (!VITREG_ISA::is_finite<T>(*x, span, head_dim_)) return false;
+        return true;
+    }
 
     void prepare(const Span& span) {
         queries_count_ = static_cast<int>(span.tokens);
@@ -282,22 +302,25 @@ private:
         }
     }
 
-    // P and dS of the block's rows i and i + 1: in pairs of both, and dS also by rows.
-    void rows_of_ds(int i, int r, int row, int keys) const {
+    // P and dS of the block's rows i and i + kApart, whose block begins at the r-th of the group and the row-th of all: by
+    // pairs of both, the `pair`-th, and dS also by rows.
+    void rows_of_ds(int pair, int r, int row, int keys) const {
         const F32 factor = broadcast(factor_);
-        float* p_pairs = p_pairs_ + (r + i) / 2 * stride_;
-        float* ds_pairs = ds_pairs_ + (r + i) / 2 * stride_;
-        float* ds_rows = ds_rows_ + i * stride_;
+        const int i = Op::first_number(pair), apart = Op::kApart * stride_;
+        const ptrdiff_t at_pair = (words<Op>(r) + pair) * stride_, part = Op::kStep * stride_;
+        float *p_pairs = p_pairs_ + at_pair, *ds_pairs = ds_pairs_ + at_pair;
+        float *ds_row = ds_rows_ + i * ds_stride_, *ds_partner = ds_row + Op::kApart * ds_stride_;
         const float *s = scores_ + i * stride_, *g = grad_p_ + i * stride_;
         for (int n = 0; n < keys; n += 2 * kLanes) {
             F32 p[2][2], ds[2][2];
 #pragma GCC unroll 2
             for (int j = 0; j < 2; ++j) {
-                const F32 lse = broadcast(lse_[row + i + j]), top = broadcast(top_[row + i + j]);
-                const F32 share = broadcast(share_[row + i + j]), delta = broadcast(delta_[row + i + j]);
+                const int of = row + i + j * Op::kApart;
+                const F32 lse = broadcast(lse_[of]), top = broadcast(top_[of]);
+                const F32 share = broadcast(share_[of]), delta = broadcast(delta_[of]);
 #pragma GCC unroll 2
                 for (int v = 0; v < 2; ++v) {
-                    const int at = j * stride_ + n + v * kLanes, left = keys - n - v * kLanes;
+                    const int at = j * apart + n + v * kLanes, left = keys - n - v * kLanes;
                     p[j][v] = probability(load(s + at), factor, lse, top) * share;
                     ds[j][v] = p[j][v] * (load(g + at) - delta);
                     // What follows the last key must not be left to chance: its probability may be inf.
@@ -307,8 +330,32 @@ private:
                     }
                 }
             }
-            Op::store_rows(nullptr, nullptr, p_pairs + n, p[0], p[1]);
-            Op::store_rows(ds_rows + n / 2, ds_rows + stride_ + n / 2, ds_pairs + n, ds[0], ds[1]);
+            Op::store_rows(nullptr, nullptr, p_pairs + n, part, p[0], p[1]);
+            Op::store_rows(ds_row + words<Op>(n), ds_partner + words<Op>(n), ds_pairs + n, part, ds[0], ds[1]);
+        }
+    }
+
+    // P and dS of a block's rows, whose scores and dP are `s` and `g`, by pairs, and zeros to the end of a step.
+    void pairs_of_ds(const Span& span, float* s, float* g, int r, int row, int rows, int keys, bool prefetch) {
+        const size_t bytes = up_to(keys, kLanes) * sizeof(float);
+        for (int pair = 0; pair < words<Op>(rows) / Op::kParts; ++pair) {
+            const int i = Op::first_number(pair), partner = i + Op::kApart;
+            if (i >= rows) {
+                for (int part = 0; part < Op::kParts; ++part) {
+                    const ptrdiff_t at = (words<Op>(r) + pair + part * Op::kStep) * stride_;
+                    __builtin_memset(p_pairs_ + at, 0, bytes);
+                    __builtin_memset(ds_pairs_ + at, 0, bytes);
+                }
+                continue;
+            }
+            if (partner >= rows) {
+                // It does not exist; an infinite key or value made NaN of its zeros.
+                __builtin_memset(s + partner * stride_, 0, bytes);
+                __builtin_memset(g + partner * stride_, 0, bytes);
+            }
+            if (prefetch) prefetch_rows(span, row + i);
+            if (prefetch) prefetch_rows(span, row + partner);
+            rows_of_ds(pair, r, row, keys);
         }
     }
 
@@ -360,11 +407,13 @@ private:
     }
 
     void add_sums(float* sums, const float* pairs, const float* x, int keys, int from, int length, bool add) {
-        const int panel = words<Op>(queries_count_);
-        if constexpr (Op::kTiles)
-            Op::multiply(sums, stride_, x + from, panel, row_, pairs, stride_, up_to(keys, kLanes) / kLanes, length, add);
-        else
-            multiply<Op>(sums, row_, pairs, 1, stride_, keys, x, vectors_, panel, from, length, add);
+        if constexpr (Op::kTiles) {
+            constexpr int kStep = Op::kParts * Op::kStep;
+            multiply_tiles<Op>(sums, stride_, x + from * row_, kStep, kStep * row_, row_, pairs, stride_,
+                               up_to(keys, kLanes) / kLanes, length, add);
+        } else {
+            multiply<Op>(sums, row_, pairs, 1, stride_, keys, x, vectors_, words<Op>(queries_count_), from, length, add);
+        }
     }
 
     // Rows of the sums, kLanes of them from the i-th key's.
@@ -402,29 +451,21 @@ private:
                 score(s, queries_left_ + row * words_, keys_as_columns_, rows, begin, vectors);
                 score(g, grads_left_ + row * words_, values_as_columns_, rows, begin, vectors);
                 if (few_keys()) look_at_rows(s, g, row, rows);
-                if (kPairs && rows % 2) {
-                    // The last query's partner does not exist; an infinite key or value made NaN of its zeros.
-                    __builtin_memset(s + rows * stride_, 0, vectors * kLanes * sizeof(float));
-                    __builtin_memset(g + rows * stride_, 0, vectors * kLanes * sizeof(float));
-                }
-                for (int i = 0; i < rows; i += Op::kPerWord) {
-                    for (int j = 0; j < Op::kPerWord && begin == 0; ++j) prefetch_rows(span, row + i + j);
-                    if constexpr (kPairs)
-                        rows_of_ds(i, r, row, keys);
-                    else
+                if constexpr (kPairs) {
+                    pairs_of_ds(span, s, g, r, row, rows, keys, begin == 0);
+                } else {
+                    for (int i = 0; i < rows; ++i) {
+                        if (begin == 0) prefetch_rows(span, row + i);
                         row_of_ds(s + i * stride_, g + i * stride_, row + i, keys);
-                }
-                for (int pair = (rows + 1) / 2; kPairs && pair < words<Op>(rows); ++pair) {
-                    const int at = (r / 2 + pair) * stride_;
-                    __builtin_memset(p_pairs_ + at, 0, vectors * kLanes * sizeof(float));
-                    __builtin_memset(ds_pairs_ + at, 0, vectors * kLanes * sizeof(float));
+                    }
                 }
                 if (to_queries)
-                    multiply<Op>(grad_query_ + (at + r) * row_, row_, kPairs ? ds_rows_ : g, stride_, 1, rows, keys_,
-                                 vectors_, words<Op>(kept_.count), begin / Op::kPerWord, words<Op>(keys), true);
+                    multiply<Op>(grad_query_ + (at + r) * row_, row_, kPairs ? ds_rows_ : g,
+                                 kPairs ? ds_stride_ : stride_, 1, rows, keys_, vectors_, words<Op>(kept_.count),
+                                 words<Op>(begin), words<Op>(keys), true);
             }
             if (!to_keys) continue;
-            const int from = (first + at) / Op::kPerWord, length = words<Op>(group);
+            const int from = words<Op>(first + at), length = words<Op>(group);
             add_sums(grad_value_, p_pairs_, grads_, keys, from, length, at > 0);
             add_sums(grad_key_, ds_pairs_, queries_, keys, from, length, at > 0);
         }

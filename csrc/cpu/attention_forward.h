@@ -47,11 +47,11 @@ inline void score(float* s, ptrdiff_t stride, F32* largest, const float* q, int 
     }
 }
 
-#if defined(VITREG_AMX)
-template <>
-inline void score<Amx>(float* s, ptrdiff_t stride, F32* largest, const float* q, int rows, const float* keys, int words,
-                       int vectors, int last_lanes) {
-    multiply<Amx>(s, stride, q, words, 1, rows, keys, vectors, words, 0, words, false);
+// The same where a product leaves its tiles in memory.
+template <class Op>
+inline void score_by_tiles(float* s, ptrdiff_t stride, F32* largest, const float* q, int rows, const float* keys,
+                           int words, int vectors, int last_lanes) {
+    multiply<Op>(s, stride, q, words, 1, rows, keys, vectors, words, 0, words, false);
     for (int r = 0; r < rows; ++r) {
         float* row = s + r * stride;
         const int last = vectors - 1;
@@ -66,36 +66,43 @@ inline void score<Amx>(float* s, ptrdiff_t stride, F32* largest, const float* q,
         largest[r] = max(max(tops[0], tops[1]), max(tops[2], tops[3]));
     }
 }
-#endif
 
-// p = exp2((s - top) * factor) of a row, over its s; the sum is returned, lane by lane. `in_fp32`, where given, takes
-// them in fp32. The difference first: of large s, a rounded top * factor would leave more than 0 of the largest.
+// exp2((s - top) * factor) of kCount vectors of a row: as words, in fp32 where that is given, and added to the totals.
+// The difference first: of large s, a rounded top * factor would leave more than 0 of the largest.
+template <class Op, int kCount>
+[[gnu::always_inline]] inline void exponentials(float* to, float* in_fp32, const float* s, F32 factor, F32 top,
+                                                F32* totals) {
+    F32 x[kCount];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) x[i] = (load(s + i * kLanes) - top) * factor;
+    exp2_of_nonpositive(x);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+        totals[i] = totals[i] + x[i];
+        if (in_fp32) store(in_fp32 + i * kLanes, x[i]);
+    }
+    if constexpr (kCount == 1) Op::store_one(to, x[0]);
+#pragma GCC unroll 2
+    for (int i = 0; i + 1 < kCount; i += 2) Op::store_pair(to + words<Op>(i * kLanes), x[i], x[i + 1]);
+}
+
+// Of a whole row; words may take the places of the s. The sum is returned, lane by lane.
 template <class Op>
-inline F32 exponentials(float* s, float* in_fp32, int vectors, float factor, float top) {
+inline F32 exponentials(float* to, float* in_fp32, const float* s, int vectors, float factor, float top) {
     constexpr int kMany = kAccumulators / 6;
     const F32 by = broadcast(factor), most = broadcast(top);
     F32 totals[kMany];
     for (F32& total : totals) total = zero();
     int v = 0;
-    for (; v + kMany <= vectors; v += kMany) {
-        F32 x[kMany];
-#pragma GCC unroll 4
-        for (int i = 0; i < kMany; ++i) x[i] = (load(s + (v + i) * kLanes) - most) * by;
-        exp2_of_nonpositive(x);
-#pragma GCC unroll 4
-        for (int i = 0; i < kMany; ++i) {
-            totals[i] = totals[i] + x[i];
-            if (in_fp32) store(in_fp32 + (v + i) * kLanes, x[i]);
-        }
-#pragma GCC unroll 2
-        for (int i = 0; i < kMany; i += 2) Op::store_pair(s + (v + i) * kLanes / Op::kPerWord, x[i], x[i + 1]);
-    }
-    for (; v < vectors; ++v) {
-        const F32 x = exp2_of_nonpositive((load(s + v * kLanes) - most) * by);
-        totals[0] = totals[0] + x;
-        if (in_fp32) store(in_fp32 + v * kLanes, x);
-        Op::store_one(s + v * kLanes / Op::kPerWord, x);
-    }
+    const auto next = [&](auto count) __attribute__((always_inline)) {
+        constexpr int kCount = decltype(count)::value;
+        float* const same = in_fp32 ? in_fp32 + v * kLanes : nullptr;
+        exponentials<Op, kCount>(to + words<Op>(v * kLanes), same, s + v * kLanes, by, most, totals);
+        v += kCount;
+    };
+    while (v + kMany <= vectors) next(Width<kMany>{});
+    while (v + 2 <= vectors) next(Width<2>{});
+    if (v < vectors) next(Width<1>{});
     F32 total = totals[0];
     for (int i = 1; i < kMany; ++i) total = total + totals[i];
     return total;
@@ -112,16 +119,24 @@ public:
           longest_(up_to(static_cast<int>(longest_of(call)), kLanes)),
           whole_rows_(call.prefix_attention || call.received_attention),
           chunk_(whole_rows_ && longest_ > kChunk ? up_to(longest_, kChunk) : kChunk) {
-        const int longest = longest_;
+        place(scratch);
+    }
+
+    // Takes its arrays of the scratch, again if that has served others: nothing is packed in them.
+    void place(Scratch& scratch) {
+        image_ = head_ = -1;
+        const int longest = longest_, chunk = longest < longest_chunk(chunk_) ? longest : longest_chunk(chunk_);
         // A vector more than a chunk: rows must not lie a multiple of 4 KiB apart.
-        stride_ = (longest < longest_chunk(chunk_) ? longest : longest_chunk(chunk_)) + kLanes;
+        stride_ = chunk + kLanes;
+        p_stride_ = kInPlace ? stride_ : words<Op>(chunk) + kLanes;
         Places places(scratch);
         do {
             places.put(keys_, longest * words_);
-            places.put(values_, longest * vectors_ * kLanes);
+            places.put(values_, words<Op>(longest) * vectors_ * kLanes);
             places.put(queries_, kItemRows * words_);
             places.put(scores_, kBlock * stride_);
-            places.put(in_fp32_, whole_rows_ && Op::kPerWord > 1 ? kBlock * stride_ : 0);
+            places.put(p_, kInPlace ? 0 : kBlock * p_stride_);
+            places.put(in_fp32_, whole_rows_ && kInPlace && Op::kPerWord > 1 ? kBlock * stride_ : 0);
             places.put(outputs_, kItemRows * vectors_ * kLanes);
             places.put(largest_, kBlock * kLanes);
             places.put(totals_, kItemRows * kLanes);
@@ -131,6 +146,8 @@ public:
             places.put(received_, longest);
             places.put(copy_, longest * head_dim_);
         } while (places.again());
+        if (kInPlace) p_ = scores_;
+        if (!kInPlace || Op::kPerWord == 1) in_fp32_ = scores_;
     }
 
     static int64_t parts(const AttentionForward& call, int64_t tokens) {
@@ -138,12 +155,14 @@ public:
         return call.received_attention || call.max_logit ? 1 : (tokens + kItemRows - 1) / kItemRows;
     }
 
-    void item(const Span& span, int64_t part) {
+    // False where a result is not finite and parts of numbers may be why, see attention_parts.h.
+    bool item(const Span& span, int64_t part) {
         if (span.image != image_ || span.head != head_) pack(span);
         image_ = span.image;
         head_ = span.head;
         next_ = next_of(call_, span);
         max_logit_ = -INFINITY;
+        finite_ = Finite();
         if (call_.received_attention) __builtin_memset(received_, 0, longest_ * sizeof(float));
         const bool whole = parts(call_, span.tokens) == 1;
         const int64_t begin = whole ? 0 : part * kItemRows, end = whole ? span.tokens : begin + kItemRows;
@@ -154,26 +173,30 @@ public:
             const float share = 1.0f / static_cast<float>(span.tokens);
             scatter(call_.received_attention + row_of(span), received_, share, span.tokens);
         }
+        return bool(finite_);
     }
 
 private:
-    static constexpr int kBlock = Op::kBlock, kItemRows = 4 * kBlock;
+    static constexpr int kBlock = Op::kBlock, kItemRows = Op::kItem;
+    // Whether the words of exponentials fit where the scores were.
+    static constexpr bool kInPlace = Op::kParts == 1;
 
     const AttentionForward& call_;
     const int head_dim_, words_, vectors_;
     const int longest_;
     const bool whole_rows_;
     const int chunk_;
-    int stride_ = 0;
-    float *keys_, *values_, *queries_, *scores_, *in_fp32_, *outputs_, *tops_, *stage_, *received_;
+    int stride_ = 0, p_stride_ = 0;
+    float *keys_, *values_, *queries_, *scores_, *p_, *in_fp32_, *outputs_, *tops_, *stage_, *received_;
     F32 *largest_, *totals_;
     int32_t* index_;
     T* copy_;
 
-    int64_t image_ = -1, head_ = -1;  // whose keys and values are packed
+    int64_t image_, head_;  // whose keys and values are packed
     Span next_;
     Kept kept_;
     float max_logit_ = 0;
+    Finite finite_;
 
     int64_t row_of(const Span& span) const {
         return (span.batch * call_.heads + span.head) * call_.tokens + span.first;
@@ -228,11 +251,11 @@ private:
             const float top = tops_[r + i] == -INFINITY ? 0.0f : tops_[r + i];
             float* in_fp32 = whole_rows_ && Op::kPerWord > 1 ? in_fp32_ + i * stride_ : nullptr;
             if (begin == 0) prefetch_next(first + r + i);
-            totals_[r + i] =
-                totals_[r + i] + exponentials<Op>(scores_ + i * stride_, in_fp32, vectors, factor, top);
+            totals_[r + i] = totals_[r + i] + exponentials<Op>(p_ + i * p_stride_, in_fp32, scores_ + i * stride_,
+                                                               vectors, factor, top);
         }
-        multiply<Op>(outputs_ + r * vectors_ * kLanes, vectors_ * kLanes, scores_, stride_, 1, rows, values_, vectors_,
-                     words<Op>(kept_.count), begin / Op::kPerWord, words<Op>(keys), begin > 0);
+        multiply<Op>(outputs_ + r * vectors_ * kLanes, vectors_ * kLanes, p_, p_stride_, 1, rows, values_, vectors_,
+                     words<Op>(kept_.count), words<Op>(begin), words<Op>(keys), begin > 0);
         if (whole_rows_) look(span, first + r, r, rows);
     }
 
@@ -246,8 +269,12 @@ private:
     void score_block(int r, int rows, int begin, int keys) {
         const int vectors = up_to(keys, kLanes) / kLanes;
         for (int i = 0; i < kBlock; ++i) largest_[i] = broadcast(-INFINITY);
-        score<Op>(scores_, stride_, largest_, queries_ + r * words_, rows, keys_ + begin * words_, words_, vectors,
-                  keys - (vectors - 1) * kLanes);
+        const float *q = queries_ + r * words_, *columns = keys_ + begin * words_;
+        const int last_lanes = keys - (vectors - 1) * kLanes;
+        if constexpr (Op::kTiles)
+            score_by_tiles<Op>(scores_, stride_, largest_, q, rows, columns, words_, vectors, last_lanes);
+        else
+            score<Op>(scores_, stride_, largest_, q, rows, columns, words_, vectors, last_lanes);
     }
 
     void rescale(int r, float exponent) {
@@ -260,7 +287,7 @@ private:
     // Statistics of whole rows of exponentials, in vectors. What the last of a row holds beyond the keys is 0 with AVX-512
     // and up to 2^-100 elsewhere (see exp2.h), and is added to numbers that nobody reads.
     void look(const Span& span, int64_t first, int r, int rows) {
-        const float* p = Op::kPerWord > 1 ? in_fp32_ : scores_;
+        const float* p = in_fp32_;
         float shares[kBlock];
         for (int i = 0; i < rows; ++i) {
             const float total = sum(totals_[r + i]);
@@ -308,6 +335,7 @@ private:
         float* o = outputs_ + r * vectors_ * kLanes;
         const bool zeros = nothing(top, total);
         if (zeros) __builtin_memset(o, 0, vectors_ * kLanes * sizeof(float));
+        for (int v = 0; v < vectors_ && Op::kParts > 1; ++v) finite_.see(load(o + v * kLanes));
         write_token(token_of<T>(call_.output, span, token), call_.output.channel, o, zeros ? 1.0f : 1.0f / total,
                     head_dim_);
         const float logit = top * fabsf(call_.scale);

@@ -36,9 +36,7 @@ struct Attend {
 };
 
 inline AttentionKernels attention_kernels(Dtype dtype) {
-#if defined(VITREG_AMX)
-    if (dtype == Dtype::bf16) return Attend<Amx, bf16>::kernels();
-#elif defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)
     if (dtype == Dtype::bf16) return Attend<Dot, bf16>::kernels();
 #else
     if (dtype == Dtype::bf16) return Attend<Fma, bf16>::kernels();

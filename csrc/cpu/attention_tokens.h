@@ -52,6 +52,33 @@ inline void write_token(T* token, ptrdiff_t channel, const float* from, float fa
     }
 }
 
+// Whether all numbers that it has seen are finite.
+class Finite {
+public:
+    [[gnu::always_inline]] void see(F32 x) { total_ = fma(x, zero(), total_); }
+    explicit operator bool() const { return sum(total_) == 0.0f; }
+
+private:
+    F32 total_ = zero();
+};
+
+template <class T>
+inline bool is_finite(const Heads& x, const Span& span, int head_dim) {
+    constexpr int kMany = 4;  // which do not wait for each other
+    Finite all[kMany];
+    for (int64_t token = 0; token < span.tokens; ++token) {
+        const T* row = token_of<const T>(x, span, token);
+        for (int first = 0; first < head_dim; first += kMany * kLanes) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kMany; ++i) {
+                const int d = first + i * kLanes;
+                all[i].see(some_of(row, x.channel, d, head_dim - d));
+            }
+        }
+    }
+    return all[0] && all[1] && all[2] && all[3];
+}
+
 // The other of each pair of neighbouring lanes; and every second lane with the other sign.
 #if defined(__AVX512F__)
 inline F32 swap_pairs(F32 v) { return _mm512_permute_ps(v, 0xb1); }

@@ -1,6 +1,6 @@
 #define VITREG_ISA amx
 #define VITREG_AMX
-#include "attention_kernels.h"
+#include "attention_parts.h"
 #include "kernels.h"
 
 namespace vitreg {
@@ -19,7 +19,9 @@ extern const AssembleKernels kAssemble;
 namespace amx {
 
 AttentionKernels attention(Dtype dtype) {
-    return dtype == Dtype::bf16 ? Attend<Amx, bf16>::kernels() : avx512::attention(dtype);
+    if (dtype == Dtype::bf16) return Attend<Amx, bf16>::kernels();
+    if (dtype == Dtype::f16) return AttendInParts<AmxInParts, fp16, avx512::attention>::kernels();
+    return AttendInParts<AmxInParts, float, avx512::attention>::kernels();
 }
 
 }  // namespace amx

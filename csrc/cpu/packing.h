@@ -14,8 +14,11 @@ namespace vitreg::VITREG_ISA {
 constexpr int up_to(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 template <class Op>
+constexpr int kNumbersOfStep = Op::kPerWord * Op::kStep;
+
+template <class Op>
 constexpr int words(int numbers) {
-    return up_to(numbers, Op::kPerWord * Op::kStep) / Op::kPerWord;
+    return up_to(numbers, kNumbersOfStep<Op>) / Op::kPerWord * Op::kParts;
 }
 
 template <class T>
@@ -30,13 +33,17 @@ struct Rows {
 // Whether rows of so many numbers, as they lie, are rows of whole words.
 template <class Op, class T>
 inline bool are_words(const Rows<T>& rows, int numbers) {
-    return sizeof(T) * Op::kPerWord == sizeof(float) && numbers % Op::kPerWord == 0 && rows.stride % Op::kPerWord == 0;
+    return sizeof(T) * Op::kPerWord == sizeof(float) && Op::kParts == 1 && numbers % Op::kPerWord == 0 &&
+           rows.stride % Op::kPerWord == 0;
 }
 
 // One row as words, zeros in what is left of them.
 template <class Op, class T>
 inline void pack_words(float* to, const T* row, int numbers) {
-    if constexpr (Op::kPerWord == 1) {
+    if constexpr (Op::kParts > 1) {
+        for (int d = 0; d < numbers; d += 2 * kLanes)
+            Op::store_pair(to + words<Op>(d), some_of(row, d, numbers - d), some_of(row, d + kLanes, numbers - d - kLanes));
+    } else if constexpr (Op::kPerWord == 1) {
         for (int d = 0; d < numbers; d += kLanes) store_some(to + d, some_of(row, d, numbers - d), numbers - d);
     } else {
         for (int i = numbers / 2; i < words<Op>(numbers); ++i) to[i] = 0.0f;
@@ -50,25 +57,33 @@ inline void pack_left(float* to, const Rows<T>& rows, int numbers) {
     for (int i = 0; i < rows.count; ++i) pack_words<Op>(to + i * words<Op>(numbers), rows[i], numbers);
 }
 
+// Numbers of a row from the `first`; zeros beyond the last row.
+template <class T>
+inline F32 some_of(const Rows<T>& rows, int row, int first, int numbers) {
+    return row < rows.count ? some_of(rows[row], first, numbers - first) : zero();
+}
+
 // The right operand whose columns are the rows' numbers: panels of [words of n][width vectors].
 template <class Op, class T>
 inline void pack_right(float* to, const Rows<T>& rows, int numbers) {
     const int vectors = up_to(numbers, kLanes) / kLanes;
     for (int v = 0; v < vectors;) {
-        const int width = panel_width(vectors - v);
-        for (int i = 0; i < rows.count; i += Op::kPerWord) {
-            for (int w = 0; w < width; ++w, to += kLanes) {
-                const int first = (v + w) * kLanes;
-                const F32 a = some_of(rows[i], first, numbers - first);
-                if constexpr (Op::kPerWord == 1)
-                    store(to, a);
-                else
-                    Op::store_words(to, a, i + 1 < rows.count ? some_of(rows[i + 1], first, numbers - first) : zero());
+        const int width = panel_width(vectors - v), part = Op::kStep * width * kLanes;
+        for (int step = 0; step < rows.count; step += kNumbersOfStep<Op>) {
+            for (int word = 0; word < Op::kStep; ++word) {
+                for (int w = 0; w < width; ++w, to += kLanes) {
+                    const int d = (v + w) * kLanes;
+                    if constexpr (Op::kPerWord == 1) {
+                        store(to, some_of(rows[step], d, numbers - d));
+                    } else {
+                        const int row = step + Op::first_number(word);
+                        const F32 a = some_of(rows, row, d, numbers), b = some_of(rows, row + Op::kApart, d, numbers);
+                        Op::store_words(to, part, a, b);
+                    }
+                }
             }
+            to += (Op::kParts - 1) * part;
         }
-        const int beyond = words<Op>(rows.count) - (rows.count + Op::kPerWord - 1) / Op::kPerWord;
-        __builtin_memset(to, 0, beyond * width * kLanes * sizeof(float));
-        to += beyond * width * kLanes;
         v += width;
     }
 }
@@ -102,20 +117,20 @@ inline void pack_right_transposed(float* to, const Rows<T>& rows, int numbers, f
     }
 }
 
-// The left operand whose rows are the rows' numbers, of pairs: [D, to whole vectors][words of n]. `stage` holds kLanes
-// times as many words.
+// The left operand whose rows are the rows' numbers, for tiles: [steps of n][D, to whole vectors][words of a step]. `stage` holds a step
+// of kLanes columns.
 template <class Op, class T>
 inline void pack_left_transposed(float* to, const Rows<T>& rows, int numbers, float* stage) {
-    const int length = words<Op>(rows.count);
-    for (int d = 0; d < numbers; d += kLanes) {
-        for (int k = 0; k < length; k += kLanes) {
-            for (int i = 0; i < kLanes; ++i) {
-                const int row = (k + i) * Op::kPerWord;
-                const F32 a = row < rows.count ? some_of(rows[row], d, numbers - d) : zero();
-                const F32 b = row + 1 < rows.count ? some_of(rows[row + 1], d, numbers - d) : zero();
-                Op::store_words(stage + i * kLanes, a, b);
+    constexpr int kSquare = kLanes * kLanes, kStep = words<Op>(kNumbersOfStep<Op>);
+    for (int step = 0; step < rows.count; step += kNumbersOfStep<Op>) {
+        for (int d = 0; d < numbers; d += kLanes, to += kLanes * kStep) {
+            for (int word = 0; word < kLanes; ++word) {
+                const int row = step + Op::first_number(word);
+                const F32 a = some_of(rows, row, d, numbers), b = some_of(rows, row + Op::kApart, d, numbers);
+                Op::store_words(stage + word * kLanes, kSquare, a, b);
             }
-            transpose(to + d * length + k, length, stage, kLanes);
+            for (int part = 0; part < Op::kParts; ++part)
+                transpose(to + part * kLanes, kStep, stage + part * kSquare, kLanes);
         }
     }
 }

@@ -99,11 +99,14 @@ int64_t plain(int64_t rounds) {
     return 12 * 4 * 2 * rounds;
 }
 
+// Of bf16, for one of fp32 in parts: see cpu/amx.h.
+constexpr int kProductsOfParts = 6;
+
 // The fastest products that kernels can make of a dtype with the instruction set of this process.
 int64_t burst(Dtype dtype, int64_t rounds) {
 #if defined(__x86_64__)
     const Isa isa = chosen();
-    if (isa >= Isa::amx && dtype == Dtype::bf16) return tiles(rounds / 4);
+    if (isa >= Isa::amx) return tiles(rounds / 4) / (dtype == Dtype::bf16 ? 1 : kProductsOfParts);
     if (isa >= Isa::avx512bf16 && dtype == Dtype::bf16) return dot_512(rounds);
     if (isa >= Isa::avx512) return fma_512(rounds);
     if (isa >= Isa::avx2) return fma_256(rounds);

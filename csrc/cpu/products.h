@@ -27,10 +27,11 @@ inline F32 first_of(F32 a, F32 b, int n) {
 }
 #endif
 
-// Rows that are worked on together, a multiple of every tile's rows; and words that a sum advances by. `kTiles`: by AMX,
-// see amx.h. A session lives as long as a thread multiplies.
+// Rows that are worked on together, a multiple of every tile's rows; those of an item of a call; and words that a sum
+// advances by, its step. A number may be cut into parts, each of which has words of its own: a step is kStep words of
+// the first part, then those of the next. `kTiles`: by AMX, see amx.h. A session lives as long as a thread multiplies.
 struct OnVectors {
-    static constexpr int kBlock = 24, kStep = 1;
+    static constexpr int kBlock = 24, kItem = 4 * kBlock, kStep = 1, kParts = 1;
     static constexpr bool kTiles = false;
     struct Session {};
 };
@@ -52,28 +53,31 @@ struct Dot : OnVectors {
         return _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                   _mm512_set1_epi32(0x00010001));
     }
-    static constexpr int kPerWord = 2;
+    // Which two numbers of a step a word holds: the first, and the one so far behind it.
+    static constexpr int kPerWord = 2, kApart = 1;
+    static constexpr int first_number(int word) { return 2 * word; }
     [[gnu::always_inline]] static F32 step(F32 a, F32 b, F32 c) {
         return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     }
     [[gnu::always_inline]] static void store_pair(float* p, F32 a, F32 b) {
         _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
     }
-    // Two rows as they are, and as words of which `even` gives the first number and `odd` the second.
-    [[gnu::always_inline]] static void store_rows(float* even_row, float* odd_row, float* pairs, const F32 (&even)[2],
-                                                  const F32 (&odd)[2]) {
-        const __m512i a = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(even[1], even[0]));
-        const __m512i b = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd[1], odd[0]));
-        if (even_row) _mm512_storeu_si512(even_row, a);
-        if (odd_row) _mm512_storeu_si512(odd_row, b);
+    // Two rows of numbers as words of each row, if they are wanted, and as words of which x gives the first number and y the
+    // second; these of each part `part` words after those of the part before.
+    [[gnu::always_inline]] static void store_rows(float* x_row, float* y_row, float* pairs, ptrdiff_t /*part*/,
+                                                  const F32 (&x)[2], const F32 (&y)[2]) {
+        const __m512i a = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[1], x[0]));
+        const __m512i b = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y[1], y[0]));
+        if (x_row) _mm512_storeu_si512(x_row, a);
+        if (y_row) _mm512_storeu_si512(y_row, b);
         // Numbers 0 to 15 of both rows by turns, then 16 to 31.
         const __m512i step = _mm512_set1_epi32(0x00200000), first = _mm512_add_epi32(lane_pairs(), step);
         const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010));
         _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(a, first, b));
         _mm512_storeu_si512(pairs + kLanes, _mm512_permutex2var_epi16(a, second, b));
     }
-    // Words of which a gives the first elements and b the second.
-    [[gnu::always_inline]] static void store_words(float* p, F32 a, F32 b) {
+    // Words of which a gives the first numbers and b the second, both of them bf16.
+    [[gnu::always_inline]] static void store_words(float* p, ptrdiff_t /*part*/, F32 a, F32 b) {
         const __m512i first = _mm512_srli_epi32(_mm512_castps_si512(a), 16);
         const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
         const __m512i second = _mm512_and_si512(_mm512_castps_si512(b), high);
@@ -155,27 +159,38 @@ struct Tile {
     }
 };
 
+// One panel of B, or of anything with a row every `b_row` words, by tiles; rows and columns are whole ones to it. The words
+// of a row of A are neighbours in each step, and steps `a_step` words apart. In amx.h.
+template <class Op>
+inline void multiply_tiles(float* c, ptrdiff_t c_row, const float* a, ptrdiff_t a_row, ptrdiff_t a_step, int rows,
+                           const float* b, ptrdiff_t b_row, int vectors, int steps, bool add);
+
 // C[rows, vectors] = A B, or C += A B: A[row, k] = a[row * a_row + k * a_k]; the panels of B are `panel` words long, of
-// which `steps` from the `first` are used. C has room for rows up to the next multiple of Op::kBlock.
+// which `steps` from the `first` are used. C has room for rows up to the next multiple of Op::kBlock. For tiles, `a_k` is 1.
 template <class Op>
 inline void multiply(float* c, ptrdiff_t c_row, const float* a, ptrdiff_t a_row, ptrdiff_t a_k, int rows,
                      const float* b, int vectors, ptrdiff_t panel, int first, int steps, bool add) {
     for (int v = 0; v < vectors;) {
-        const int width = panel_width(vectors - v);
-        with_width(width, [&](auto w) {
-            constexpr int kWidth = decltype(w)::value, kRows = rows_of_tile(kWidth);
-            for (int r = 0; r < rows; r += kRows) {
-                float* to = c + r * c_row + v * kLanes;
-                Tile<Op, kRows, kWidth> tile;
-                if (add)
-                    tile.read(to, c_row);
-                else
-                    tile.clear();
-                tile.add_product(a + r * a_row, a_row, a_k, b + first * kWidth * kLanes, steps);
-                tile.write(to, c_row);
-            }
-        });
-        b += width * kLanes * panel;
+        const int width = panel_width(vectors - v), b_row = width * kLanes;
+        if constexpr (Op::kTiles) {
+            multiply_tiles<Op>(c + v * kLanes, c_row, a, a_row, Op::kParts * Op::kStep, rows, b + first * b_row, b_row, width,
+                               steps, add);
+        } else {
+            with_width(width, [&](auto w) {
+                constexpr int kWidth = decltype(w)::value, kRows = rows_of_tile(kWidth);
+                for (int r = 0; r < rows; r += kRows) {
+                    float* to = c + r * c_row + v * kLanes;
+                    Tile<Op, kRows, kWidth> tile;
+                    if (add)
+                        tile.read(to, c_row);
+                    else
+                        tile.clear();
+                    tile.add_product(a + r * a_row, a_row, a_k, b + first * b_row, steps);
+                    tile.write(to, c_row);
+                }
+            });
+        }
+        b += b_row * panel;
         v += width;
     }
 }

@@ -15,4 +15,11 @@ struct fp16 {
     uint16_t bits;
 };
 
+template <class T>
+constexpr Dtype kDtypeOf = Dtype::f32;
+template <>
+constexpr Dtype kDtypeOf<bf16> = Dtype::bf16;
+template <>
+constexpr Dtype kDtypeOf<fp16> = Dtype::f16;
+
 }  // namespace vitreg

@@ -7,6 +7,7 @@ import torch
 from cases import Spec, make_qkv
 
 from vitreg_kernels._runtime import native
+from vitreg_kernels.accuracy import compare
 from vitreg_kernels.functional import register_attention
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
@@ -39,7 +40,7 @@ def kinds(x):
 )
 def test_forward(dtype, tokens, outputs, queries, keys):
     """The log-sum-exp beside an infinite logit is inf, the output NaN; a row of -inf is one of zeros."""
-    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, dtype=dtype)).abs().permute(2, 0, 3, 1, 4)
+    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, head_dim=32, dtype=dtype)).abs().permute(2, 0, 3, 1, 4)
     for x, marked in ((query, queries), (key, keys)):
         for token, number in marked.items():
             x[..., token % tokens, 3] = number
@@ -59,7 +60,7 @@ def test_forward(dtype, tokens, outputs, queries, keys):
 @pytest.mark.parametrize("tokens", [33, 700])
 def test_gradients_of_the_values(dtype, tokens):
     """NaN if a row of the output is; a row of zeros adds nothing to them, and leaves the other rows' alone."""
-    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, dtype=dtype)).abs().permute(2, 0, 3, 1, 4)
+    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, head_dim=32, dtype=dtype)).abs().permute(2, 0, 3, 1, 4)
     value.requires_grad_()
     for number, kind in ((torch.inf, 3), (-torch.inf, 0)):
         query[..., 1, 3] = number
@@ -72,7 +73,7 @@ def test_gradients_of_the_values(dtype, tokens):
 @pytest.mark.parametrize("tokens", [33, 700])
 def test_a_query_that_looks_nowhere_gives_nothing(dtype, tokens):
     """All its logits are -inf: the values have no part of its output's gradient, however large that is."""
-    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, dtype=dtype)).abs().permute(2, 0, 3, 1, 4)
+    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, head_dim=32, dtype=dtype)).abs().permute(2, 0, 3, 1, 4)
     query[..., 1, 3] = -torch.inf
     value.requires_grad_()
     output = register_attention(query, key, value, backend="native")
@@ -89,20 +90,35 @@ def test_a_query_that_looks_nowhere_gives_nothing(dtype, tokens):
 @pytest.mark.parametrize("tokens", [33, 34, 701])
 @pytest.mark.parametrize("count", [1, 2])
 def test_gradients_of_keys_and_values_beside_one_at_minus_infinity(dtype, tokens, count):
-    """No query looks at such a key: it has no gradient, and the others' are as without it."""
-    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, dtype=dtype)).abs().permute(2, 0, 3, 1, 4)
+    """No query looks at such a key: it has no gradient, and the others' are as accurate as without it."""
+    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, head_dim=32, dtype=dtype)).abs().permute(2, 0, 3, 1, 4)
     looked_at = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
     looked_at[..., tokens - 1 - count : tokens - 1] = False
     upstream = torch.randn(query.shape).to(dtype)
 
-    def gradients(key, attn_mask=None):
-        inputs = key.requires_grad_(), value.detach().requires_grad_()
-        output = register_attention(query, *inputs, attn_mask=attn_mask, backend="native")
-        return torch.autograd.grad(output, inputs, upstream)
+    def gradients(backend, precision, key, attn_mask=None):
+        inputs = [x.detach().to(precision).requires_grad_() for x in (key, value)]
+        output = register_attention(query.to(precision), *inputs, attn_mask=attn_mask, backend=backend)
+        return torch.autograd.grad(output, inputs, upstream.to(precision))
 
-    expected = gradients(key.detach().clone(), looked_at)
-    key = key.detach().clone()
+    exact = gradients("reference", torch.float64, key, looked_at)
+    eager = gradients("reference", dtype, key, looked_at)
+    key = key.clone()
     key[..., ~looked_at[0, 0, 0], 3] = -torch.inf
-    for actual, wanted in zip(gradients(key), expected, strict=True):
-        rounding = torch.finfo(dtype).eps
-        torch.testing.assert_close(actual, wanted, rtol=4 * rounding, atol=4 * rounding * wanted.abs().max().item())
+    for actual, expected, yardstick in zip(gradients("native", dtype, key), exact, eager, strict=True):
+        assert (actual[..., ~looked_at[0, 0, 0], :].abs() <= 2.0**-90).all()  # 0, or what exp2.h makes of -inf
+        accuracy = compare(actual, expected, yardstick, terms=tokens)
+        assert accuracy.passed, accuracy
+
+
+@every_dtype
+@pytest.mark.parametrize("tokens", [33, 700])
+def test_an_infinite_gradient_of_the_output(dtype, tokens):
+    """All values have a share of it, each in the same channel."""
+    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, head_dim=32, dtype=dtype)).permute(2, 0, 3, 1, 4)
+    value.requires_grad_()
+    upstream = torch.randn(query.shape).to(dtype)
+    upstream[..., 1, 3] = -torch.inf
+    output = register_attention(query, key, value, scale=0.01, backend="native")
+    (gradient,) = torch.autograd.grad(output, value, upstream)
+    assert (kinds(gradient) == torch.tensor([0, 0, 0, 2, *[0] * 28])).all()

@@ -19,7 +19,7 @@ SUITES = [
     ROOT / "tests" / "contract",
     *(
         ROOT / "tests" / "native" / f"test_{name}.py"
-        for name in ("infinities", "large_results", "probabilities", "rounding", "threads")
+        for name in ("infinities", "large_results", "parts", "probabilities", "rounding", "threads")
     ),
     *(
         ROOT / "tests" / f"test_{name}.py"

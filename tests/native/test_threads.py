@@ -12,6 +12,7 @@ from residual_norm_cases import make_call, make_upstream, run
 
 from vitreg_kernels._runtime import native
 from vitreg_kernels.check import Yardstick
+from vitreg_kernels.functional import register_attention
 
 pytestmark = pytest.mark.skipif(bool(native.faults()), reason="; ".join(native.faults()))
 
@@ -71,7 +72,7 @@ def test_assemble(dtype, layout):
     [
         Spec(batch=1, heads=1, tokens=261, head_dim=64),
         Spec(batch=2, heads=3, tokens=201, head_dim=40, rope="halves", mask="key_padding", seed=1),
-        Spec(batch=1, heads=2, tokens=394, lengths=(201, 9, 54, 130)),
+        Spec(batch=1, heads=2, tokens=394, head_dim=32, lengths=(201, 9, 54, 130)),
     ],
     ids=str,
 )
@@ -79,3 +80,21 @@ def test_attention(dtype, spec):
     spec = spec._replace(dtype=dtype)
     yardstick = Yardstick(make_qkv(spec), **make_options(spec))
     assert_the_same(lambda: yardstick.run("native"))
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("heads", [1, 5])
+def test_attention_beside_a_key_at_minus_infinity(heads):
+    """How a head is cut among threads does not decide how its numbers are multiplied."""
+    query, key, value = make_qkv(Spec(batch=1, heads=heads, tokens=400, head_dim=64)).abs().permute(2, 0, 3, 1, 4)
+    key[..., 390, 3] = -torch.inf
+    upstream = torch.randn_like(query)
+
+    def gradients():
+        leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+        output = register_attention(*leaves, backend="native")
+        return dict(zip(("query", "key", "value"), torch.autograd.grad(output, leaves, upstream), strict=True))
+
+    of_queries = gradients()["query"]
+    assert not of_queries[..., 3].isfinite().any()  # 0, or what exp2.h makes of -inf, times -inf
+    assert_the_same(lambda: {name: gradient[..., 4:] for name, gradient in gradients().items()})
