@@ -44,8 +44,8 @@ template <int kRows, int kColumns, bool kLoadA = true, bool kLoadB = true>
     if (kRows == 2 && kColumns == 2) add_product<3, 5, 7>();
 }
 
-// All words of a step: of one part, or of three, high, middle and low. Of the nine products of those the three least
-// are below the last bit of the sum.
+// All words of a step: of one part, or of three, high, middle and low. Of the nine products of those the three least are
+// left out, which are at most 2^-21 of the whole and 2^-24 on average.
 template <int kParts, int kRows, int kColumns>
 [[gnu::always_inline]] inline void add_step(const float* a, ptrdiff_t a_row, const float* b, ptrdiff_t b_row) {
     if constexpr (kParts == 1) {
@@ -106,8 +106,9 @@ struct Amx : Dot {
 
 // fp32 in three bf16: the 24 bits of a number are cut into 8, 8 and 8, which is exact, and six of the nine products of
 // such parts are what fp32 holds of a product. By the peaks of both that is 2.6 times as fast as vectors multiply fp32.
-// Words hold what would lie in two neighbouring vectors. Parts of an infinity are not numbers, see attention_parts.h, and
-// those below 2^-126 count as 0: a number below 2^-110 has fewer bits.
+// A step of 32 numbers is 16 words of high parts, 16 of middle and 16 of low ones; the i-th of each holds those of numbers
+// i and i + 16. Parts of an infinity are not numbers, see attention_parts.h. What is below 2^-126, a part, a product or a
+// sum, counts as 0: a number below 2^-103 has fewer bits.
 //
 // Source: Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
 // computations" (arXiv 1904.06376).

@@ -76,13 +76,10 @@ public:
         return whole(call) ? 1 : parts_of_keys(tokens) + (tokens + kQueriesOfItem - 1) / kQueriesOfItem;
     }
 
-    // False where nothing was done, as a number is not finite and would be cut into parts, see attention_parts.h. That is
-    // so for all items of a head, whose number depends on that of the threads.
+    // False where nothing was done, as a number of the head is not finite and would be cut into parts, see
+    // attention_parts.h. Another of its items says the same: threads may share a head, which they cut as they are many.
     bool item(const Span& span, int64_t part) {
-        if (span.image != image_ || span.head != head_) {
-            if (Op::kParts > 1 && !is_finite(span)) return false;
-            prepare(span);
-        }
+        if ((span.image != image_ || span.head != head_) && !prepare(span)) return false;
         image_ = span.image;
         head_ = span.head;
         next_ = next_of(call_, span);
@@ -118,7 +115,7 @@ private:
     // Single numbers take two blocks at a time: what is packed of the keys is read from the cache half as often.
     static constexpr int kBlock = kPairs ? Op::kBlock : 2 * Op::kBlock;
     static constexpr int kKeysOfItem = kChunk / 2, kQueriesOfItem = Op::kItem;
-    // Query rows over which dK and dV are summed in registers.
+    // Query rows over which dK and dV are summed in registers. P and dS in parts take more of the cache.
     static constexpr int kGroup = (Op::kParts > 1 ? 2 : 4) * Op::kBlock;
     // Where words are single numbers, P and dS take the places of the scores and of dP.
     static constexpr int kScoreRows = kPairs ? kBlock : 0;
@@ -151,35 +148,36 @@ private:
 
     static int64_t parts_of_keys(int64_t tokens) { return count_chunks(static_cast<int>(tokens), kKeysOfItem); }
 
-    bool is_finite(const Span& span) const {
-        const Heads* const inputs[] = {&call_.query, &call_.key, &call_.value, &call_.grad_output};
-        for (const Heads* x : inputs)
-            if (!VITREG_ISA::is_finite<T>(*x, span, head_dim_)) return false;
-        return true;
-    }
-
-    void prepare(const Span& span) {
+    bool prepare(const Span& span) {
         queries_count_ = static_cast<int>(span.tokens);
         kept_ = kept_keys(call_, span, index_);
         rotation_ = Rotation(call_, span);
-        pack(span, kept_, rotation_);
+        if (!pack(span, kept_, rotation_)) return false;
         const float largest = read_lse(span);
         if (largest > kCoarseLse) look_at_tops(queries_count_, kept_.count);
         if (largest > kPreciseLse && !few_keys()) look_at_sums(queries_count_, kept_.count);
+        return true;
     }
 
-    void pack(const Span& span, const Kept& kept, const Rotation& rotation) {
+    // Whether it can be multiplied so, once it is turned.
+    bool pack(const Span& span, const Kept& kept, const Rotation& rotation) {
+        bool fit = true;
+        const auto look = [&](const Rows<T>& rows) { fit = fit && (Op::kParts == 1 || is_finite(rows, head_dim_)); };
         const int queries = static_cast<int>(span.tokens), padded = up_to(queries, kBlock);
         Rows<T> rows = rows_of<T>(call_.key, span, kept, 0, kept.count, head_dim_, &rotation, copy_);
+        look(rows);
         pack_right_transposed<Op>(keys_as_columns_, rows, head_dim_, stage_);
         pack_right<Op>(keys_, rows, head_dim_);
         rows = rows_of<T>(call_.value, span, kept, 0, kept.count, head_dim_, nullptr, copy_);
+        look(rows);
         pack_right_transposed<Op>(values_as_columns_, rows, head_dim_, stage_);
         rows = rows_of<T>(call_.query, span, Kept{}, 0, queries, head_dim_, &rotation, copy_);
+        look(rows);
         pack_left<Op>(queries_left_, rows, head_dim_);
         if (!alike_) pack_sums(queries_, rows);
         if (call_.scale < 0) negate<Op>(queries_left_, queries * words_);
         rows = rows_of<T>(call_.grad_output, span, Kept{}, 0, queries, head_dim_, nullptr, copy_);
+        look(rows);
         pack_left<Op>(grads_left_, rows, head_dim_);
         if (!alike_) pack_sums(grads_, rows);
         float* const lefts[] = {queries_left_, grads_left_};
@@ -195,6 +193,7 @@ private:
             delta_[i] = sum(total);
         }
         for (int i = queries; i < padded; ++i) delta_[i] = 0.0f;
+        return fit;
     }
 
     // And the largest of them. An infinite logit makes NaN of a row's probabilities, as of its output; where none is above
@@ -335,7 +334,7 @@ private:
         }
     }
 
-    // P and dS of a block's rows, whose scores and dP are `s` and `g`, by pairs, and zeros to the end of a step.
+    // P and dS of a block's rows, whose scores and dP are `s` and `g`, by pairs; zeros for pairs beyond the rows.
     void pairs_of_ds(const Span& span, float* s, float* g, int r, int row, int rows, int keys, bool prefetch) {
         const size_t bytes = up_to(keys, kLanes) * sizeof(float);
         for (int pair = 0; pair < words<Op>(rows) / Op::kParts; ++pair) {
@@ -349,7 +348,7 @@ private:
                 continue;
             }
             if (partner >= rows) {
-                // It does not exist; an infinite key or value made NaN of its zeros.
+                // It does not exist: here is what an earlier block left, or NaN that an infinite key made of zeros.
                 __builtin_memset(s + partner * stride_, 0, bytes);
                 __builtin_memset(g + partner * stride_, 0, bytes);
             }

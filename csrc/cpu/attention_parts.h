@@ -1,5 +1,7 @@
 // The functions of attention for products of numbers in parts. Parts of an infinity are NaN, and so is what they are
-// multiplied with: an item with such numbers is left to kernels that multiply numbers as they are.
+// multiplied with: what holds one is left to kernels that multiply numbers as they are. The forward finds it in its
+// results, item by item; the backward in what it packs of a head, as all items of that must be of one kind. What overflows
+// on the way there is NaN where it might have been an infinity.
 #pragma once
 
 #include "attention_kernels.h"

@@ -63,19 +63,13 @@ private:
 };
 
 template <class T>
-inline bool is_finite(const Heads& x, const Span& span, int head_dim) {
+inline bool is_finite(const Rows<T>& rows, int numbers) {
     constexpr int kMany = 4;  // which do not wait for each other
     Finite all[kMany];
-    for (int64_t token = 0; token < span.tokens; ++token) {
-        const T* row = token_of<const T>(x, span, token);
-        for (int first = 0; first < head_dim; first += kMany * kLanes) {
+    for (int row = 0; row < rows.count; ++row)
+        for (int d = 0; d < numbers; d += kMany * kLanes)
 #pragma GCC unroll 4
-            for (int i = 0; i < kMany; ++i) {
-                const int d = first + i * kLanes;
-                all[i].see(some_of(row, x.channel, d, head_dim - d));
-            }
-        }
-    }
+            for (int i = 0; i < kMany; ++i) all[i].see(some_of(rows, row, d + i * kLanes, numbers));
     return all[0] && all[1] && all[2] && all[3];
 }
 

@@ -1,6 +1,7 @@
 // Rows of numbers (tokens) packed as operands of the products in products.h.
 //
-// Symbols: n rows of D numbers. A row's words are its numbers, or pairs of them; a column's likewise.
+// Symbols: n rows of D numbers. A row's words are its numbers, or pairs of them, or those of their parts; a column's
+// likewise.
 #pragma once
 
 #include "products.h"

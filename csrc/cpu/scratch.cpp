@@ -9,8 +9,8 @@ namespace vitreg {
 namespace {
 
 constexpr size_t kPage = 4096;
-// Twice what the backward takes of 1374 tokens of 128 fp32 channels, the largest call of a common ViT. Beyond it the
-// pages cost little beside the arithmetic, which grows with the square of the tokens.
+// Half as much again as the backward takes of 1374 tokens of 128 fp32 channels in parts, the largest call of a common ViT.
+// Beyond it the pages cost little beside the arithmetic, which grows with the square of the tokens.
 constexpr size_t kKept = 16 << 20;
 
 }  // namespace

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import Spec, make_qkv
 
+from vitreg_kernels import Rope
 from vitreg_kernels._runtime import native
 from vitreg_kernels.accuracy import compare
 from vitreg_kernels.functional import register_attention
@@ -122,3 +123,18 @@ def test_an_infinite_gradient_of_the_output(dtype, tokens):
     output = register_attention(query, key, value, scale=0.01, backend="native")
     (gradient,) = torch.autograd.grad(output, value, upstream)
     assert (kinds(gradient) == torch.tensor([0, 0, 0, 2, *[0] * 28])).all()
+
+
+@pytest.mark.parametrize("tokens", [33, 200])
+def test_a_key_that_its_rotation_takes_beyond_fp16(tokens):
+    """It is at minus infinity then: no query looks at it, and it takes no other's gradient away."""
+    query, key, value = make_qkv(Spec(batch=1, tokens=tokens, head_dim=64)).abs().half().permute(2, 0, 3, 1, 4)
+    query[..., 35], key[..., 20, 3], key[..., 20, 35] = 0.0, -50000.0, 50000.0
+    eighth = torch.full((tokens, 64), 0.5**0.5)
+    leaves = [x.clone().requires_grad_() for x in (key, value)]
+    output = register_attention(query, *leaves, rope=Rope(eighth, eighth), backend="native")
+    of_key, of_value = torch.autograd.grad(output, leaves, torch.randn(query.shape).half())
+    assert not of_key[..., 20, :].any()
+    assert not of_value[..., 20, :].any()
+    assert of_key.isfinite().all()
+    assert of_value.isfinite().all()
