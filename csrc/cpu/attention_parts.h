@@ -22,7 +22,7 @@ struct AttendInParts : Attend<Op, T> {
     }
 
 private:
-    // From so many on parts are faster, forward and backward, as measured on an Intel Xeon 6 at head dims of 8 to 128 and 2
+    // From so many on parts are faster, forward and backward, as measured on an Intel Xeon at head dims of 8 to 128 and 2
     // to 1374 tokens: fewer are packed for longer than they are multiplied.
     static constexpr int64_t kTokens = 192, kHeadDim = 32;
 
