@@ -77,7 +77,7 @@ public:
     }
 
     // False where nothing was done, as a number of the head is not finite and would be cut into parts, see
-    // attention_parts.h. Another of its items says the same: threads may share a head, which they cut as they are many.
+    // attention_parts.h. All items of a head say the same, as into how many it is cut depends on the threads.
     bool item(const Span& span, int64_t part) {
         if ((span.image != image_ || span.head != head_) && !prepare(span)) return false;
         image_ = span.image;
@@ -407,9 +407,8 @@ private:
 
     void add_sums(float* sums, const float* pairs, const float* x, int keys, int from, int length, bool add) {
         if constexpr (Op::kTiles) {
-            constexpr int kStep = Op::kParts * Op::kStep;
-            multiply_tiles<Op>(sums, stride_, x + from * row_, kStep, kStep * row_, row_, pairs, stride_,
-                               up_to(keys, kLanes) / kLanes, length, add);
+            multiply_tiles<Op>(sums, stride_, x + from * row_, kWordsOfStep<Op>, kWordsOfStep<Op> * row_, row_, pairs,
+                               stride_, up_to(keys, kLanes) / kLanes, length, add);
         } else {
             multiply<Op>(sums, row_, pairs, 1, stride_, keys, x, vectors_, words<Op>(queries_count_), from, length, add);
         }

@@ -15,9 +15,6 @@ namespace vitreg::VITREG_ISA {
 constexpr int up_to(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 template <class Op>
-constexpr int kNumbersOfStep = Op::kPerWord * Op::kStep;
-
-template <class Op>
 constexpr int words(int numbers) {
     return up_to(numbers, kNumbersOfStep<Op>) / Op::kPerWord * Op::kParts;
 }
@@ -42,7 +39,7 @@ inline bool are_words(const Rows<T>& rows, int numbers) {
 template <class Op, class T>
 inline void pack_words(float* to, const T* row, int numbers) {
     if constexpr (Op::kParts > 1) {
-        for (int d = 0; d < numbers; d += 2 * kLanes)
+        for (int d = 0; d < numbers; d += kNumbersOfStep<Op>)
             Op::store_pair(to + words<Op>(d), some_of(row, d, numbers - d), some_of(row, d + kLanes, numbers - d - kLanes));
     } else if constexpr (Op::kPerWord == 1) {
         for (int d = 0; d < numbers; d += kLanes) store_some(to + d, some_of(row, d, numbers - d), numbers - d);
@@ -118,20 +115,20 @@ inline void pack_right_transposed(float* to, const Rows<T>& rows, int numbers, f
     }
 }
 
-// The left operand whose rows are the rows' numbers, for tiles: [steps of n][D, to whole vectors][words of a step]. `stage` holds a step
-// of kLanes columns.
+// The left operand whose rows are the rows' numbers, for tiles: [steps of n][D, to whole vectors][words of a step].
+// `stage` holds a step of kLanes columns.
 template <class Op, class T>
 inline void pack_left_transposed(float* to, const Rows<T>& rows, int numbers, float* stage) {
-    constexpr int kSquare = kLanes * kLanes, kStep = words<Op>(kNumbersOfStep<Op>);
+    constexpr int kSquare = kLanes * kLanes;
     for (int step = 0; step < rows.count; step += kNumbersOfStep<Op>) {
-        for (int d = 0; d < numbers; d += kLanes, to += kLanes * kStep) {
+        for (int d = 0; d < numbers; d += kLanes, to += kLanes * kWordsOfStep<Op>) {
             for (int word = 0; word < kLanes; ++word) {
                 const int row = step + Op::first_number(word);
                 const F32 a = some_of(rows, row, d, numbers), b = some_of(rows, row + Op::kApart, d, numbers);
                 Op::store_words(stage + word * kLanes, kSquare, a, b);
             }
             for (int part = 0; part < Op::kParts; ++part)
-                transpose(to + part * kLanes, kStep, stage + part * kSquare, kLanes);
+                transpose(to + part * kLanes, kWordsOfStep<Op>, stage + part * kSquare, kLanes);
         }
     }
 }

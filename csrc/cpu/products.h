@@ -88,6 +88,11 @@ struct Dot : OnVectors {
 };
 #endif
 
+template <class Op>
+constexpr int kNumbersOfStep = Op::kPerWord * Op::kStep;
+template <class Op>
+constexpr int kWordsOfStep = Op::kParts * Op::kStep;
+
 // Accumulators of a tile: three quarters of the registers; the others hold a row of B and a word of A.
 #if defined(__AVX512F__)
 constexpr int kAccumulators = 24, kWidest = 4;
@@ -173,7 +178,7 @@ inline void multiply(float* c, ptrdiff_t c_row, const float* a, ptrdiff_t a_row,
     for (int v = 0; v < vectors;) {
         const int width = panel_width(vectors - v), b_row = width * kLanes;
         if constexpr (Op::kTiles) {
-            multiply_tiles<Op>(c + v * kLanes, c_row, a, a_row, Op::kParts * Op::kStep, rows, b + first * b_row, b_row, width,
+            multiply_tiles<Op>(c + v * kLanes, c_row, a, a_row, kWordsOfStep<Op>, rows, b + first * b_row, b_row, width,
                                steps, add);
         } else {
             with_width(width, [&](auto w) {
