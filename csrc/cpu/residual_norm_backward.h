@@ -4,23 +4,11 @@
 // rstd * (g - mean(g) - x_hat * mean(g * x_hat)); for RMSNorm there is no mean of g. (Ba et al., arXiv 1607.06450.)
 #pragma once
 
-#include "residual_norm.h"
-#include "sweep.h"
+#include "residual_norm_rows.h"
 
 namespace vitreg::VITREG_ISA {
 
 namespace residual_norm {
-
-template <class T>
-inline const T* row_of(const NormRows& rows, size_t image, size_t token) {
-    if (rows.data == nullptr) return nullptr;
-    return static_cast<const T*>(rows.data) + image * rows.stride_b + token * rows.stride_n;
-}
-
-template <class T>
-inline T* row_of(const NormRowsOut& rows, size_t row, size_t channels) {
-    return rows.data == nullptr ? nullptr : static_cast<T*>(rows.data) + row * channels;
-}
 
 // This block's row of the sums, of zeros; null where nobody wants it.
 inline float* begin_sums(float* sums, size_t block, size_t channels) {
@@ -45,16 +33,19 @@ void backward_rows(const NormBackward& call, size_t block) {
     float* of_weight = begin_sums(call.weight_sums, block, channels);
     float* of_bias = begin_sums(call.bias_sums, block, channels);
 
-    const size_t end = (block + 1) * call.rows_of_block();
-    for (size_t row = block * call.rows_of_block(); row < (end < call.rows() ? end : call.rows()); ++row) {
-        const size_t image = row / call.tokens, token = row % call.tokens;
-        const X* residual = row_of<X>(call.residual, image, token);
-        const Y* upstream = row_of<Y>(call.grad_normalized, image, token);
+    const size_t first = block * call.rows_of_block(), end = first + call.rows_of_block();
+    const size_t last = end < call.rows() ? end : call.rows();
+    for (size_t row = first; row < last; ++row) {
+        const Place place(row, call.tokens), next(row + 1 < last ? row + 1 : row, call.tokens);
+        const X *residual = row_of<X>(call.residual, place), *next_residual = row_of<X>(call.residual, next);
+        const Y *upstream = row_of<Y>(call.grad_normalized, place), *next_upstream = row_of<Y>(call.grad_normalized, next);
         const F32 centre = broadcast(call.mean == nullptr ? 0.0f : call.mean[row]), scale = broadcast(call.rstd[row]);
         F32 along = zero(), average = zero();  // mean(g * x_hat), mean(g)
         if (upstream != nullptr) {
             Total of_products, total;
             sweep(channels, [&](size_t c, int i, auto part) VITREG_INLINE {
+                prefetch(next_residual + c, part);
+                prefetch(next_upstream + c, part);
                 const auto arrived = load(upstream + c, part);
                 const auto unit = (load(residual + c, part) - centre) * scale;
                 const auto g = arrived * load(weight + c, part);  // zero in lanes that do not exist
@@ -67,11 +58,11 @@ void backward_rows(const NormBackward& call, size_t block) {
             if (call.mean != nullptr) average = broadcast(total.value() / channels);
         }
 
-        const X* passing = row_of<X>(call.grad_residual, image, token);
-        const B* branch = row_of<B>(call.branch, image, token);
+        const X *passing = row_of<X>(call.grad_residual, place), *next_passing = row_of<X>(call.grad_residual, next);
+        const B *branch = row_of<B>(call.branch, place), *next_branch = row_of<B>(call.branch, next);
         X* grad_x = row_of<X>(call.grad_x, row, channels);
         B* grad_branch = row_of<B>(call.grad_branch, row, channels);
-        const F32 kept = broadcast(call.drop_path == nullptr ? 1.0f : call.drop_path[image]);
+        const F32 kept = broadcast(call.drop_path == nullptr ? 1.0f : call.drop_path[place.image]);
         sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE {
             decltype(load(weight, part)) gradient = zero();
             if (upstream != nullptr) {
@@ -79,13 +70,17 @@ void backward_rows(const NormBackward& call, size_t block) {
                 const auto unit = (load(residual + c, part) - centre) * scale;
                 gradient = scale * (g - average - unit * along);
             }
-            if (passing != nullptr) gradient = gradient + load(passing + c, part);
+            if (passing != nullptr) {
+                prefetch(next_passing + c, part);
+                gradient = gradient + load(passing + c, part);
+            }
             if (grad_x != nullptr) write<kStreamed>(grad_x + c, gradient, part);
             if (grad_branch != nullptr) {
                 const decltype(gradient) factor = layer_scale == nullptr ? kept : kept * load(layer_scale + c, part);
                 write<kStreamed>(grad_branch + c, gradient * factor, part);
             }
             if (of_layer_scale != nullptr) {
+                prefetch(next_branch + c, part);
                 accumulate(of_layer_scale + c, gradient, kept * load(branch + c, part), part);
             }
         });

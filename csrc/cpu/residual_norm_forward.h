@@ -2,8 +2,7 @@
 // find its mean, its variance and the result, lies in the first-level cache.
 #pragma once
 
-#include "residual_norm.h"
-#include "sweep.h"
+#include "residual_norm_rows.h"
 
 namespace vitreg::VITREG_ISA {
 
@@ -21,8 +20,8 @@ void forward_rows(const NormForward& call, size_t first, size_t last, float* scr
     const float* layer_scale = call.layer_scale;
 
     for (size_t row = first; row < last; ++row) {
-        const size_t image = row / call.tokens, token = row % call.tokens;
-        const X* x = static_cast<const X*>(call.x.data) + image * call.x.stride_b + token * call.x.stride_n;
+        const Place place(row, call.tokens), next(row + 1 < last ? row + 1 : row, call.tokens);
+        const X *x = row_of<X>(call.x, place), *next_x = row_of<X>(call.x, next);
         const float* values = scratch;  // the residual as it is stored
 
         Total total, squares;
@@ -31,12 +30,13 @@ void forward_rows(const NormForward& call, size_t first, size_t last, float* scr
             squares.add_product(value, value, i);
         };
         if constexpr (kBranch) {
-            X* residual = static_cast<X*>(call.residual.data) + row * channels;
-            const B* branch =
-                static_cast<const B*>(call.branch.data) + image * call.branch.stride_b + token * call.branch.stride_n;
+            X* residual = row_of<X>(call.residual, row, channels);
+            const B *branch = row_of<B>(call.branch, place), *next_branch = row_of<B>(call.branch, next);
             constexpr bool kKeptApart = sizeof(X) != sizeof(float) || kStreamed;
-            const F32 kept = broadcast(call.drop_path == nullptr ? 1.0f : call.drop_path[image]);
+            const F32 kept = broadcast(call.drop_path == nullptr ? 1.0f : call.drop_path[place.image]);
             sweep(channels, [&](size_t c, int i, auto part) VITREG_INLINE {
+                prefetch(next_x + c, part);
+                prefetch(next_branch + c, part);
                 const auto before = load(x + c, part);
                 const decltype(before) factor = layer_scale == nullptr ? kept : kept * load(layer_scale + c, part);
                 const auto value = fma(load(branch + c, part), factor, before);
@@ -48,6 +48,7 @@ void forward_rows(const NormForward& call, size_t first, size_t last, float* scr
             if constexpr (sizeof(X) == sizeof(float)) values = kKeptApart ? scratch : residual;
         } else {
             sweep(channels, [&](size_t c, int i, auto part) VITREG_INLINE {
+                prefetch(next_x + c, part);
                 const auto value = load(x + c, part);
                 if constexpr (sizeof(X) != sizeof(float)) write(scratch + c, value, part);
                 add(value, i);
@@ -74,7 +75,7 @@ void forward_rows(const NormForward& call, size_t first, size_t last, float* scr
         const float rstd = 1.0f / __builtin_sqrtf(square / channels + call.eps);
         call.rstd[row] = rstd;
 
-        Y* normalized = static_cast<Y*>(call.normalized.data) + row * channels;
+        Y* normalized = row_of<Y>(call.normalized, row, channels);
         const F32 centre = broadcast(mean), scale = broadcast(rstd);
         if (bias != nullptr) {
             sweep(channels, [&](size_t c, int, auto part) VITREG_INLINE {

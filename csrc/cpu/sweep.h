@@ -28,6 +28,15 @@ inline VITREG_INLINE F32 write(T* p, F32 v, First part) {
     return rounded<T>(v);
 }
 
+// Asks for the memory that a load will read. A CPU sees a row coming, but stops looking while the last one is worked on.
+template <class T>
+inline VITREG_INLINE void prefetch(const T* p, Whole) {
+    constexpr int kLine = 64 / sizeof(T);
+    for (int i = 0; i < 2 * kLanes; i += kLine) __builtin_prefetch(p + i);
+}
+template <class T>
+inline VITREG_INLINE void prefetch(const T* p, First) { __builtin_prefetch(p); }
+
 inline VITREG_INLINE Pair existing(Pair v, Whole) { return v; }
 inline VITREG_INLINE F32 existing(F32 v, First part) { return first_lanes(v, part.n); }
 
