@@ -11,7 +11,7 @@ namespace residual_norm {
 struct Place {
     size_t image, token;
 
-    [[gnu::always_inline]] Place(size_t row, size_t tokens) : image(row / tokens), token(row % tokens) {}
+    Place(size_t row, size_t tokens) : image(row / tokens), token(row % tokens) {}
 };
 
 template <class T>
