@@ -117,7 +117,8 @@ vitreg::NormRowsOut rows_out(const MaybeTensor& x, const Sizes& sizes) {
 }
 
 // Lets a call write past the caches what they have no room for: faster by up to a third, and slower by as much where a
-// cache holds the results for the next op. Measured with caches of 32 MiB and, with many more cores on it, 480 MiB.
+// cache holds the results for the next op. The bound lies among cases measured with caches of 32 MiB and, of a CPU with
+// many more cores, 480 MiB; near it neither is always the faster.
 bool to_stream(std::initializer_list<vitreg::NormRows> read, std::initializer_list<vitreg::NormRowsOut> written,
                const Sizes& sizes) {
     constexpr int64_t kMostOfOneCall = 40 << 20;
