@@ -11,9 +11,9 @@ READY := $(VENV)/.ready
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 
 # What the native library is made of. Installing the package builds it; afterwards only a change does, in a folder too: a
-# file less is one. A library that is older than these does not run, see vitreg_kernels/_runtime/native.py.
-NATIVE_SOURCES := csrc csrc/cpu $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h) vitreg_kernels/_runtime/sources.py
-NATIVE := vitreg_kernels/_runtime/native.json
+# file less is one. A library that is older than these does not run, see vitreg_kernels/_native/library.py.
+NATIVE_SOURCES := csrc csrc/cpu $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h) vitreg_kernels/_native/sources.py
+NATIVE := vitreg_kernels/_native/cpu.json
 # Suites that a sanitizer watches, of what is native; and where the library is that was built for it.
 NATIVE_SUITES := $(addprefix tests/,native $(addsuffix .py,$(addprefix test_,residual_norm token_norms assemble parity masks edges packing statistics)))
 SANITIZED := build/sanitized
@@ -62,7 +62,7 @@ sanitize: $(READY)
 	@echo "== native tests, watched for bad accesses and undefined behaviour"
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTEST_ADDOPTS="-o pythonpath=$(SANITIZED) --capture=sys" OMP_NUM_THREADS=2 \
-		$(BIN)/python -m pytest $(NATIVE_SUITES) -k "native and not Compile and not test_build and not test_scratch"
+		$(BIN)/python -m pytest $(NATIVE_SUITES) -k "(cpu or native) and not Compile and not test_build and not test_scratch"
 	@echo "== native kernels on threads, watched for races"
 	c++ -std=c++17 -O1 -g -fsanitize=thread -Wno-maybe-uninitialized -DVITREG_ISA=baseline -Icsrc/cpu tests/native/threads.cpp \
 		csrc/cpu/scratch.cpp -pthread -o $(SANITIZED)/threads
@@ -73,7 +73,7 @@ lint: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist vitreg_kernels/_runtime/*.so $(NATIVE) *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist vitreg_kernels/_native/*.so $(NATIVE) *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # torch goes first: a package that needs it would otherwise pull the newest release.
 $(READY): pyproject.toml setup.py

@@ -29,8 +29,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("csrc")
-FOLDER = Path("vitreg_kernels", "_runtime")
-LIBRARY, METADATA = "libvitreg_native.so", "native.json"
+FOLDER = Path("vitreg_kernels", "_native")
+LIBRARY, METADATA = "libvitreg_cpu.so", "cpu.json"
 
 # Never -march=native, nor -ffast-math: a library runs where it is carried to, and NaN and infinity must show.
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off")

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import get_args
 
 from tqdm import tqdm
@@ -39,6 +40,7 @@ from benchmarks.attention import Progress
 from benchmarks.photographs import NAMES
 from benchmarks.results import Row, Writer
 from benchmarks.shapes import Size, in_words
+from vitreg_kernels._triton import mode
 
 _PICTURED = NAMES[:4]
 _JUDGED = ("attention", "features", "residual_norm", "lengths", "end_to_end")
@@ -80,6 +82,10 @@ def main() -> int:
         if device.type == "cpu":
             list(lengths.run(arguments.size, writer, progress))
     list(overhead.run(writer))
+    if not mode.INTERPRETING and find_spec("triton"):
+        from benchmarks import host_cost
+
+        list(host_cost.run(writer))
     print("\n" + "\n\n".join(filter(None, (report.table(writer.rows), lengths.table(writer.rows)))))
 
     print("\n3/6 Residual norms alone: residual, its norm and the token norms in one op, interleaved")

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from benchmarks import machine, roofline, timing
+from benchmarks import machine, roofline
 from benchmarks.contest import contest, inputs_of
 from benchmarks.peers import Peer, peers
 from benchmarks.results import Row, Writer
 from benchmarks.roofline import Roofline
 from benchmarks.shapes import Case, Size, cases
+from vitreg_kernels.measure import timing
 
 Progress = Callable[[int, int, str], None]
 

@@ -12,10 +12,12 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import machine, timing
+from benchmarks import machine
 from benchmarks.contest import inputs_of, job
-from benchmarks.peers import Peer, Stopped, attempt, peers
+from benchmarks.peers import Peer, attempt, peers
 from benchmarks.shapes import Case, cases
+from vitreg_kernels.measure import timing
+from vitreg_kernels.measure.race import Stopped
 
 DEVICE = machine.default_device()
 

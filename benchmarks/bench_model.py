@@ -27,7 +27,7 @@ def model() -> RegisterViT:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", [backend.NAME for backend in BACKENDS])
+@pytest.mark.parametrize("backend", [backend.name for backend in BACKENDS])
 @torch.inference_mode()
 def test_model(model: RegisterViT, backend: str, dtype: str, benchmark) -> None:
     vit = copy.deepcopy(model).to(DEVICE, DTYPES[dtype])

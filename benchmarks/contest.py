@@ -8,16 +8,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import timing
-from benchmarks.machine import lost
-from benchmarks.peers import EAGER, Attend, Pack, Peer, Stopped, Tensors, attempt, pack_of
-from benchmarks.results import Errors, Row, errors
+from benchmarks.peers import EAGER, Attend, Pack, Peer, Tensors, pack_of
+from benchmarks.results import UNTIMED, Errors, Row, errors, timed
 from benchmarks.shapes import DTYPES, Case
-from vitreg_kernels import accuracy
+from vitreg_kernels.measure import accuracy, timing
+from vitreg_kernels.measure.cases.attention import GRADIENTS
+from vitreg_kernels.measure.race import Contender, Raced, race
 
 Copy = tuple[Tensor, ...]  # the inputs of a layout, and the gradient of the output
-MEASURED = (*timing.UNTIMED, "gbps", "speedup", "errors")
-_GRADIENTS = ("grad_query", "grad_key", "grad_value")
+MEASURED = (*UNTIMED, "gbps", "speedup", "errors")
 
 
 def contest(case: Case, contenders: Sequence[Peer], copies: Sequence[Copy], budget_s: float) -> list[Row]:
@@ -52,7 +51,7 @@ def compete(
     variant: Callable[[Peer], timing.Variant],
     useful_bytes: int,
 ) -> list[Row]:
-    """A race of anything: who can be checked is timed, interleaved with the others. A row each, of what was found.
+    """``race`` as rows: one for each contender, of what was found.
 
     Args:
         contenders: on the inputs that ``copies`` hold.
@@ -61,12 +60,15 @@ def compete(
         variant: how a contender is timed.
         useful_bytes: traffic of a call, for its speed.
     """
-    outcomes = _checked(contenders, check, copies[0])
-    raced = [peer for peer in contenders if not isinstance(outcomes[peer.name], Stopped)]
-    timings = timing.interleave(
-        {peer.name: variant(peer) for peer in raced}, copies, device=copies[0][0].device, budget_s=budget_s
-    )
-    peer_ms = {peer.name: timings[peer.name].median_ms for peer in raced if not peer.ours}
+    racing = [
+        Contender(peer.name, partial(peer.do, check, *copies[0]), variant(peer), peer.ours) for peer in contenders
+    ]
+    outcomes = race(racing, copies, device=copies[0][0].device, budget_s=budget_s)
+    peer_ms = {
+        peer.name: outcome.timing.median_ms
+        for peer in contenders
+        if isinstance(outcome := outcomes[peer.name], Raced) and not peer.ours
+    }
     best_peer = min(peer_ms, key=peer_ms.__getitem__, default=None)
 
     rows = []
@@ -80,16 +82,16 @@ def compete(
             **dict.fromkeys(MEASURED),
         }
         outcome = outcomes[peer.name]
-        if isinstance(outcome, Stopped):
-            row |= outcome._asdict()
-        else:
-            timed = timings[peer.name]
+        if isinstance(outcome, Raced):
+            median_ms = outcome.timing.median_ms
             row |= {
-                **timed.as_row(),
-                "gbps": useful_bytes / timed.median_ms / 1e6,
-                "speedup": peer_ms[best_peer] / timed.median_ms if best_peer else None,
-                "errors": outcome,
+                **timed(outcome.timing),
+                "gbps": useful_bytes / median_ms / 1e6,
+                "speedup": peer_ms[best_peer] / median_ms if best_peer else None,
+                "errors": outcome.found,
             }
+        else:
+            row |= outcome._asdict()
         rows.append(row)
     return rows
 
@@ -131,7 +133,7 @@ def job(attend: Attend, *tensors: Tensor) -> Tensors:
     gradients = torch.autograd.grad(output, inputs, grad_output)
     if len(gradients) == 1:
         gradients = gradients[0].unbind(2)
-    return {"output": output.detach(), **dict(zip(_GRADIENTS, gradients, strict=True))}
+    return {"output": output.detach(), **dict(zip(GRADIENTS, gradients, strict=True))}
 
 
 def errors_of(case: Case, result: Tensors, exact: Tensors, rounded: Tensors) -> dict[str, Errors]:
@@ -152,18 +154,6 @@ def first_and_last(case: Case, tensor: Tensor) -> Tensor:
         (_, first), *_, (_, last) = case.crops
         return torch.cat((tensor[:, :first], tensor[:, -last:]), dim=1)
     return tensor[:: max(len(tensor) - 1, 1)]
-
-
-def _checked(
-    contenders: Sequence[Peer], check: Callable[..., dict[str, Errors]], copy: Copy
-) -> dict[str, dict[str, Errors] | Stopped]:
-    outcomes = {}
-    for peer in contenders:
-        outcomes[peer.name] = outcome = attempt(peer, check, *copy)
-        if isinstance(outcome, Stopped) and lost(copy[0].device):  # every other would fail too, by no fault of its own
-            others = Stopped(f"was not raced, because {peer.name} broke the process's hold of the GPU", failed=False)
-            return {one.name: outcome if one is peer else others for one in contenders}
-    return outcomes
 
 
 def _check(case: Case, copy: Copy) -> Callable[..., dict[str, Errors]]:

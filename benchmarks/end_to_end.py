@@ -12,16 +12,17 @@ from typing import Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from benchmarks import results, timing
+from benchmarks import results
 from benchmarks.attention import Progress
 from benchmarks.machine import Machine
-from benchmarks.peers import Stopped, guarded
 from benchmarks.report import number, worst
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import DTYPES, DType, Size
 from benchmarks.timm_vits import Model, build, first_and_last, formula, register_attention, with_attention
 from vitreg_kernels import explain
-from vitreg_kernels.accuracy import compare
+from vitreg_kernels.measure import timing
+from vitreg_kernels.measure.accuracy import compare
+from vitreg_kernels.measure.race import Stopped, attempted
 from vitreg_kernels.ops.attention.backends import BACKENDS
 
 GOAL = 1.2  # in bf16
@@ -29,7 +30,7 @@ OWN = "timm's own"
 _SMALL, _BASE = (Model(f"vit_{size}_patch14_reg4_dinov2", 8, {"img_size": 224}) for size in ("small", "base"))
 _BUDGET_S: dict[Size, float] = {"quick": 4.0, "full": 20.0}
 _CPU = torch.device("cpu")
-_MEASURED = (*timing.UNTIMED, "images_per_s", "speedup", "errors")
+_MEASURED = (*results.UNTIMED, "images_per_s", "speedup", "errors")
 
 
 class EndToEndRow(TypedDict):
@@ -40,7 +41,7 @@ class EndToEndRow(TypedDict):
 
     kind: Literal["end_to_end"]
     model: str  # timm's name
-    attention: str  # "timm's own", or "vitreg:native", ..., a RegisterAttention in every block by that backend
+    attention: str  # "timm's own", or "vitreg:cpu", ..., a RegisterAttention in every block by that backend
     ours: bool
     compiled: bool  # each block by torch.compile
     dtype: DType  # of weights and images
@@ -98,7 +99,7 @@ def run(size: Size, writer: Writer, progress: Progress) -> Iterator[Row]:
 def backends(own: nn.Module) -> list[str]:
     """Ours that race: what a call gets by default in place of timm's attention, and all kernels of our own."""
     query = own.qkv.weight.new_empty(1, own.num_heads, 1, own.head_dim)
-    return list(dict.fromkeys([explain(query).backend, *(b.NAME for b in BACKENDS if b.OPAQUE)]))
+    return list(dict.fromkeys([explain(query).backend, *(b.name for b in BACKENDS if b.opaque)]))
 
 
 def measure(piece: Piece, budget_s: float) -> list[Row]:
@@ -117,7 +118,7 @@ def measure(piece: Piece, budget_s: float) -> list[Row]:
         "failed": False,
         **dict.fromkeys(_MEASURED),
     }
-    module = guarded(partial(build, piece.model, _CPU, DTYPES[piece.dtype]), ours=False)
+    module = attempted(partial(build, piece.model, _CPU, DTYPES[piece.dtype]), ours=False)
     if isinstance(module, Stopped):
         return [row | module._asdict()]
     module.eval()
@@ -130,7 +131,7 @@ def measure(piece: Piece, budget_s: float) -> list[Row]:
 
     trees, errors = {}, {}
     for name, place in places.items():
-        found = guarded(partial(_ready, module, place, piece.compiled, images, check), ours=name != OWN)
+        found = attempted(partial(_ready, module, place, piece.compiled, images, check), ours=name != OWN)
         trees[name], errors[name] = (found, None) if isinstance(found, Stopped) else found
     timings = timing.interleave(
         {name: timing.Variant(partial(_forward, tree)) for name, tree in trees.items() if errors[name] is not None},
@@ -148,7 +149,7 @@ def measure(piece: Piece, budget_s: float) -> list[Row]:
         else:
             timed = timings[name]
             own_row |= {
-                **timed.as_row(),
+                **results.timed(timed),
                 "images_per_s": 1e3 * piece.model.batch / timed.median_ms,
                 "speedup": timings[OWN].median_ms / timed.median_ms if OWN in timings else None,
                 "errors": errors[name],

@@ -15,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import photographs, results, timing
+from benchmarks import photographs, results
 from benchmarks.attention import Progress
 from benchmarks.machine import Machine, default_device
-from benchmarks.peers import Stopped, guarded
 from benchmarks.pretrained import Pretrained
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import DTYPES, DType, Size
 from vitreg_kernels import RegisterViT, explain
-from vitreg_kernels.accuracy import compare
 from vitreg_kernels.functional import token_norms
+from vitreg_kernels.measure import timing
+from vitreg_kernels.measure.accuracy import compare
+from vitreg_kernels.measure.race import Contender, Raced, race
 
 NUM_REGISTERS = 4
 # Side of the square images -> how many photographs. At 518 px N is 1374, the length DINOv2 is trained on last.
@@ -173,7 +174,7 @@ def usable_backends(vit: RegisterViT, images: Tensor) -> tuple[str, list[str]]:
     """The default backend for this model's attention, and every one that can serve it."""
     attention = vit.blocks[0].attn
     query = images.new_empty(1, attention.num_heads, 1, attention.head_dim)  # support depends on no length
-    default, reasons = explain(query)
+    default, reasons, _ = explain(query)
     return default, [name for name in (default, *reasons) if explain(query, backend=name).backend == name]
 
 
@@ -209,12 +210,10 @@ def _features_rows(model: RegisterViT, images: Tensor, dtype: DType, budget_s: f
             "prefix_attention": _errors(actual.prefix_attention, exact.prefix_attention, eager.prefix_attention, terms),
         }
 
-    outcomes = {name: guarded(partial(check, name), ours=True) for name in backends}
-    raced = [name for name, outcome in outcomes.items() if not isinstance(outcome, Stopped)]
     # One image keeps a CPU busy; a GPU gets them all.
     timed = images if images.is_cuda else images[:1]
-    timings = timing.interleave(
-        {name: timing.Variant(by_backend(vit, name).forward_features) for name in raced},
+    outcomes = race(
+        [Contender(b, partial(check, b), timing.Variant(by_backend(vit, b).forward_features)) for b in backends],
         [timed],  # no copies: every call reads all the weights, which are larger than a cache
         device=images.device,
         budget_s=budget_s,
@@ -232,19 +231,18 @@ def _features_rows(model: RegisterViT, images: Tensor, dtype: DType, budget_s: f
             "batch": len(timed),
             **dict.fromkeys(_MEASURED),
         }
-        if isinstance(outcome, Stopped):
-            row |= outcome._asdict()
-        else:
-            timed_by = timings[name]
-            median, p20, p80 = (ms / len(timed) for ms in timed_by[:3])
+        if isinstance(outcome, Raced):
+            median, p20, p80 = (ms / len(timed) for ms in outcome.timing[:3])
             row |= {
                 "median_ms": median,
                 "p20_ms": p20,
                 "p80_ms": p80,
-                "samples": timed_by.samples,
-                "speedup": timings["reference"].median_ms / timed_by.median_ms,
-                "errors": outcome,
+                "samples": outcome.timing.samples,
+                "speedup": outcomes["reference"].timing.median_ms / outcome.timing.median_ms,
+                "errors": outcome.found,
             }
+        else:
+            row |= outcome._asdict()
         rows.append(row)
     return rows
 

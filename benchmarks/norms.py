@@ -11,7 +11,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from benchmarks import machine, memory, results, timing
+from benchmarks import machine, memory, results
 from benchmarks.attention import Progress
 from benchmarks.contest import Copy, compete
 from benchmarks.machine import Machine
@@ -19,7 +19,8 @@ from benchmarks.memory import Memory
 from benchmarks.peers import Attend, Peer, Tensors, interpreter_reason, norms
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import DTYPES, DType, Size
-from vitreg_kernels import accuracy
+from vitreg_kernels.measure import accuracy, timing
+from vitreg_kernels.measure.cases.residual_norm import INPUTS, terms
 
 Mode = Literal["forward", "backward"]
 
@@ -33,8 +34,6 @@ _TENSORS: dict[Mode, int] = {"forward": 4, "backward": 6}
 _BUDGET_S: dict[Size, float] = {"quick": 0.5, "full": 5.0}
 _COPY_BUDGET_S = 0.05
 _OUTPUTS = ("residual", "normalized", "token_norms")
-_INPUTS = ("x", "branch", "layer_scale", "weight", "bias")
-_SUMMED = ("grad_layer_scale", "grad_weight", "grad_bias")  # over all tokens
 
 
 class ResidualNormRow(TypedDict):
@@ -194,7 +193,7 @@ def job(attend: Attend, *tensors: Tensor) -> Tensors:
     found = {name: x.detach() for name, x in zip(_OUTPUTS, outputs, strict=True)}
     if inputs[0].requires_grad:
         gradients = torch.autograd.grad(outputs[:2], inputs, upstream.unbind(0))
-        found |= {f"grad_{name}": gradient for name, gradient in zip(_INPUTS, gradients, strict=False)}
+        found |= {f"grad_{name}": gradient for name, gradient in zip(INPUTS, gradients, strict=False)}
     return found
 
 
@@ -218,7 +217,7 @@ def _check(case: Case, copy: Copy) -> Callable[..., dict[str, Errors]]:
                     _first_and_last(x),
                     exact[name],
                     rounded[name],
-                    terms=case.channels + (2 * case.tokens if name in _SUMMED else 0),
+                    terms=terms((2, case.tokens, case.channels), name),
                 )
             )
             for name, x in found.items()

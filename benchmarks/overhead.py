@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import peers, timing
+from benchmarks import peers
 from benchmarks.results import Row, Writer
 from vitreg_kernels import functional
+from vitreg_kernels.measure import timing
 
-GOAL_US = 25.0
+GOALS_US = {False: 25.0, True: 35.0}  # by whether gradients are wanted
 SHAPE = (1, 1, 16, 16)
 _REPETITIONS = 20  # calls a sample; one is too short for the clock
 _BUDGET_S = 1.0
@@ -53,7 +54,7 @@ def measure(name: str, requires_grad: bool) -> Row:
         "raw_us": raw_us,
         "ours_us": ours_us,
         "overhead_us": ours_us - raw_us,
-        "goal_us": GOAL_US,
+        "goal_us": GOALS_US[requires_grad],
         "samples": timings["ours"].samples,
     }
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timm_vits import import_timm
-from vitreg_kernels import RegisterViT
+from vitreg_kernels import RegisterViT, load_vit
 
 if TYPE_CHECKING:
     import onnx
@@ -33,7 +33,7 @@ class Pretrained(NamedTuple):
 
     Attributes:
         name: what it is, in words.
-        weights: fp32, under names that ``RegisterViT.from_checkpoint`` knows.
+        weights: fp32, under names that ``load_vit`` knows.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Pretrained(NamedTuple):
 
     def vit(self, num_registers: int | None = None) -> RegisterViT:
         """The model in eval mode, its weights frozen; with this many registers if it was trained without."""
-        vit = RegisterViT.from_checkpoint(self.weights, num_registers=num_registers)
+        vit = load_vit(self.weights, num_registers=num_registers)
         return vit.eval().requires_grad_(False)
 
 

@@ -24,12 +24,16 @@ from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_typ
 
 from benchmarks.machine import Machine
 from benchmarks.shapes import DType, Mode
-from vitreg_kernels.accuracy import Accuracy
+from vitreg_kernels.measure.accuracy import Accuracy
+from vitreg_kernels.measure.timing import Timing
 
 SCHEMA = 5
 FOLDER = Path(__file__).parent / "results"
 
 Row = dict[str, Any]
+
+# What a row says of a timing, where nothing was timed.
+UNTIMED = dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "samples"))
 
 
 class Errors(TypedDict):
@@ -42,7 +46,7 @@ class Errors(TypedDict):
     mean: float
     eager_max: float
     eager_mean: float
-    passed: bool  # by the rule of vitreg_kernels.accuracy
+    passed: bool  # by the rule of vitreg_kernels.measure.accuracy
 
 
 class RooflineRow(TypedDict):
@@ -105,6 +109,19 @@ class OverheadRow(TypedDict):
     machine: Machine
 
 
+class LaunchCostRow(TypedDict):
+    """What a call of the Triton backend costs the host, by a driver that launches nothing: no GPU takes part."""
+
+    kind: Literal["launch_cost"]
+    call: Literal["forward", "backward"]
+    shape: list[int]  # [B, H, N, D]
+    ours_us: float  # over an op that does nothing but allocate the same results
+    sdpa_us: float  # of scaled_dot_product_attention's forward, by itself
+    goal_us: float
+    samples: int
+    machine: Machine
+
+
 class Document(TypedDict):
     """A result file."""
 
@@ -114,7 +131,12 @@ class Document(TypedDict):
     rows: list[dict]
 
 
-ROW_TYPES: dict[str, type] = {"roofline": RooflineRow, "attention": AttentionRow, "overhead": OverheadRow}
+ROW_TYPES: dict[str, type] = {
+    "roofline": RooflineRow,
+    "attention": AttentionRow,
+    "overhead": OverheadRow,
+    "launch_cost": LaunchCostRow,
+}
 
 
 class Writer:
@@ -177,6 +199,11 @@ class Writer:
         beside = self.path.with_name(self.path.name + ".part")
         beside.write_text(f"{json.dumps(document).removesuffix(']}')}\n{rows}\n]}}\n")
         os.replace(beside, self.path)
+
+
+def timed(timing: Timing) -> dict[str, float | int]:
+    """A timing as a row holds it."""
+    return {name: getattr(timing, name) for name in UNTIMED}
 
 
 def errors(found: Accuracy) -> Errors:

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from benchmarks import timing
 from benchmarks.shapes import DTYPES, DType
+from vitreg_kernels.measure import timing
 
 # Sides of square matrices. Small ones do not fill a GPU; bf16 on a CPU without bf16 units never gets past the first.
 _SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (2048, 4096, 8192)}
@@ -86,9 +86,9 @@ def _highest(a: dict[DType, float], b: dict[DType, float]) -> dict[DType, float]
 
 
 def _register_gflops(device: torch.device) -> dict[DType, float] | None:
-    if device.type != "cpu" or not hasattr(torch.ops.vitreg_native, "peak_gflops"):
+    if device.type != "cpu" or not hasattr(torch.ops.vitreg_cpu, "peak_gflops"):
         return None
-    return {name: torch.ops.vitreg_native.peak_gflops(dtype, _BUDGET_S) for name, dtype in DTYPES.items()}
+    return {name: torch.ops.vitreg_cpu.peak_gflops(dtype, _BUDGET_S) for name, dtype in DTYPES.items()}
 
 
 def _product_gflops(dtype: torch.dtype, device: torch.device) -> float:

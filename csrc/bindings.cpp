@@ -436,7 +436,7 @@ void attention_backward(Tensor query, Tensor key, Tensor value, MaybeTensor key_
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vitreg_native, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(vitreg_cpu, library) {
     library.def("cpu_isa() -> str");
     library.def("peak_gflops(ScalarType dtype, float seconds) -> float");
     library.def(
@@ -470,12 +470,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vitreg_native, library) {
                     .c_str());
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(vitreg_cpu, CompositeExplicitAutograd, library) {
     library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
     library.impl("peak_gflops", TORCH_BOX(&peak_gflops));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vitreg_native, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(vitreg_cpu, CPU, library) {
     library.impl("residual_norm_forward", TORCH_BOX(&residual_norm_forward));
     library.impl("residual_norm_backward", TORCH_BOX(&residual_norm_backward));
     library.impl("token_norms", TORCH_BOX(&token_norms));

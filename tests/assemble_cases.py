@@ -1,4 +1,4 @@
-"""Calls of assemble_tokens to test with, and the yardstick they are held against. Shared by all its suites.
+"""Calls of assemble_tokens to test with, and the oracle they are held against. Shared by all its suites.
 
 A call is drawn as plain numbers (a ``Spec``), which is what a failing test prints, and made into tensors from its seed.
 """
@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from residual_norm_cases import LAYOUTS, _laid_out, in_double
 from torch import Tensor
 
-from vitreg_kernels._runtime.dispatch import Request
-from vitreg_kernels.accuracy import Accuracy, compare
+from vitreg_kernels.dispatch import Request
 from vitreg_kernels.functional import assemble_tokens
+from vitreg_kernels.measure.accuracy import Accuracy, compare
+from vitreg_kernels.measure.cases.assemble import terms
 from vitreg_kernels.ops.assemble.backends import BACKENDS
 
-USABLE = [b for b in BACKENDS if not b.not_supported_reasons(Request("cpu", (0, 0), torch.float32))]
+USABLE = [b for b in BACKENDS if not b.reasons_against(Request("assemble", "cpu", 0, torch.float32))]
 
 DIFFERENTIABLE = ("patches", "cls_token", "register_tokens", "pos_embed")
 OUTPUTS = ("tokens",)
@@ -109,7 +110,7 @@ def run(backend: str, call: Call, upstream: dict[str, Tensor], wanted: Sequence[
     return {"tokens": tokens.detach()} | {f"grad_{name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-class Yardstick:
+class Oracle:
     """What a call ought to give, and how near each tensor has to come."""
 
     def __init__(self, call: Call, upstream: dict[str, Tensor]) -> None:
@@ -123,10 +124,7 @@ class Yardstick:
 
 def compare_all(tensors: Call, exact: Call, eager: Call, batch: int) -> dict[str, Accuracy]:
     assert tensors.keys() == exact.keys()
-    summed = {f"grad_{name}" for name in DIFFERENTIABLE[1:]}
-    return {
-        name: compare(x, exact[name], eager[name], terms=batch if name in summed else 1) for name, x in tensors.items()
-    }
+    return {name: compare(x, exact[name], eager[name], terms=terms(batch, name)) for name, x in tensors.items()}
 
 
 @st.composite

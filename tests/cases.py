@@ -12,17 +12,19 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from vitreg_kernels import Rope, check
-from vitreg_kernels._runtime.dispatch import Requirements
-from vitreg_kernels.check import Yardstick, usable_backends
+from vitreg_kernels import Rope
+from vitreg_kernels.dispatch import Requirements
+from vitreg_kernels.measure.cases import attention
+from vitreg_kernels.measure.check import usable_backends
+from vitreg_kernels.measure.oracle import Oracle
 from vitreg_kernels.ops.attention import features
 from vitreg_kernels.ops.attention.backends import BACKENDS
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 # Backends of the plain process. In the interpreter's, test_parity.py and tests/interpreter/ hold the Triton kernels.
-PLAIN_BACKENDS = [name for name in usable_backends("cpu") if name != "triton"]
+PLAIN_BACKENDS = [name for name in usable_backends("attention", torch.device("cpu")) if name != "triton"]
 
-_DECLARED = {backend.NAME: backend.REQUIREMENTS for backend in BACKENDS}
+_DECLARED = {backend.name: backend.requirements for backend in BACKENDS}
 
 # Tokens of ViTs with 5 prefix tokens: 98/14 and 196/14 crops, 224/14, 448/14, 518/14 pixels by patch size.
 VIT_TOKENS = (54, 201, 261, 1029, 1374)
@@ -221,18 +223,18 @@ def assert_parity(spec: Spec, backend: str, *, draws: int = 1) -> None:
     as one by their largest and mean errors.
     """
     similar = (spec._replace(seed=spec.seed + 2 * i) for i in range(draws))  # an odd seed stays odd, see make_mask
-    yardsticks = [Yardstick(make_qkv(one), **make_options(one)) for one in similar]
-    results = _pooled([run(y, backend) for y in yardsticks])
-    whole = yardsticks[0]
-    whole.exact, whole.eager = _pooled([y.exact for y in yardsticks]), _pooled([y.eager for y in yardsticks])
+    oracles = [oracle(make_qkv(one), **make_options(one)) for one in similar]
+    results = _pooled([one.call.run(backend) for one in oracles])
+    whole = oracles[0]
+    whole.exact, whole.eager = _pooled([one.exact for one in oracles]), _pooled([one.eager for one in oracles])
     assert {"output", "grad_query", "grad_key", "grad_value", *spec.outputs} == results.keys()
     broken = [f"{name}: {accuracy}" for name, accuracy in whole.compare(results).items() if not accuracy.passed]
     assert not broken, "\n".join((f"{backend} on {spec}", *broken))
 
 
-def run(yardstick: Yardstick, backend: str) -> dict[str, torch.Tensor]:
-    """The output, gradients and statistics of a backend by name."""
-    return check._run(backend, yardstick.qkv, yardstick.grad_output, yardstick.options)
+def oracle(qkv: torch.Tensor, **options: Any) -> Oracle:
+    """That of a call of ``[B, N, 3, H, D]``; see ``measure.cases.attention.call``."""
+    return Oracle(attention.call(qkv, **options))
 
 
 def _pooled(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

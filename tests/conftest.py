@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import hypothesis
 import pytest
 import torch
+
+from vitreg_kernels.dispatch.rules import select_cached
+from vitreg_kernels.measure import timing
+from vitreg_kernels.ops.catalogue import OPS
 
 hypothesis.settings.register_profile("vitreg", derandomize=True, deadline=None, database=None, print_blob=False)
 hypothesis.settings.load_profile("vitreg")
@@ -16,8 +23,53 @@ def _seed():
 
 
 @pytest.fixture
+def change_backends() -> Iterator[Callable[..., None]]:
+    """Called with a backend's name and fields of ``Backend``, changes them for one test; in every op, or in ``op``.
+
+    Backends are frozen for everybody else. The objects stay the same, since many a module holds them.
+    """
+    before = []
+
+    def change(name: str, *, op: str | None = None, **fields: Any) -> None:
+        changed = [b for of in OPS.values() if op in (None, of.name) for b in of.backends if b.name == name]
+        assert changed
+        for backend in changed:
+            for field, value in fields.items():
+                before.append((backend, field, getattr(backend, field)))
+                object.__setattr__(backend, field, value)
+        select_cached.cache_clear()
+
+    yield change
+    for backend, field, value in reversed(before):
+        object.__setattr__(backend, field, value)
+    select_cached.cache_clear()
+
+
+@pytest.fixture
 def dynamo():
     """An empty compile cache, before and after."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+class Clock:
+    """Stands in for the module ``time``: moved by what sleeps, and by a tenth of a millisecond at every look."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def perf_counter(self) -> float:
+        self._now += 1e-4
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of all timing, out of the hands of a busy machine."""
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return clock

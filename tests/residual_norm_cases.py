@@ -1,4 +1,4 @@
-"""Calls of residual_layer_norm to test with, and the yardstick they are held against. Shared by all its suites.
+"""Calls of residual_layer_norm to test with, and the oracle they are held against. Shared by all its suites.
 
 A call is drawn as plain numbers (a ``Spec``), which is what a failing test prints, and made into tensors from its seed.
 """
@@ -12,12 +12,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitreg_kernels._runtime.dispatch import Request
-from vitreg_kernels.accuracy import Accuracy, compare
+from vitreg_kernels.dispatch import Request
 from vitreg_kernels.functional import residual_layer_norm
+from vitreg_kernels.measure.accuracy import Accuracy, compare
+from vitreg_kernels.measure.cases.residual_norm import terms
 from vitreg_kernels.ops.residual_norm.backends import BACKENDS
 
-USABLE = [b for b in BACKENDS if not b.not_supported_reasons(Request("cpu", (0, 0), torch.float32, channels=64))]
+USABLE = [b for b in BACKENDS if not b.reasons_against(Request("residual_norm", "cpu", 0, torch.float32, channels=64))]
 
 DIFFERENTIABLE = ("x", "branch", "layer_scale", "weight", "bias")
 OUTPUTS = ("residual", "normalized", "token_norms")
@@ -132,7 +133,7 @@ def in_double(call: Call) -> Call:
     return {name: x.double() if isinstance(x, Tensor) else x for name, x in call.items()}
 
 
-class Yardstick:
+class Oracle:
     """What a call ought to give, and how near each tensor has to come."""
 
     def __init__(self, call: Call, upstream: dict[str, Tensor]) -> None:
@@ -144,14 +145,9 @@ class Yardstick:
         return compare_all(tensors, self.exact, self.eager, self.call["x"].shape)
 
 
-def compare_all(tensors: Call, exact: Call, eager: Call, shape: Sequence[int]) -> dict[str, Accuracy]:
+def compare_all(tensors: Call, exact: Call, eager: Call, shape: tuple[int, int, int]) -> dict[str, Accuracy]:
     assert tensors.keys() == exact.keys()
-    batch, tokens, channels = shape
-    summed = {f"grad_{name}" for name in ("layer_scale", "weight", "bias")}
-    return {
-        name: compare(x, exact[name], eager[name], terms=channels + (batch * tokens if name in summed else 0))
-        for name, x in tensors.items()
-    }
+    return {name: compare(x, exact[name], eager[name], terms=terms(shape, name)) for name, x in tensors.items()}
 
 
 def assert_parity(spec: Spec, backend: str, *, draws: int = 1) -> None:
@@ -161,9 +157,9 @@ def assert_parity(spec: Spec, backend: str, *, draws: int = 1) -> None:
     as one by their largest and mean errors.
     """
     similar = [spec._replace(seed=spec.seed + 2 * i) for i in range(draws)]
-    yardsticks = [Yardstick(make_call(one), make_upstream(one)) for one in similar]
-    results = _pooled([run(backend, y.call, y.upstream) for y in yardsticks])
-    exact, eager = _pooled([y.exact for y in yardsticks]), _pooled([y.eager for y in yardsticks])
+    oracles = [Oracle(make_call(one), make_upstream(one)) for one in similar]
+    results = _pooled([run(backend, y.call, y.upstream) for y in oracles])
+    exact, eager = _pooled([y.exact for y in oracles]), _pooled([y.eager for y in oracles])
     errors = compare_all(results, exact, eager, (spec.batch, spec.tokens, spec.channels))
     assert_passed(errors, f"{backend} on {spec}")
 

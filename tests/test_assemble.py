@@ -9,28 +9,28 @@ import math
 
 import pytest
 import torch
-from assemble_cases import DIFFERENTIABLE, KINDS, USABLE, Spec, Yardstick, make_call, make_upstream, run
+from assemble_cases import DIFFERENTIABLE, KINDS, USABLE, Oracle, Spec, make_call, make_upstream, run
 from residual_norm_cases import LAYOUTS, assert_passed
 
-from vitreg_kernels._runtime import native
-from vitreg_kernels._runtime.triton_mode import INTERPRETING
+from vitreg_kernels._native import library
+from vitreg_kernels._triton.mode import INTERPRETING
 from vitreg_kernels.functional import assemble_tokens
 
 F32, F64 = torch.float32, torch.float64
 
-every_backend = pytest.mark.parametrize("backend", USABLE, ids=lambda backend: backend.NAME)
+every_backend = pytest.mark.parametrize("backend", USABLE, ids=lambda backend: backend.name)
 every_dtype = pytest.mark.parametrize("dtype", [F32, torch.float16, torch.bfloat16], ids=str)
 every_kind = pytest.mark.parametrize("spec", KINDS, ids=str)
 
 
 def needs(backend, dtype):
-    if dtype not in backend.REQUIREMENTS.dtypes:
+    if dtype not in backend.requirements.dtypes:
         pytest.skip("not declared")
 
 
 def test_there_is_something_to_test():
-    native_ones = [] if native.faults() else ["native"]
-    assert [b.NAME for b in USABLE] == [*(["triton"] if INTERPRETING else []), *native_ones, "composite", "reference"]
+    native_ones = [] if library.faults() else ["cpu"]
+    assert [b.name for b in USABLE] == [*(["triton"] if INTERPRETING else []), *native_ones, "composite", "reference"]
 
 
 class TestParity:
@@ -41,8 +41,8 @@ class TestParity:
     def test_widths_of_vits(self, backend, dtype, channels, layout):
         needs(backend, dtype)
         spec = Spec(batch=2, patches=49, channels=channels, dtype=dtype, layout=layout, position="cls")
-        yardstick = Yardstick(make_call(spec), make_upstream(spec))
-        assert_passed(yardstick.compare(run(backend.NAME, yardstick.call, yardstick.upstream)), str(spec))
+        oracle = Oracle(make_call(spec), make_upstream(spec))
+        assert_passed(oracle.compare(run(backend.name, oracle.call, oracle.upstream)), str(spec))
 
     @every_backend
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -53,7 +53,7 @@ class TestParity:
         upstream = torch.ones_like(make_upstream(spec)["tokens"])
         upstream[0] = large = 2 / torch.finfo(dtype).eps
         assert upstream[0, 0, 0] + upstream[1, 0, 0] == large
-        results = run(backend.NAME, make_call(spec), {"tokens": upstream})
+        results = run(backend.name, make_call(spec), {"tokens": upstream})
         for name in DIFFERENTIABLE[1:]:
             assert (results[f"grad_{name}"] == large + 64).all(), name
 
@@ -62,7 +62,7 @@ class TestResult:
     @every_backend
     def test_the_prefix_of_every_image_is_the_same(self, backend):
         call = make_call(Spec(batch=3, position="cls"))
-        tokens = assemble_tokens(**call, backend=backend.NAME)
+        tokens = assemble_tokens(**call, backend=backend.name)
         assert torch.equal(tokens[:, :5], tokens[:1, :5].expand(3, -1, -1))
         assert torch.equal(tokens[0, 1:5], call["register_tokens"][0])  # no row for them
 
@@ -72,7 +72,7 @@ class TestResult:
         image = torch.randn(2, 48, 3, 4)
         call = make_call(Spec(patches=12))
         results = [
-            assemble_tokens(**call | {"patches": x.flatten(2).transpose(1, 2)}, backend=backend.NAME)
+            assemble_tokens(**call | {"patches": x.flatten(2).transpose(1, 2)}, backend=backend.name)
             for x in (image, image.to(memory_format=torch.channels_last))
         ]
         assert torch.equal(*results)
@@ -87,14 +87,14 @@ class TestResult:
         """One addition is all that is rounded; patches and channels fill several vectors and a part of one."""
         needs(backend, dtype)
         call = make_call(spec._replace(patches=149, channels=77, dtype=dtype, layout=layout))
-        assert torch.equal(*(assemble_tokens(**call, backend=name) for name in (backend.NAME, "reference")))
+        assert torch.equal(*(assemble_tokens(**call, backend=name) for name in (backend.name, "reference")))
 
     @every_backend
     def test_a_number_that_is_none_stays_by_itself(self, backend):
         call, upstream = make_call(Spec()), make_upstream(Spec())
-        clean = run(backend.NAME, call, upstream)["tokens"]
+        clean = run(backend.name, call, upstream)["tokens"]
         call["patches"][1, 3, 7], call["register_tokens"][0, 2, 5] = math.nan, math.inf
-        spoilt = run(backend.NAME, call, upstream)["tokens"]
+        spoilt = run(backend.name, call, upstream)["tokens"]
         changed = torch.zeros_like(clean, dtype=torch.bool)
         changed[1, 8, 7] = changed[:, 3, 5] = True
         assert torch.equal(spoilt[~changed], clean[~changed])
@@ -124,21 +124,21 @@ class TestResult:
         dtypes = dict(zip(DIFFERENTIABLE, (patches, parameters, parameters, position), strict=True))
         call = {name: x.to(dtypes[name]) for name, x in call.items()}
         upstream = {"tokens": make_upstream(spec)["tokens"].to(expected)}
-        results = run(backend.NAME, call, upstream)
+        results = run(backend.name, call, upstream)
         assert results["tokens"].dtype == expected
         for name, dtype in dtypes.items():
             assert results[f"grad_{name}"].dtype == dtype
-        yardstick = Yardstick(call, upstream)
-        assert torch.equal(results["tokens"], yardstick.eager["tokens"])
-        assert_passed(yardstick.compare(results), backend.NAME)
+        oracle = Oracle(call, upstream)
+        assert torch.equal(results["tokens"], oracle.eager["tokens"])
+        assert_passed(oracle.compare(results), backend.name)
 
     @every_backend
     def test_no_register_is_zero_registers(self, backend):
         """A model built with none may hold an empty parameter."""
         call = make_call(Spec(registers=0))
         empty = call["cls_token"][:, :0].clone().requires_grad_()
-        tokens = assemble_tokens(**call, register_tokens=empty, backend=backend.NAME)
-        assert torch.equal(tokens, assemble_tokens(**call, backend=backend.NAME))
+        tokens = assemble_tokens(**call, register_tokens=empty, backend=backend.name)
+        assert torch.equal(tokens, assemble_tokens(**call, backend=backend.name))
         assert torch.autograd.grad(tokens.sum(), empty)[0].shape == (1, 0, 48)
 
 
@@ -148,7 +148,7 @@ class TestGradients:
     def test_tokens_and_patches_used_twice(self, backend, spec):
         """The patches' gradient may be a part of the upstream one, which others then must not write to."""
         results = []
-        for name in (backend.NAME, "reference"):
+        for name in (backend.name, "reference"):
             call = {key: x.requires_grad_() for key, x in make_call(spec).items()}
             patches = call["patches"] * 2.0
             tokens = assemble_tokens(**call | {"patches": patches}, backend=name)
@@ -165,4 +165,4 @@ class TestEdges:
     @pytest.mark.parametrize("spec", [Spec(1, 1, 1), Spec(1, 1, 1, 1, 0), Spec(3, 1, 5, position="cls")], ids=str)
     def test_one_of_everything(self, backend, spec):
         call, upstream = make_call(spec), make_upstream(spec)
-        torch.testing.assert_close(run(backend.NAME, call, upstream), run("reference", call, upstream))
+        torch.testing.assert_close(run(backend.name, call, upstream), run("reference", call, upstream))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import PLAIN_BACKENDS, Spec, make_options, make_qkv, needs, views
+from cases import PLAIN_BACKENDS, Spec, make_options, make_qkv, needs, oracle, views
 
-from vitreg_kernels.check import Yardstick
 from vitreg_kernels.functional import register_attention, register_attention_qkv
 
 every_backend = pytest.mark.parametrize("backend", PLAIN_BACKENDS)
@@ -38,10 +37,10 @@ def test_statistics_keep_the_rule(backend, dtype):
     """Nothing inside runs in the autocast dtype that is meant to run in fp32."""
     spec = Spec(batch=4, heads=4, tokens=69, rope="pairs")
     qkv, options = make_qkv(spec), make_options(spec)
-    yardstick = Yardstick(qkv.to(dtype), backward=False, **options)
+    judge = oracle(qkv.to(dtype), backward=False, **options)
     with torch.autocast("cpu", dtype):
         output, statistics = register_attention(*views(qkv), **options, backend=backend)
-    errors = yardstick.compare({"output": output, **statistics._asdict()})
+    errors = judge.compare({"output": output, **statistics._asdict()})
     assert not [f"{name}: {accuracy}" for name, accuracy in errors.items() if not accuracy.passed]
 
 

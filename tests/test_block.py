@@ -213,7 +213,9 @@ class TestBackend:
         ({"mlp": "relu"}, "mlp must be one of 'gelu', 'swiglu', not 'relu'"),
         ({"drop_path": 1.0}, "drop_path must be at least 0 and below 1, not 1.0"),
         ({"num_heads": 5}, "dim=48 must be a multiple of num_heads=5"),
-        ({"backend": "composite"}, "unknown backend 'composite'"),
+        ({"backend": "flash"}, "unknown backend 'flash': expected None or one of 'triton', 'cpu', 'sdpa'"),
+        ({"backend": {"attention": "composite"}}, "unknown backend 'composite'"),
+        ({"backend": {"norms": "composite"}}, "unknown op 'norms': expected any of 'attention'"),
     ],
 )
 def test_bad_blocks_are_refused(options, message):

@@ -2,53 +2,60 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from vitreg_kernels import check, cli
+from vitreg_kernels import cli
+from vitreg_kernels.cli.info import support_table
+from vitreg_kernels.measure import check
+from vitreg_kernels.measure.cases import CASES, assemble, attention, residual_norm, token_norms
 from vitreg_kernels.ops.attention import features
 from vitreg_kernels.ops.attention.backends import BACKENDS, sdpa
+from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
+from vitreg_kernels.ops.catalogue import OPS
+from vitreg_kernels.ops.token_norms.backends import composite as counting
 
 
 @pytest.fixture
 def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cases(dtype, device):
-        yield check.Case("21 tokens", torch.randn(1, 21, 3, 2, 16, device=device).to(dtype), {"num_prefix_tokens": 5})
+    def attentions(dtype, device):
+        full = partial(attention.call, outputs=OUTPUT_NAMES)
+        yield full(torch.randn(1, 21, 3, 2, 16, device=device).to(dtype), name="21 tokens", num_prefix_tokens=5)
         keep = torch.rand(1, 1, 1, 17, device=device) > 0.3
-        yield check.Case(
-            "17 tokens, padded", torch.randn(1, 17, 3, 2, 16, device=device).to(dtype), {"attn_mask": keep}
-        )
+        yield full(torch.randn(1, 17, 3, 2, 16, device=device).to(dtype), name="17 tokens, padded", attn_mask=keep)
 
-    monkeypatch.setattr(check, "cases", cases)
+    monkeypatch.setitem(CASES, "attention", attentions)
+    for op, cases in {"residual_norm": residual_norm, "token_norms": token_norms, "assemble": assemble}.items():
+        monkeypatch.setitem(CASES, op, partial(cases.kinds, (3, 54, 100)))
 
 
 def test_info_names_versions_and_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
-    for word in (torch.__version__, *(b.NAME for b in BACKENDS), *features.ALL):
+    for word in (torch.__version__, *(b.name for b in BACKENDS), *features.ALL):
         assert word in shown
 
 
 def test_support_table_says_what_is_declared() -> None:
-    header, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in cli.support_table().split("\n")
-    ]
-    assert header[1:] == [b.NAME for b in BACKENDS]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in support_table().split("\n")]
+    assert header[1:] == [b.name for b in BACKENDS]
     by_feature = {row[0]: row[1:] for row in rows}
     for feature in features.ALL:
-        assert by_feature[feature] == ["yes" if feature in b.REQUIREMENTS.features else "no" for b in BACKENDS]
+        assert by_feature[feature] == ["yes" if feature in b.requirements.features else "no" for b in BACKENDS]
 
 
 def test_support_tables_of_the_other_ops(capsys: pytest.CaptureFixture[str]) -> None:
-    header, _, *rows = cli.support_table("residual norm").split("\n")
-    names = ["triton", "native", "composite", "reference"]
+    header, _, *rows = support_table("residual_norm").split("\n")
+    names = [b.name for b in OPS["residual_norm"].backends]
     assert [cell.strip() for cell in header.strip("|").split("|")] == ["residual norm", *names]
-    sizes = ["channels", "1-4096", "any", "any", "any"]
+    sizes = ["channels", "1-4096", *["any"] * (len(names) - 1)]
     assert any([cell.strip() for cell in row.strip("|").split("|")] == sizes for row in rows)
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
-    for op in ("attention", "residual norm", "token norms", "assemble"):
-        assert cli.support_table(op) in shown
+    for op in ("attention", "residual_norm", "token_norms", "assemble"):
+        assert support_table(op) in shown
 
 
 @pytest.mark.usefixtures("few_cases")
@@ -56,10 +63,16 @@ def test_check_passes_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "FAIL" not in shown
-    backends = check.usable_backends("cpu")
-    assert {"sdpa", "reference"} <= set(backends)
-    # Two cases in three dtypes a backend, less what a backend does not serve.
-    assert f"{6 * len(backends) - shown.count('not served')} passed, 0 failed" in shown
+    lines = [line.split() for line in shown.split("\n")]
+    for op in OPS:
+        backends = check.usable_backends(op, torch.device("cpu"))
+        assert "reference" in backends
+        assert {line[1] for line in lines if line[:1] == [op]} == set(backends)
+    # Attention has two cases in three dtypes a backend.
+    attentions = 6 * len(check.usable_backends("attention", torch.device("cpu")))
+    assert sum(line[:1] == ["attention"] for line in lines) == attentions
+    results = sum(line[0] in OPS for line in lines if line)
+    assert f"{results - shown.count('not served')} passed, 0 failed" in shown
 
 
 def broken_output(result):
@@ -79,13 +92,46 @@ def broken_statistic(result):
     ("broken", "named"),
     [(broken_output, "output"), (broken_gradient, "grad_query"), (broken_statistic, "lse")],
 )
-def test_check_fails_when_a_backend_is_wrong(broken, named, monkeypatch, capsys) -> None:
+def test_check_fails_when_a_backend_is_wrong(broken, named, change_backends, capsys) -> None:
     right = sdpa.forward
-    monkeypatch.setattr(sdpa, "forward", lambda inputs: broken(right(inputs)))
+    change_backends("sdpa", forward=lambda inputs: broken(right(inputs)))
     assert cli.main(["check", "--device", "cpu", "--backend", "sdpa"]) == 1
     failing = [line for line in capsys.readouterr().out.split("\n") if "FAIL" in line]
     assert failing
     assert all(named in line for line in failing if "fp32" in line)
+
+
+@pytest.mark.usefixtures("few_cases")
+@pytest.mark.parametrize(
+    ("op", "broken", "named"),
+    [
+        ("residual_norm", lambda result: result._replace(residual=result.residual * 1.02), "residual"),
+        ("token_norms", lambda norms: norms * 1.02, "token_norms"),
+        ("assemble", lambda tokens: tokens * 1.02, "tokens"),
+    ],
+)
+def test_check_fails_when_a_backend_of_another_op_is_wrong(op, broken, named, change_backends, capsys) -> None:
+    (right,) = (backend.forward for backend in OPS[op].backends if backend.name == "composite")
+    change_backends("composite", op=op, forward=lambda *inputs: broken(right(*inputs)))
+    assert cli.main(["check", "--device", "cpu", "--backend", "composite"]) == 1
+    failing = [line.split() for line in capsys.readouterr().out.split("\n") if "FAIL" in line]
+    assert {line[0] for line in failing} == {op}
+    assert all(named in " ".join(line) for line in failing)
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_check_fails_when_a_count_is_off_by_one(change_backends, capsys) -> None:
+    right = counting.accumulate
+
+    def wrong(norms, layout, into):
+        right(norms, layout, into)
+        into.histogram[2, 7] += 1
+
+    change_backends("composite", op="token_norms", accumulate=wrong)
+    assert cli.main(["check", "--device", "cpu", "--op", "token_norms", "--backend", "composite"]) == 1
+    failing = [line for line in capsys.readouterr().out.split("\n") if "FAIL" in line]
+    assert len(failing) == 3  # dtypes
+    assert all(line.endswith("FAIL: patches histogram") for line in failing)
 
 
 def without_statistics(result):
@@ -105,9 +151,9 @@ def raising(result):
     ("broken", "said"),
     [(without_statistics, "were asked for"), (statistics_in_half, "dtype"), (raising, "an illegal memory access")],
 )
-def test_check_fails_when_a_backend_does_not_answer_as_asked(broken, said, monkeypatch, capsys) -> None:
+def test_check_fails_when_a_backend_does_not_answer_as_asked(broken, said, change_backends, capsys) -> None:
     right = sdpa.forward
-    monkeypatch.setattr(sdpa, "forward", lambda inputs: broken(right(inputs)))
+    change_backends("sdpa", forward=lambda inputs: broken(right(inputs)))
     assert cli.main(["check", "--device", "cpu", "--backend", "sdpa"]) == 1
     shown = capsys.readouterr().out
     assert "0 passed, 6 failed" in shown
@@ -123,6 +169,26 @@ def test_check_refuses_a_device_that_is_not_there(device: str, capsys: pytest.Ca
 def test_check_refuses_an_unknown_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "--backend", "flash"]) == 2
     assert "unknown backend 'flash'" in capsys.readouterr().err
+
+
+def test_check_refuses_an_unknown_op(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "--op", "softmax"]) == 2
+    expected = "unknown op 'softmax': expected any of attention, residual_norm, token_norms, assemble\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_check_of_some_ops_by_the_backends_that_they_have(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["check", "--device", "cpu", "--op", "attention", "--op", "assemble"]
+    assert cli.main([*chosen, "--backend", "composite", "--backend", "sdpa"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.split("\n")]
+    assert {tuple(line[:2]) for line in lines if line and line[0] in OPS} == {
+        ("attention", "sdpa"),
+        ("assemble", "composite"),
+    }
+    assert cli.main(["check", "--device", "cpu", "--op", "assemble", "--backend", "sdpa"]) == 2
+    expected = "unknown backend 'sdpa': expected any of triton, cpu, composite, reference\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_check_that_checks_nothing_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:

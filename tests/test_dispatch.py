@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from cases import Spec, make_options, make_qkv, views
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vitreg_kernels import UnsupportedError, explain
-from vitreg_kernels._runtime import dispatch, tuning
-from vitreg_kernels._runtime import native as _runtime_native
-from vitreg_kernels._runtime.dispatch import Request, Requirements
+from vitreg_kernels import UnsupportedError, explain, functional
+from vitreg_kernels._native import library
+from vitreg_kernels.dispatch import Backend, Request, Requirements, preferences, tables
+from vitreg_kernels.dispatch import rules as dispatch
+from vitreg_kernels.dispatch.preferences import Table
+from vitreg_kernels.dispatch.tables import Fastest, Key, Size
 from vitreg_kernels.functional import register_attention
 from vitreg_kernels.ops.attention import features
-from vitreg_kernels.ops.attention.backends import BACKENDS, sdpa, triton, xformers
+from vitreg_kernels.ops.attention.backends import BACKENDS
 from vitreg_kernels.ops.attention.validation import validated
+from vitreg_kernels.ops.catalogue import OPS
 
-NAMES = [backend.NAME for backend in BACKENDS]
-DECLARED = Requirements(("cuda",), (torch.float16, torch.bfloat16), (16, 128), (features.ROPE,), (8, 0))
-CALL = Request("cuda", (9, 0), torch.float16, 64, ())
+NAMES = [backend.name for backend in BACKENDS]
+TRITON, SDPA, XFORMERS = (dispatch.find(BACKENDS, name) for name in ("triton", "sdpa", "xformers"))
+ABLE = replace(TRITON, faults=list)  # as on a machine that has a GPU
+DECLARED = Requirements(("cuda",), (torch.float16, torch.bfloat16), (16, 128), (features.ROPE,), (80, 2**31 - 1))
+CALL = Request("attention", "cuda", 90, torch.float16, 64)
+SIZE = Size(272, 128)
+ROW = Key("attention", "sm_90", 16, 64, *SIZE, ())
+
+
+def a_table(name, **backends):
+    """A table with rows for calls of so many tokens: ``_272="triton"``."""
+    rows = {ROW._replace(tokens=int(tokens[1:])): Fastest(who, "2026-12-01") for tokens, who in backends.items()}
+    return Table.of(name, rows)
 
 
 @pytest.fixture
-def measured(tmp_path, monkeypatch, dynamo):
-    """A GPU's file says that triton is the fastest up to 272 tokens and sdpa up to 2048, and triton runs here."""
-    (tmp_path / "sm90.json").write_text('{"fastest": {"16-bit,64,272": "triton", "16-bit,64,2048": "sdpa"}}')
-    monkeypatch.setattr(tuning, "_TABLES", tuning.read_tables(tmp_path))
-    monkeypatch.setattr(triton, "not_supported_reasons", lambda request: [])
+def measured(monkeypatch, dynamo):
+    """The shipped table of a GPU says that triton is the fastest up to 272 tokens and sdpa up to 2048."""
+    shipped = a_table("the shipped table", _272="triton", _2048="sdpa")
+    monkeypatch.setattr(preferences, "TABLES", (preferences.USER, shipped))
+    dispatch.select_cached.cache_clear()
 
 
-class Fake:
+def fake(name, supported=(), default="yes"):
     """A backend with the reasons given."""
-
-    def __init__(self, name, supported=(), default=()):
-        self.NAME, self.supported, self.default = name, list(supported), list(default)
-
-    def not_supported_reasons(self, request):
-        return self.supported
-
-    def not_default_reasons(self, request):
-        return self.default
+    return Backend(
+        name=name,
+        requirements=Requirements(("cuda",), (torch.float16,)),
+        forward=lambda inputs: None,
+        default=default,
+        refuses=lambda request: list(supported),
+    )
 
 
 class TestDeclarations:
@@ -49,8 +63,8 @@ class TestDeclarations:
     @pytest.mark.parametrize(
         ("changes", "reason"),
         [
-            ({"device": "cpu", "capability": (0, 0)}, "runs on cuda, not on cpu"),
-            ({"capability": (7, 5)}, "needs compute capability 8.0, this GPU has 7.5"),
+            ({"device": "cpu", "capability": 0}, "runs on cuda, not on cpu"),
+            ({"capability": 75}, "runs on sm_80 and newer, not on sm_75"),
             ({"dtype": torch.float64}, "takes float16 or bfloat16, not float64"),
             ({"head_dim": 15}, "takes head dims 16 to 128, not 15"),
             ({"head_dim": 129}, "takes head dims 16 to 128, not 129"),
@@ -60,62 +74,210 @@ class TestDeclarations:
     def test_each_has_its_reason(self, changes, reason):
         assert dispatch.unmet(DECLARED, CALL._replace(**changes)) == [reason]
 
+    def test_a_range_of_capabilities(self):
+        """ "sm_90 and nothing else" can be said, and what reaches no further than sm_89."""
+        only = DECLARED._replace(capabilities=(90, 90))
+        assert dispatch.unmet(only, CALL) == []
+        for capability in (80, 89, 100, 120):
+            (reason,) = dispatch.unmet(only, CALL._replace(capability=capability))
+            assert reason == f"runs on sm_90, not on sm_{capability}"
+        until = DECLARED._replace(capabilities=(80, 89))
+        assert dispatch.unmet(until, CALL) == ["runs on sm_80 to sm_89, not on sm_90"]
+
     def test_channels_of_an_op_that_takes_whole_tokens(self):
         needs = Requirements(("cuda",), (torch.float16,), channels=(1, 4096))
-        call = Request("cuda", (9, 0), torch.float16, channels=4096)
+        call = Request("residual_norm", "cuda", 90, torch.float16, channels=4096)
         assert dispatch.unmet(needs, call) == []
         assert dispatch.unmet(needs, call._replace(channels=4097)) == ["takes channel counts 1 to 4096, not 4097"]
         assert dispatch.unmet(needs, CALL) == [], "a call without channels is not asked for them"
 
     def test_all_reasons_are_given(self):
-        call = Request("cpu", (0, 0), torch.float64, 8, (features.DROPOUT, features.ADDITIVE_MASK))
+        call = Request("attention", "cpu", 0, torch.float64, 8, None, (features.DROPOUT, features.ADDITIVE_MASK))
         assert len(dispatch.unmet(DECLARED, call)) == 5
 
     @pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
     def test_features_are_of_the_vocabulary(self, backend):
-        assert set(backend.REQUIREMENTS.features) <= set(features.ALL)
-        assert isinstance(backend.REQUIREMENTS, Requirements)
+        assert set(backend.requirements.features) <= set(features.ALL)
+        assert isinstance(backend.requirements, Requirements)
 
 
 class TestSelection:
     def test_the_first_that_may(self):
-        backends = Fake("a", supported=["no"]), Fake("b", default=["unproven"]), Fake("c"), Fake("d")
-        assert dispatch.select(backends, CALL, None).NAME == "c"
+        backends = fake("a", ["no"]), fake("b", default="if measured"), fake("c"), fake("d")
+        assert dispatch.select(backends, CALL, None).name == "c"
 
-    def test_a_named_one_need_not_be_a_default(self):
-        backends = Fake("a", default=["unproven"]), Fake("b")
-        assert dispatch.select(backends, CALL, "a").NAME == "a"
+    @pytest.mark.parametrize("default", ["if measured", "never"])
+    def test_a_named_one_need_not_be_a_default(self, default):
+        backends = fake("a", default=default), fake("b")
+        assert dispatch.select(backends, CALL, "a").name == "a"
 
     def test_a_named_one_never_falls_back(self):
-        backends = Fake("a", supported=["too wide", "too new"]), Fake("b")
+        backends = fake("a", ["too wide", "too new"]), fake("b")
         with pytest.raises(UnsupportedError, match="backend 'a' cannot serve this call: too wide; too new"):
             dispatch.select(backends, CALL, "a")
 
     def test_none_that_can(self):
-        backends = Fake("a", supported=["too wide", "too new"]), Fake("b", supported=["too old"])
+        backends = fake("a", ["too wide", "too new"]), fake("b", ["too old"])
         with pytest.raises(UnsupportedError, match=r"no backend can .*a: too wide, too new; b: too old"):
             dispatch.select(backends, CALL, None)
 
     def test_none_that_may_be_a_default_says_so(self):
-        with pytest.raises(UnsupportedError, match="unproven"):
-            dispatch.select((Fake("a", default=["unproven"]),), CALL, None)
+        backends = fake("a", default="if measured"), fake("b", default="never")
+        with pytest.raises(UnsupportedError, match=r"a: has not been measured on sm_90 .*; b: is never the default"):
+            dispatch.select(backends, CALL, None)
+
+    def test_faults_are_asked_of_what_runs_on_the_device(self):
+        broken = replace(fake("a"), faults=lambda: ["broken"])
+        assert broken.reasons_against(CALL) == ["broken"]
+        assert broken.reasons_against(CALL._replace(device="cpu")) == ["runs on cuda, not on cpu"]
 
     def test_explanation(self):
-        backends = Fake("a", default=["unproven"]), Fake("b"), Fake("c"), Fake("d", supported=["too wide", "too new"])
+        backends = fake("a", default="if measured"), fake("b"), fake("c"), fake("d", ["too wide", "too new"])
         explanation = dispatch.explain(backends, CALL, None)
         assert explanation.backend == "b"
-        assert explanation.reasons == {"a": ["unproven"], "c": ["b comes first"], "d": ["too wide", "too new"]}
+        unmeasured = "has not been measured on sm_90 for such a call yet; name it to use it"
+        assert explanation.reasons == {"a": [unmeasured], "c": ["b comes first"], "d": ["too wide", "too new"]}
         assert str(explanation).splitlines() == [
-            "backend: b",
-            "  not a: unproven",
+            "backend: b, by the declared order",
+            f"  not a: {unmeasured}",
             "  not c: b comes first",
             "  not d: too wide; too new",
         ]
 
     def test_explanation_of_a_named_one(self):
-        backends = Fake("a"), Fake("b", supported=["no"])
-        assert dispatch.explain(backends, CALL, "a") == ("a", {"b": ["no"]})
-        assert dispatch.explain(backends, CALL, "b") == (None, {"a": ["b was named"], "b": ["no"]})
+        backends = fake("a"), fake("b", ["no"])
+        assert dispatch.explain(backends, CALL, "a") == ("a", {"b": ["no"]}, "its name")
+        assert dispatch.explain(backends, CALL, "b") == (None, {"a": ["b was named"], "b": ["no"]}, "its name")
+
+
+class TestMeasurements:
+    """What the tables say goes before the declared order."""
+
+    BACKENDS = fake("a", default="if measured"), fake("b"), fake("c"), fake("d", default="never")
+
+    def chosen(self, tokens=272, backends=BACKENDS, **changes):
+        call = CALL._replace(size=SIZE._replace(tokens=tokens), **changes)
+        return dispatch.explain(backends, call, None)
+
+    def test_any_backend_can_be_named_by_a_row(self, monkeypatch):
+        for name in "abc":
+            monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272=name),))
+            dispatch.select_cached.cache_clear()
+            assert self.chosen().backend == name
+            assert self.chosen().decided_by == "a table, measured 2026-12-01"
+            for other in set("abc") - {name}:
+                (reason,) = self.chosen().reasons[other]
+                assert reason.startswith(f"{name} is the fastest for such a call by a table, measured 2026-12-01")
+
+    def test_the_first_table_with_a_row_decides(self, monkeypatch):
+        tables = a_table("yours", _272="a"), a_table("shipped", _272="c", _2048="c")
+        monkeypatch.setattr(preferences, "TABLES", tables)
+        dispatch.select_cached.cache_clear()
+        assert (self.chosen().backend, self.chosen().decided_by) == ("a", "yours, measured 2026-12-01")
+        assert (self.chosen(2048).backend, self.chosen(2048).decided_by) == ("c", "shipped, measured 2026-12-01")
+        assert (self.chosen(64).backend, self.chosen(64).decided_by) == ("b", "the declared order")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"op": "residual_norm"},
+            {"capability": 80},
+            {"dtype": torch.float32},
+            {"head_dim": 63},
+            {"features": (features.ROPE,)},
+            {"size": SIZE._replace(heads=512)},
+            {"size": SIZE._replace(tokens=2048)},
+            {"size": None},
+        ],
+        ids=lambda change: next(iter(change)),
+    )
+    def test_a_row_decides_for_nothing_else(self, change, monkeypatch):
+        monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="c"),))
+        call = CALL._replace(size=SIZE)
+        assert preferences.measured(call) == ("c", "2026-12-01", "a table")
+        assert preferences.measured(call._replace(**change)) is None
+
+    @pytest.mark.parametrize("name", ["d", "gone"])
+    def test_a_row_that_names_what_cannot_be_is_passed_over(self, name, monkeypatch):
+        monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272=name),))
+        dispatch.select_cached.cache_clear()
+        assert (self.chosen().backend, self.chosen().decided_by) == ("b", "the declared order")
+
+    def test_what_cannot_serve_the_call_is_passed_over_with_its_reason(self, monkeypatch):
+        backends = fake("a", ["too new"], default="if measured"), fake("b")
+        monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="a"),))
+        explanation = self.chosen(backends=backends)
+        assert explanation == ("b", {"a": ["too new"]}, "the declared order")
+
+    def test_a_named_backend_needs_no_row(self, monkeypatch):
+        monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="c"),))
+        assert dispatch.select(self.BACKENDS, CALL._replace(size=SIZE), "d").name == "d"
+
+    def test_sizes_are_told_apart_where_there_are_rows_only(self, monkeypatch):
+        """Elsewhere a graph that is compiled for any size stays so."""
+        assert preferences.size("attention", "cuda", 90, 201, 12) is None
+        monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="c"),))
+        assert preferences.size("attention", "cuda", 90, 201, 12) == (272, 32)
+        assert preferences.size("attention", "cuda", 80, 201, 12) is None
+        assert preferences.size("residual_norm", "cuda", 90, 201, 12) is None
+        assert preferences.size("attention", "cpu", 0, 201, 12) is None
+
+    def test_a_cpu_can_have_rows(self, monkeypatch):
+        """SDPA of a CPU too, by the instruction set that runs there."""
+        device = preferences.device_name("cpu", 0)
+        assert device == (f"cpu_{library.isa()}" if library.isa() else "cpu")
+        key = Key("attention", device, 32, 16, 64, 32, ())
+        monkeypatch.setattr(preferences, "TABLES", (Table.of("mine", {key: Fastest("sdpa", "2026-12-01")}),))
+        query = views(make_qkv(Spec()))[0]
+        explanation = explain(query)
+        assert (explanation.backend, explanation.decided_by) == ("sdpa", "mine, measured 2026-12-01")
+        assert explain(query.double()).decided_by == "the declared order"
+
+    @pytest.mark.parametrize("op", [op for op in OPS if op != "attention"])
+    def test_every_op_has_rows(self, op, monkeypatch, change_backends):
+        """What is measured of norms, token norms and assembly can be adopted too."""
+        x = torch.randn(2, 9, 16)
+        calls = {
+            "residual_norm": partial(functional.residual_layer_norm, x, weight=torch.ones(16)),
+            "token_norms": partial(functional.token_norms, x),
+            "assemble": partial(functional.assemble_tokens, x),
+        }
+        key = Key(op, preferences.device_name("cpu", 0), 32, 16, 64, 32, ())
+        ran = []
+        for name in ("reference", "composite"):
+            monkeypatch.setattr(preferences, "TABLES", (Table.of("a table", {key: Fastest(name, "2026-12-01")}),))
+            forward = dispatch.find(OPS[op].backends, name).forward
+            change_backends(name, op=op, forward=lambda x, n=name, f=forward: ran.append(n) or f(x))
+            calls[op]()
+        assert ran == ["reference", "composite"]
+
+
+class TestTables:
+    def test_a_file_holds_what_was_put_in(self, tmp_path):
+        rows = {ROW: Fastest("triton", "2026-12-01"), ROW._replace(features=("rope",)): Fastest("sdpa", "2026-12-02")}
+        other = {ROW._replace(device="cpu_amx"): Fastest("cpu", "2026-12-03")}
+        assert {path.name for path in tables.adopt(tmp_path, rows | other)} == {"sm_90.json", "cpu_amx.json"}
+        assert tables.fastest(tables.read(tmp_path, "fastest")) == rows | other
+
+    def test_a_new_row_takes_the_place_of_one_alike(self, tmp_path):
+        tables.adopt(
+            tmp_path, {ROW: Fastest("sdpa", "2026-12-01"), ROW._replace(heads=0): Fastest("sdpa", "2026-12-01")}
+        )
+        tables.merge(tmp_path, "sm_90", "others", [{"a": 1}], ["a"])
+        tables.adopt(tmp_path, {ROW: Fastest("triton", "2026-12-02")})
+        found = tables.fastest(tables.read(tmp_path, "fastest"))
+        assert found[ROW] == Fastest("triton", "2026-12-02")
+        assert found[ROW._replace(heads=0)] == Fastest("sdpa", "2026-12-01")
+        assert tables.read(tmp_path, "others") == {"sm_90": [{"a": 1}]}
+
+    def test_buckets(self):
+        tokens = {1: 64, 64: 64, 65: 272, 272: 272, 273: 2048, 2048: 2048, 2049: 0}
+        assert {n: tables.token_bucket(n) for n in tokens} == tokens
+        heads = {1: 32, 32: 32, 33: 128, 128: 128, 129: 512, 512: 512, 513: 0}
+        assert {n: tables.size_of(1, n).heads for n in heads} == heads
+
+    def test_nothing_is_read_where_there_are_no_tables(self, tmp_path):
+        assert tables.read(tmp_path / "absent", "fastest") == {}
 
 
 class TestAttention:
@@ -125,16 +287,15 @@ class TestAttention:
         ids=str,
     )
     @pytest.mark.usefixtures("dynamo")
-    @pytest.mark.parametrize("built", [False, True], ids=["pure Python", "native"])
-    def test_the_default_on_a_cpu(self, spec, built, monkeypatch):
-        """The native kernels where there are any and they serve the call, torch's own elsewhere."""
-        if built and _runtime_native.faults():
-            pytest.skip(_runtime_native.faults()[0])
+    @pytest.mark.parametrize("built", [False, True], ids=["pure Python", "cpu"])
+    def test_the_default_on_a_cpu(self, spec, built, change_backends):
+        """The C++ kernels where there are any and they serve the call, torch's own elsewhere."""
+        if built and library.faults():
+            pytest.skip(library.faults()[0])
         if not built:
-            monkeypatch.setattr(_runtime_native, "faults", lambda: ["there are none"])
-        dispatch._select_cached.cache_clear()
+            change_backends("cpu", faults=lambda: ["there are none"])
         served = built and spec.dtype != torch.float64 and spec.mask is None
-        expected = "native" if served else "sdpa"
+        expected = "cpu" if served else "sdpa"
         options = make_options(spec)
         explanation = explain(*views(make_qkv(spec)), **options)
         assert explanation.backend == expected
@@ -142,19 +303,18 @@ class TestAttention:
         assert all(explanation.reasons.values()), "a reason is missing"
         ran = []
         for backend in BACKENDS:
-            forward = backend.forward
-            monkeypatch.setattr(
-                backend, "forward", lambda x, name=backend.NAME, forward=forward: ran.append(name) or forward(x)
+            run = backend.forward
+            change_backends(
+                backend.name, op="attention", forward=lambda x, n=backend.name, f=run: ran.append(n) or f(x)
             )
         register_attention(*views(make_qkv(spec)), **options)
         assert ran == [expected]
-        dispatch._select_cached.cache_clear()
 
     @pytest.mark.parametrize("name", ["reference", "sdpa"])
-    def test_the_named_one_runs(self, name, monkeypatch):
+    def test_the_named_one_runs(self, name, change_backends):
         for backend in BACKENDS:
-            if name != backend.NAME:
-                monkeypatch.setattr(backend, "forward", None)
+            if name != backend.name:
+                change_backends(backend.name, op="attention", forward=None)
         register_attention(*views(make_qkv(Spec())), backend=name)
         with pytest.raises(TypeError, match="NoneType"):
             register_attention(*views(make_qkv(Spec())), backend="reference" if name == "sdpa" else "sdpa")
@@ -162,65 +322,54 @@ class TestAttention:
     def test_every_named_backend_that_cannot_says_all_its_reasons(self):
         spec = Spec(head_dim=9, dtype=torch.float64, mask="additive")
         qkv, options = views(make_qkv(spec)), make_options(spec)
-        for backend in (triton, xformers):
-            reasons = explain(*qkv, **options, backend=backend.NAME).reasons[backend.NAME]
+        for backend in (TRITON, XFORMERS):
+            reasons = explain(*qkv, **options, backend=backend.name).reasons[backend.name]
             assert len(reasons) >= 3
             with pytest.raises(UnsupportedError) as raised:
-                register_attention(*qkv, **options, backend=backend.NAME)
-            for reason in (repr(backend.NAME), *reasons):
+                register_attention(*qkv, **options, backend=backend.name)
+            for reason in (repr(backend.name), *reasons):
                 assert reason in str(raised.value)
 
-    @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-    def test_triton_is_no_default_where_it_was_not_measured(self, capability, monkeypatch):
-        call = CALL._replace(capability=capability, length_bucket="272")
-        monkeypatch.setattr(triton, "not_supported_reasons", lambda _: [])
-        monkeypatch.setattr(tuning, "_TABLES", {})
-        assert "has not been measured" in triton.not_default_reasons(call)[0]
-        assert dispatch._select(BACKENDS, call, None).NAME == "sdpa"
-
-    def test_the_default_on_a_gpu_is_what_its_file_shows_fastest(self, measured):
-        backends = triton, sdpa
-        call = CALL._replace(length_bucket="272")
-        assert dispatch._select(backends, call, None).NAME == "triton"
-        explanation = dispatch.explain(backends, call._replace(length_bucket="2048"), None)
+    @pytest.mark.parametrize("capability", [80, 90, 100])
+    def test_triton_is_no_default_where_it_was_not_measured(self, capability):
+        call = CALL._replace(capability=capability, size=SIZE)
+        explanation = dispatch.explain((ABLE, SDPA), call, None)
         assert explanation.backend == "sdpa"
-        assert "is no faster than sdpa" in explanation.reasons["triton"][0]
-        for change in (
-            {"capability": (8, 0)},
-            {"dtype": torch.float32},
-            {"head_dim": 65},
-            {"length_bucket": "any"},
-        ):
+        assert f"has not been measured on sm_{capability}" in explanation.reasons["triton"][0]
+
+    def test_the_default_on_a_gpu_is_what_its_table_shows_fastest(self, measured):
+        backends = ABLE, SDPA
+        call = CALL._replace(size=SIZE)
+        assert dispatch.select(backends, call, None).name == "triton"
+        longer = call._replace(size=SIZE._replace(tokens=2048))
+        explanation = dispatch.explain(backends, longer, None)
+        assert explanation.backend == "sdpa"
+        assert "sdpa is the fastest for such a call by the shipped table" in explanation.reasons["triton"][0]
+        for change in ({"capability": 80}, {"dtype": torch.float32}, {"head_dim": 65}, {"size": Size(0, 128)}):
             unmeasured = dispatch.explain(backends, call._replace(**change), None)
             assert unmeasured.backend == "sdpa"
-            assert "has not been measured on compute capability" in unmeasured.reasons["triton"][0]
-        assert dispatch._select(backends, call._replace(length_bucket="2048"), "triton").NAME == "triton"
+            assert "has not been measured on sm_" in unmeasured.reasons["triton"][0]
+        assert dispatch.select(backends, longer, "triton").name == "triton"
 
-    def test_the_choice_by_length_can_be_traced(self, measured):
+    def test_the_choice_by_size_can_be_traced(self, measured):
         """One graph a bucket: what the compiler sees of a GPU's call, without one."""
+        backends = ABLE, SDPA
 
         def chosen(x):
-            call = CALL._replace(dtype=x.dtype, head_dim=x.shape[1], length_bucket=tuning.length_bucket(x.shape[0]))
-            return x + 1 if dispatch.select(BACKENDS, call, None) is triton else x - 1
+            size = preferences.size("attention", "cuda", 90, x.shape[0], x.shape[2])
+            call = CALL._replace(dtype=x.dtype, head_dim=x.shape[1], size=size)
+            return x + 1 if dispatch.select(backends, call, None) is ABLE else x - 1
 
         counter = CompileCounterWithBackend("eager")
         compiled = torch.compile(chosen, backend=counter, fullgraph=True)
         for tokens in (201, 261, 70, 1374, 1029):
-            x = torch.zeros(tokens, 64, dtype=torch.float16)
-            assert compiled(x)[0, 0] == (1 if tokens <= 272 else -1)
+            x = torch.zeros(tokens, 64, 100, dtype=torch.float16)
+            assert compiled(x)[0, 0, 0] == (1 if tokens <= 272 else -1)
         assert counter.frame_count == 3  # 201 alone, then 65 to 272, then up to 2048
 
-    def test_buckets_and_sizes(self):
-        lengths = {1: "64", 64: "64", 65: "272", 272: "272", 273: "2048", 2048: "2048", 2049: "any"}
-        assert {tokens: tuning.length_bucket(tokens) for tokens in lengths} == lengths
-        assert tuning.size_key(torch.bfloat16, 33, "64") == tuning.size_key(torch.float16, 64, "64") == "16-bit,64,64"
-        assert tuning.size_key(torch.float32, 65, "any") == "32-bit,128,any"
-
-    def test_nothing_is_read_where_there_are_no_tables(self, tmp_path):
-        assert tuning.read_tables(tmp_path / "absent") == {}
-
-    def test_xformers_is_never_a_default(self):
-        assert xformers.not_default_reasons(CALL)
+    @pytest.mark.parametrize("backend", [TRITON, XFORMERS], ids=lambda b: b.name)
+    def test_what_was_not_measured_is_no_default(self, backend):
+        assert backend.default == "if measured"
 
     def test_the_request_describes_the_call(self):
         spec = Spec(head_dim=24, dtype=torch.float16, rope="pairs", mask="bool")
@@ -234,8 +383,10 @@ class TestAttention:
             }
             return features.request_of(validated(*views(make_qkv(spec)), **arguments))
 
-        assert request(spec) == Request("cpu", (0, 0), torch.float16, 24, (features.BOOL_MASK, features.ROPE))
-        assert request(spec).length_bucket == "any", "off a GPU no graph may hang on the length"
+        assert request(spec) == Request(
+            "attention", "cpu", 0, torch.float16, 24, None, (features.BOOL_MASK, features.ROPE)
+        )
+        assert request(spec).size is None, "without rows no graph may hang on the size"
         assert request(Spec(mask="key_padding")).features == (features.KEY_PADDING_MASK,)
         assert request(Spec(mask="additive"), dropout_p=0.1).features == (features.ADDITIVE_MASK, features.DROPOUT)
         assert request(Spec(batch=1, lengths=(9, 12))).features == (features.PACKING,)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vitreg_kernels import RegisterAttention, RegisterTokens, Rope, TokenLayout, UnsupportedError
-from vitreg_kernels.accuracy import compare
+from vitreg_kernels.measure.accuracy import compare
 
 DIM, HEADS, TOKENS = 48, 3, 21  # one CLS token, four registers, a 4 x 4 grid
 

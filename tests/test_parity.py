@@ -7,33 +7,33 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import LAYOUTS, VIT_TOKENS, Spec, assert_parity, make_options, make_qkv, run, views
+from cases import LAYOUTS, VIT_TOKENS, Spec, assert_parity, make_options, make_qkv, oracle, views
 
-from vitreg_kernels._runtime.triton_mode import INTERPRETING
-from vitreg_kernels.check import Yardstick, usable_backends
+from vitreg_kernels._triton.mode import INTERPRETING
 from vitreg_kernels.functional import register_attention, register_attention_qkv
+from vitreg_kernels.measure.check import usable_backends
 from vitreg_kernels.ops.attention.backends import BACKENDS
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 # The reference is what the others are held against; test_reference.py holds it against a formula of its own.
-USABLE = [backend for backend in BACKENDS if backend.NAME in usable_backends("cpu") and backend.NAME != "reference"]
+USABLE = [b for b in BACKENDS if b.name in usable_backends("attention", torch.device("cpu")) and b.name != "reference"]
 
-every_backend = pytest.mark.parametrize("backend", USABLE, ids=lambda backend: backend.NAME)
+every_backend = pytest.mark.parametrize("backend", USABLE, ids=lambda backend: backend.name)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
 def test_there_is_something_to_test():
-    assert ({"triton", "sdpa"} if INTERPRETING else {"sdpa"}) <= {backend.NAME for backend in USABLE}
+    assert ({"triton", "sdpa"} if INTERPRETING else {"sdpa"}) <= {backend.name for backend in USABLE}
 
 
 @every_backend
 @every_dtype
 @pytest.mark.parametrize("tokens", VIT_TOKENS)
 def test_shapes_of_vits(backend, dtype, tokens):
-    if dtype not in backend.REQUIREMENTS.dtypes:
+    if dtype not in backend.requirements.dtypes:
         pytest.skip("not declared")
     heads = 3 if tokens < 1000 else 1
-    assert_parity(Spec(batch=1, heads=heads, tokens=tokens, head_dim=64, dtype=dtype), backend.NAME)
+    assert_parity(Spec(batch=1, heads=heads, tokens=tokens, head_dim=64, dtype=dtype), backend.name)
 
 
 @every_backend
@@ -42,14 +42,14 @@ def test_shapes_of_vits(backend, dtype, tokens):
 def test_massive_activations(backend, dtype, massive):
     """One token of norm 500 among tokens of norm 20.
 
-    In query and key at once it would overflow the fp16 logits of the eager formula, which is no yardstick then.
+    In query and key at once it would overflow the fp16 logits of the eager formula, which bounds nothing then.
     """
-    if dtype not in backend.REQUIREMENTS.dtypes:
+    if dtype not in backend.requirements.dtypes:
         pytest.skip("not declared")
     qkv = make_qkv(Spec(batch=2 if INTERPRETING else 12, tokens=69, head_dim=64))
     qkv *= 20 / qkv.norm(dim=-1, keepdim=True)
     qkv[:, 41, massive] *= 25
-    errors = Yardstick(qkv.to(dtype), num_prefix_tokens=5, outputs=OUTPUT_NAMES).errors(backend.NAME)
+    errors = oracle(qkv.to(dtype), num_prefix_tokens=5, outputs=OUTPUT_NAMES).errors(backend.name)
     assert not [f"{name}: {accuracy}" for name, accuracy in errors.items() if not accuracy.passed]
 
 
@@ -57,15 +57,15 @@ def test_massive_activations(backend, dtype, massive):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_logits_that_overflow_the_dtype(backend, dtype):
     """Query and key of one token along one direction, norm 500: a raw product of 250000, which fp16 cannot hold."""
-    if dtype not in backend.REQUIREMENTS.dtypes:
+    if dtype not in backend.requirements.dtypes:
         pytest.skip("not declared")
     qkv = make_qkv(Spec(tokens=69, head_dim=64))
     qkv[:, 41, :2] = 62.5
-    yardstick = Yardstick(qkv.to(dtype), num_prefix_tokens=5, outputs=OUTPUT_NAMES)
-    results = run(yardstick, backend.NAME)
+    judge = oracle(qkv.to(dtype), num_prefix_tokens=5, outputs=OUTPUT_NAMES)
+    results = judge.call.run(backend.name)
     assert all(tensor.isfinite().all() for tensor in results.values())
     names = ("output", "lse", "max_logit")
-    errors = yardstick.compare({name: results[name] for name in names})
+    errors = judge.compare({name: results[name] for name in names})
     assert not [f"{name}: {accuracy}" for name, accuracy in errors.items() if not accuracy.passed]
 
 
@@ -85,9 +85,9 @@ def test_logits_that_overflow_the_dtype(backend, dtype):
 def test_layout_of_the_output(backend, spec):
     """A ``[B, H, N, D]`` view of contiguous ``[B, N, H, D]`` memory, and ``[B, N, C]`` of the same numbers."""
     qkv, options = make_qkv(spec), make_options(spec)
-    output, _ = register_attention(*views(qkv), **options, backend=backend.NAME)
+    output, _ = register_attention(*views(qkv), **options, backend=backend.name)
     assert output.transpose(1, 2).is_contiguous()
-    packed, _ = register_attention_qkv(qkv, **options, backend=backend.NAME)
+    packed, _ = register_attention_qkv(qkv, **options, backend=backend.name)
     assert packed.is_contiguous()
     assert torch.equal(packed, output.transpose(1, 2).flatten(2))
 
@@ -99,10 +99,10 @@ def test_gradient_of_the_packed_projection(backend):
     qkv = make_qkv(spec).requires_grad_()
     options = make_options(spec)
     gradient = torch.randn(2, 21, 32)
-    packed, _ = register_attention_qkv(qkv, **options, backend=backend.NAME)
-    output, _ = register_attention(*views(qkv), **options, backend=backend.NAME)
+    packed, _ = register_attention_qkv(qkv, **options, backend=backend.name)
+    output, _ = register_attention(*views(qkv), **options, backend=backend.name)
     (actual,) = torch.autograd.grad(packed, qkv, gradient)
     (expected,) = torch.autograd.grad(output.transpose(1, 2).flatten(2), qkv, gradient)
-    if backend.OPAQUE:
+    if backend.opaque:
         assert actual.is_contiguous()
     torch.testing.assert_close(actual, expected)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from vit_cases import TINY, angles_of
 
-from vitreg_kernels.accuracy import compare
+from vitreg_kernels.measure.accuracy import compare
 from vitreg_kernels.nn.rope import PatchRope, patch_rope
 
 CPU = torch.device("cpu")

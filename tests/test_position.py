@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitreg_kernels.accuracy import compare
+from vitreg_kernels.measure.accuracy import compare
 from vitreg_kernels.nn import patch_like_registers
 from vitreg_kernels.nn.position import resample_positions
 

@@ -26,34 +26,34 @@ from token_norms_cases import (
 from torch.utils.checkpoint import checkpoint
 
 from vitreg_kernels import NormDistribution, TokenLayout
-from vitreg_kernels._runtime import native
-from vitreg_kernels._runtime.triton_mode import INTERPRETING
+from vitreg_kernels._native import library
+from vitreg_kernels._triton.mode import INTERPRETING
 from vitreg_kernels.functional import residual_layer_norm, token_norm_stats, token_norms
 from vitreg_kernels.ops.token_norms.api import accumulate
 
 F32, F64 = torch.float32, torch.float64
 LAYOUT = TokenLayout(num_registers=4)
 
-every_backend = pytest.mark.parametrize("backend", USABLE, ids=lambda backend: backend.NAME)
+every_backend = pytest.mark.parametrize("backend", USABLE, ids=lambda backend: backend.name)
 every_dtype = pytest.mark.parametrize("dtype", [F32, torch.float16, torch.bfloat16], ids=str)
 every_kind = pytest.mark.parametrize("spec", KINDS, ids=str)
 
 
 def needs(backend, dtype):
-    if dtype not in backend.REQUIREMENTS.dtypes:
+    if dtype not in backend.requirements.dtypes:
         pytest.skip("not declared")
 
 
 def accumulated(batches, backend, layout=LAYOUT):
     into = NormDistribution.zeros((3,), "cpu")
     for norms in batches:
-        assert accumulate(norms, layout, into, backend=backend.NAME) is None
+        assert accumulate(norms, layout, into, backend=backend.name) is None
     return into._asdict()
 
 
 def test_there_is_something_to_test():
-    native_ones = [] if native.faults() else ["native"]
-    assert [b.NAME for b in USABLE] == [*(["triton"] if INTERPRETING else []), *native_ones, "composite", "reference"]
+    native_ones = [] if library.faults() else ["cpu"]
+    assert [b.name for b in USABLE] == [*(["triton"] if INTERPRETING else []), *native_ones, "composite", "reference"]
 
 
 class TestParity:
@@ -61,15 +61,15 @@ class TestParity:
     @settings(max_examples=10 if INTERPRETING else 60)
     @given(data=st.data())
     def test_any_call(self, backend, data):
-        spec = data.draw(specs([dtype for dtype in backend.REQUIREMENTS.dtypes if dtype != F64]))
-        assert_parity(spec, backend.NAME, draws=4 if INTERPRETING else 10)
+        spec = data.draw(specs([dtype for dtype in backend.requirements.dtypes if dtype != F64]))
+        assert_parity(spec, backend.name, draws=4 if INTERPRETING else 10)
 
     @every_backend
     @every_dtype
     @pytest.mark.parametrize("channels", [1, 384, 768, 1024, 1280, 1536, 4096])
     def test_widths_of_vits(self, backend, dtype, channels):
         needs(backend, dtype)
-        assert_parity(Spec(batch=2, tokens=11, channels=channels, dtype=dtype), backend.NAME)
+        assert_parity(Spec(batch=2, tokens=11, channels=channels, dtype=dtype), backend.name)
 
     @every_backend
     @every_dtype
@@ -79,9 +79,9 @@ class TestParity:
         x = make_call(Spec(batch=8, tokens=33, channels=384))["x"]
         x *= 20 / x.norm(dim=-1, keepdim=True)
         x[:, 17, :2] = torch.tensor([450.0, -218.0])
-        norms = token_norms(x.to(dtype), backend=backend.NAME)
+        norms = token_norms(x.to(dtype), backend=backend.name)
         torch.testing.assert_close(norms[:, 17], torch.full((8,), 500.0), rtol=0.01, atol=0.0)
-        assert token_norm_stats(x.to(dtype), LAYOUT, backend=backend.NAME).outliers().patches == 8
+        assert token_norm_stats(x.to(dtype), LAYOUT, backend=backend.name).outliers().patches == 8
 
 
 class TestNorms:
@@ -91,18 +91,18 @@ class TestNorms:
     def test_those_of_residual_layer_norm(self, backend, dtype, channels):
         needs(backend, dtype)
         x = make_call(Spec(channels=channels, dtype=dtype))["x"]
-        expected = residual_layer_norm(x, weight=torch.ones(channels), backend=backend.NAME).token_norms
-        assert torch.equal(token_norms(x, backend=backend.NAME), expected)
+        expected = residual_layer_norm(x, weight=torch.ones(channels), backend=backend.name).token_norms
+        assert torch.equal(token_norms(x, backend=backend.name), expected)
 
     @every_backend
     def test_tokens_that_are_not_numbers_stay_by_themselves(self, backend):
         call = make_call(Spec())
-        clean = run(backend.NAME, call)
+        clean = run(backend.name, call)
         kept = {name: x.clone() for name, x in clean.items()}
         x = call["x"]
         lost = [(0, 0), (1, 3), (1, 20)]
         x[0, 0, 5], x[1, 3, 0], x[1, 20, 47] = math.nan, math.inf, -math.inf
-        spoilt = run(backend.NAME, call)
+        spoilt = run(backend.name, call)
         others = torch.ones(2, 21, dtype=torch.bool)
         others[tuple(zip(*lost, strict=True))] = False
         assert torch.equal(spoilt["token_norms"][others], kept["token_norms"][others])
@@ -120,7 +120,7 @@ class TestCounting:
         norms = ODD_NORMS[None]
         layout = TokenLayout(num_cls_tokens=1000, num_registers=1000)
         result = accumulated([norms], backend, layout)
-        assert_same_counts(result, counted(norms, layout), backend.NAME)
+        assert_same_counts(result, counted(norms, layout), backend.name)
         assert result["nonfinite"].sum(0).tolist() == [2, 2]
         assert (result["histogram"].sum(0)[1:-1] == 2).all()
 
@@ -132,12 +132,12 @@ class TestCounting:
         some = st.one_of(st.floats(0, 1e4, width=32), st.integers(0, len(ODD_NORMS) - 1).map(lambda i: ODD_NORMS[i]))
         rows = st.lists(some, min_size=tokens, max_size=tokens)
         norms = torch.tensor(data.draw(st.lists(rows, min_size=1, max_size=4)), dtype=F32)
-        assert_same_counts(accumulated([norms], backend), counted(norms, LAYOUT), backend.NAME)
+        assert_same_counts(accumulated([norms], backend), counted(norms, LAYOUT), backend.name)
 
     @every_backend
     def test_more_norms_than_a_program_takes(self, backend):
         norms = torch.empty(70, 261).log_normal_(3.0, 0.5)
-        assert_same_counts(accumulated([norms], backend), counted(norms, LAYOUT), backend.NAME)
+        assert_same_counts(accumulated([norms], backend), counted(norms, LAYOUT), backend.name)
 
     @every_backend
     def test_batch_after_batch_is_all_at_once(self, backend):
@@ -146,7 +146,7 @@ class TestCounting:
         expected = counted(norms, LAYOUT)
         for sizes in ([20], [1] * 20, [7, 13], [3, 0, 17]):
             result = accumulated(norms.split(sizes), backend)
-            assert_same_counts(result, expected, f"{backend.NAME} in batches of {sizes}")
+            assert_same_counts(result, expected, f"{backend.name} in batches of {sizes}")
 
     @every_backend
     def test_batches_of_other_lengths(self, backend):
@@ -160,7 +160,7 @@ class TestCounting:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F64], ids=str)
     def test_norms_of_other_dtypes_are_counted_in_fp32(self, backend, dtype):
         norms = torch.empty(3, 21).log_normal_(3.0, 1.0).to(dtype)
-        assert_same_counts(accumulated([norms], backend), counted(norms.float(), LAYOUT), backend.NAME)
+        assert_same_counts(accumulated([norms], backend), counted(norms.float(), LAYOUT), backend.name)
 
     @every_backend
     def test_norms_in_any_strides(self, backend):
@@ -172,7 +172,7 @@ class TestCounting:
             norms[:1].expand(4, -1),
         ):
             assert not moved.is_contiguous()
-            assert_same_counts(accumulated([moved], backend), counted(moved, LAYOUT), backend.NAME)
+            assert_same_counts(accumulated([moved], backend), counted(moved, LAYOUT), backend.name)
 
     @every_backend
     @pytest.mark.parametrize("dim", [0, 1, 2])
@@ -186,8 +186,8 @@ class TestCounting:
         into = NormDistribution(*(x.select(dim, 2) for x in whole))
         norms = torch.empty(3, 21).log_normal_(3.0, 1.0)
         norms[0, 0], norms[1, 7] = math.nan, math.inf
-        accumulate(norms, LAYOUT, into, backend=backend.NAME)
-        assert_same_counts(into._asdict(), counted(norms, LAYOUT), backend.NAME)
+        accumulate(norms, LAYOUT, into, backend=backend.name)
+        assert_same_counts(into._asdict(), counted(norms, LAYOUT), backend.name)
         for x, untouched in zip(whole, before, strict=True):
             for layer in (0, 1, 3):
                 assert torch.equal(x.select(dim, layer), untouched.select(dim, layer))
@@ -196,8 +196,8 @@ class TestCounting:
     def test_a_call_inside_inference_mode(self, backend):
         into = NormDistribution.zeros((3,), "cpu")
         with torch.inference_mode():
-            accumulate(torch.ones(2, 21), LAYOUT, into, backend=backend.NAME)
-        accumulate(torch.ones(2, 21), LAYOUT, into, backend=backend.NAME)
+            accumulate(torch.ones(2, 21), LAYOUT, into, backend=backend.name)
+        accumulate(torch.ones(2, 21), LAYOUT, into, backend=backend.name)
         assert into.count.tolist() == [4, 16, 64]
 
 
@@ -209,7 +209,7 @@ class Layers(torch.nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.weight = torch.nn.Parameter(torch.randn(48, 48, generator=generator) / 7)
         self.state = NormDistribution.zeros((2, 3), "cpu")
-        self.backend, self.checkpointing, self.skip = backend.NAME, checkpointing, skip
+        self.backend, self.checkpointing, self.skip = backend.name, checkpointing, skip
 
     def layer(self, x, i):
         into = NormDistribution(*(s[i] for s in self.state))
@@ -257,5 +257,5 @@ class TestInTraining:
         for one in (plain, compiled):
             for _ in range(2):
                 one(x).square().sum().backward()
-        assert_same_counts(model.state._asdict(), plain.state._asdict(), backend.NAME)
+        assert_same_counts(model.state._asdict(), plain.state._asdict(), backend.name)
         torch.testing.assert_close(model.weight.grad, plain.weight.grad)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vitreg_kernels import NormDistribution, TokenLayout, TokenNormStats, UnsupportedError
-from vitreg_kernels._runtime.dispatch import Request
+from vitreg_kernels.dispatch import Request
 from vitreg_kernels.functional import token_norm_stats, token_norms
 from vitreg_kernels.ops.token_norms import features
 from vitreg_kernels.ops.token_norms.api import accumulate
@@ -21,13 +21,12 @@ INTO = NormDistribution.zeros((3,), "cpu")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_runs(monkeypatch):
+def _nothing_runs(change_backends):
     def ran(*arguments):
         pytest.fail("a backend ran")
 
     for backend in BACKENDS:
-        monkeypatch.setattr(backend, "forward", ran)
-        monkeypatch.setattr(backend, "accumulate", ran)
+        change_backends(backend.name, op="token_norms", forward=ran, accumulate=ran)
 
 
 def assert_refused(function, arguments, error, message):
@@ -53,7 +52,7 @@ def case(name, error, message, **changes):
         case("integers", TypeError, ["x must be fp32, fp16, bf16 or fp64", "int64"], x=X.long()),
         case("no tokens", ValueError, ["at least one token and channel", "[2, 0, 8]"], x=X[:, :0]),
         case("no channels", ValueError, ["at least one token and channel", "[2, 9, 0]"], x=X[..., :0]),
-        case("unknown backend", ValueError, ["unknown backend 'sdpa'", "'triton', 'native', 'composite'"],
+        case("unknown backend", ValueError, ["unknown backend 'sdpa'", "'triton', 'cpu', 'composite'"],
              backend="sdpa"),
         case("a backend that cannot", UnsupportedError, ["'triton'", "not float64"], x=X.double(), backend="triton"),
         case("too wide", UnsupportedError, ["takes channel counts 1 to 4096, not 4097"],
@@ -127,10 +126,10 @@ def test_percentile():
 
 
 def test_a_device_without_double_precision_can_take_norms_but_not_count_them():
-    backends = [backend for backend in BACKENDS if "mps" in backend.REQUIREMENTS.devices]
+    backends = [backend for backend in BACKENDS if "mps" in backend.requirements.devices]
     assert backends
     for backend in backends:
-        request = Request("mps", (0, 0), torch.float32)
-        assert not backend.not_supported_reasons(request)
-        (reason,) = backend.not_supported_reasons(request._replace(features=(features.STATISTICS,)))
+        request = Request("token_norms", "mps", 0, torch.float32)
+        assert not backend.reasons_against(request)
+        (reason,) = backend.reasons_against(request._replace(features=(features.STATISTICS,)))
         assert "fp64, which MPS does not have" in reason

@@ -17,13 +17,13 @@ from residual_norm_cases import LAYOUTS, _laid_out, assert_passed
 from torch import Tensor
 
 from vitreg_kernels import NormDistribution, TokenLayout
-from vitreg_kernels._runtime.dispatch import Request
-from vitreg_kernels.accuracy import compare
+from vitreg_kernels.dispatch import Request
 from vitreg_kernels.functional import token_norm_stats, token_norms
+from vitreg_kernels.measure.accuracy import compare
 from vitreg_kernels.ops.token_norms.backends import BACKENDS
 from vitreg_kernels.ops.token_norms.bins import bin_edges
 
-USABLE = [b for b in BACKENDS if not b.not_supported_reasons(Request("cpu", (0, 0), torch.float32, channels=64))]
+USABLE = [b for b in BACKENDS if not b.reasons_against(Request("token_norms", "cpu", 0, torch.float32, channels=64))]
 
 DISTRIBUTION = NormDistribution._fields
 

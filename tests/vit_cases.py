@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitreg_kernels import RegisterBlock, RegisterViT, ViTConfig, functional
-from vitreg_kernels.accuracy import Accuracy, compare
+from vitreg_kernels.measure.accuracy import Accuracy, compare
 
 TINY = ViTConfig(image_size=16, patch_size=4, dim=48, depth=3, num_heads=3, layer_scale=0.5)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from . import functional
-from ._runtime.dispatch import Explanation, UnsupportedError
+from ._version import __version__
+from .dispatch import Explanation
+from .errors import UnsupportedError
+from .integrations import load_vit
 from .layout import TokenLayout
 from .monitor import NormReport, TokenNormMonitor
 from .nn import RegisterAttention, RegisterBlock, RegisterTokens, RegisterViT, ViTConfig
 from .ops.attention.api import explain
 from .ops.attention.types import AttentionOutputs, Rope
 from .ops.token_norms.types import NormDistribution, TokenNormStats
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AttentionOutputs",
@@ -28,6 +29,8 @@ __all__ = [
     "TokenNormStats",
     "UnsupportedError",
     "ViTConfig",
+    "__version__",
     "explain",
     "functional",
+    "load_vit",
 ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vitreg_kernels._runtime.dispatch import Backend
+from vitreg_kernels.dispatch import Backend
 from vitreg_kernels.ops.attention import backends
 
 
 def on_gpus(backends: Sequence[Backend]) -> tuple[Backend, ...]:
     """Those that may run on a GPU; a rehearsal on a CPU is of the same."""
-    return tuple(backend for backend in backends if backend.NAME != "native")
+    return tuple(backend for backend in backends if backend.name != "cpu")
 
 
 BACKENDS = on_gpus(backends.BACKENDS)

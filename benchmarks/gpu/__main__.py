@@ -20,9 +20,10 @@ import torch
 from benchmarks import machine, results
 from benchmarks.gpu import report
 from benchmarks.gpu.stage import DEFAULT, NAMES, Loaded, Setup, Stage, load, sentence
-from benchmarks.machine import Machine, lost
+from benchmarks.machine import Machine
 from benchmarks.results import Writer
-from vitreg_kernels._runtime import triton_mode
+from vitreg_kernels._triton import mode
+from vitreg_kernels.measure.race import lost
 
 SECONDS = 480.0  # of a default run
 _AGAIN = "run `make gpu` again to go on"
@@ -89,7 +90,7 @@ def _problem(named: Sequence[str], dry: bool) -> str | None:
         return f"unknown stage {unknown[0]!r}: expected any of {','.join(NAMES)}"
     if dry:
         return None
-    if triton_mode.INTERPRETING:
+    if mode.INTERPRETING:
         return "TRITON_INTERPRET is set, so no kernel would run on the GPU: unset it, or ask for --dry-run"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA GPU: `make gpu DRY=1` (--dry-run) rehearses without one"

@@ -5,21 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from functools import partial
+from typing import Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
 from benchmarks import results
 from benchmarks.gpu import BACKENDS, warm
-from benchmarks.gpu.poison import guarded, poisoned
 from benchmarks.gpu.stage import Setup
-from benchmarks.machine import Machine, lost
+from benchmarks.machine import Machine
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import LENGTHS
-from vitreg_kernels import Rope, check, functional
-from vitreg_kernels.accuracy import Accuracy
-from vitreg_kernels.check import GRADIENTS, Case, Yardstick
+from vitreg_kernels import functional
+from vitreg_kernels.measure.accuracy import Accuracy
+from vitreg_kernels.measure.cases import attention
+from vitreg_kernels.measure.oracle import Call, Oracle, Tensors
+from vitreg_kernels.measure.poison import guarded, poisoned
+from vitreg_kernels.measure.race import lost
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 NAME = "accuracy"
@@ -39,7 +42,7 @@ _GOALS = {f"{n} tokens" for n in LENGTHS} | {_MANY_NAME.format(n) for n in _MANY
 
 
 class AccuracyRow(TypedDict):
-    """One case on one backend. Tensors are named as in ``vitreg_kernels.check``, those of plain calls after their way.
+    """One case on one backend. Tensors are named as by the oracle, those of plain calls after their way.
 
     A case runs in three ways: with every output and gradients; "training", packed with gradients; and "inference",
     packed without, as a model calls it.
@@ -61,7 +64,7 @@ results.ROW_TYPES["accuracy"] = AccuracyRow
 
 
 class _Piece(NamedTuple):
-    case: Case
+    call: Call
     dtype: Precision
 
 
@@ -72,7 +75,7 @@ def run(setup: Setup, writer: Writer) -> Iterator[Row]:
     for number, piece in warm.ahead(undone, lambda numbered: _rehearse(numbered[1]), setup):
         if setup.expired:
             return
-        print(f"    {number}/{len(pieces)} {piece.case.name} in {piece.dtype}", flush=True)
+        print(f"    {number}/{len(pieces)} {piece.call.name} in {piece.dtype}", flush=True)
         with _products(piece.dtype):
             rows = list(_judged(piece, _missing(setup, writer, piece), setup.device))
         yield from writer.extend(rows)
@@ -105,68 +108,69 @@ def unfinished(setup: Setup, writer: Writer) -> int:
 
 def _backends(setup: Setup) -> list[str]:
     """All but the reference, which is what the others are held against; our own kernels first."""
-    backends = sorted(BACKENDS, key=lambda backend: not backend.OPAQUE)
-    devices = {backend.NAME: backend.REQUIREMENTS.devices for backend in backends}
+    backends = sorted(BACKENDS, key=lambda backend: not backend.opaque)
+    devices = {backend.name: backend.requirements.devices for backend in backends}
     return [name for name, those in devices.items() if name != "reference" and setup.device.type in those]
 
 
 def _opaque() -> set[str]:
-    return {backend.NAME for backend in BACKENDS if backend.OPAQUE}
+    return {backend.name for backend in BACKENDS if backend.opaque}
 
 
 def _missing(setup: Setup, writer: Writer, piece: _Piece) -> list[str]:
     """Backends without a row."""
-    judged = writer.find(kind="accuracy", case=piece.case.name, dtype=piece.dtype)
+    judged = writer.find(kind="accuracy", case=piece.call.name, dtype=piece.dtype)
     return [name for name in _backends(setup) if name not in {row["backend"] for row in judged}]
 
 
 def _pieces(setup: Setup) -> list[_Piece]:
-    pieces = [_Piece(case, dtype) for dtype in get_args(Precision) for case in _cases(_DTYPES[dtype], setup)]
-    return sorted(pieces, key=lambda piece: piece.case.name not in _GOALS)  # stable
+    pieces = [_Piece(call, dtype) for dtype in get_args(Precision) for call in _calls(_DTYPES[dtype], setup)]
+    return sorted(pieces, key=lambda piece: piece.call.name not in _GOALS)  # stable
 
 
-def _cases(dtype: torch.dtype, setup: Setup) -> Iterator[Case]:
+def _calls(dtype: torch.dtype, setup: Setup) -> Iterator[Call]:
     generator = torch.Generator(setup.device).manual_seed(1)
+    full = partial(attention.call, outputs=OUTPUT_NAMES, num_prefix_tokens=5)
 
     def qkv(batch: int, tokens: int, heads: int, head_dim: int) -> Tensor:
         shape = (batch, tokens, 3, heads, head_dim)
         return torch.randn(shape, generator=generator, device=setup.device).to(dtype)
 
-    def pack(lengths: list[int], heads: int, head_dim: int) -> tuple[Tensor, dict[str, Any]]:
+    def pack(name: str, lengths: list[int], heads: int, head_dim: int) -> Call:
         bounds = torch.tensor([0, *lengths]).cumsum(0).to(setup.device, torch.int32)
-        return qkv(1, sum(lengths), heads, head_dim), {"num_prefix_tokens": 5, "cu_seqlens": bounds}
+        return full(qkv(1, sum(lengths), heads, head_dim), name=name, cu_seqlens=bounds)
 
     if setup.dry:
-        yield Case("21 tokens", qkv(1, 21, 1, 16), {"num_prefix_tokens": 5})
-        yield Case("21 + 7 tokens, packed", *pack([21, 7], 1, 16))
+        yield full(qkv(1, 21, 1, 16), name="21 tokens")
+        yield pack("21 + 7 tokens, packed", [21, 7], 1, 16)
         return
-    yield from check.cases(dtype, str(setup.device))
+    yield from attention.calls(dtype, setup.device)
     for tokens in _MANY_TOKENS:
-        yield Case(_MANY_NAME.format(tokens), qkv(20, tokens, 16, 64), {"num_prefix_tokens": 5})
+        yield full(qkv(20, tokens, 16, 64), name=_MANY_NAME.format(tokens))
     for tokens in (261, 1029):
-        yield Case(f"{tokens} tokens, head dim 128", qkv(1, tokens, 2, 128), {"num_prefix_tokens": 5})
-    yield Case("2 x 261 + 8 x 54 tokens, packed", *pack([261] * 2 + [54] * 8, 2, 64))
+        yield full(qkv(1, tokens, 2, 128), name=f"{tokens} tokens, head dim 128")
+    yield pack("2 x 261 + 8 x 54 tokens, packed", [261] * 2 + [54] * 8, 2, 64)
 
 
 def _judged(piece: _Piece, backends: list[str], device: torch.device) -> Iterator[Row]:
     """Rows without their ``machine``; none after one whose crash took the GPU along."""
-    case, yardstick = _prepared(piece)
+    oracle = Oracle(piece.call.changed(guarded))
     for backend in backends:
         start = time.monotonic()
         found, crash, deterministic = None, None, None
-        reasons = check.not_served(backend, case)
+        reasons = piece.call.reasons_against(backend)
         if not reasons:
             try:
                 with poisoned(device):
-                    first, second = _every_way(backend, yardstick), _every_way(backend, yardstick)
+                    first, second = _every_way(backend, oracle), _every_way(backend, oracle)
                     deterministic = all(same_bits(first[way][name], second[way][name]) for way, name in _names(first))
-                    found = {way: yardstick.compare(tensors) for way, tensors in first.items()}
+                    found = {way: oracle.compare(tensors) for way, tensors in first.items()}
             except Exception as error:  # whatever a kernel raises, the other cases are still to be judged
                 crash = f"{type(error).__name__}: {error}"
         yield {
             "kind": "accuracy",
             "backend": backend,
-            "case": case.name,
+            "case": piece.call.name,
             "dtype": piece.dtype,
             "reasons": reasons,
             "crash": crash,
@@ -181,42 +185,35 @@ def _judged(piece: _Piece, backends: list[str], device: torch.device) -> Iterato
 def _rehearse(piece: _Piece) -> None:
     """The calls of our own kernels."""
     with _products(piece.dtype):
-        case, yardstick = _prepared(piece)
+        oracle = Oracle(piece.call.changed(guarded))
         for backend in _opaque():
-            if not check.not_served(backend, case):
-                _every_way(backend, yardstick)
+            if not piece.call.reasons_against(backend):
+                _every_way(backend, oracle)
 
 
-def _prepared(piece: _Piece) -> tuple[Case, Yardstick]:
-    """The case with its tensors between guard bands."""
-    case = Case(piece.case.name, guarded(piece.case.qkv), _guarded(piece.case.options))
-    grad_output = torch.randn(case.qkv[:, :, 0].shape, generator=torch.Generator().manual_seed(0))
-    grad_output = guarded(grad_output.to(case.qkv)).transpose(1, 2)
-    return case, Yardstick(case.qkv, grad_output=grad_output, outputs=OUTPUT_NAMES, **case.options)
-
-
-def _every_way(backend: str, yardstick: Yardstick) -> dict[str, dict[str, Tensor]]:
+def _every_way(backend: str, oracle: Oracle) -> dict[str, Tensors]:
     return {
-        "": yardstick.run(backend),
-        "training ": _packed(backend, yardstick, backward=True),
-        "inference ": _packed(backend, yardstick, backward=False),
+        "": oracle.run(backend),
+        "training ": _packed(backend, oracle.call, backward=True),
+        "inference ": _packed(backend, oracle.call, backward=False),
     }
 
 
-def _packed(backend: str, yardstick: Yardstick, *, backward: bool) -> dict[str, Tensor]:
-    """From packed qkv without outputs, as a model calls it; tensors in the yardstick's ``[B, H, N, D]``."""
-    qkv = yardstick.qkv.detach().requires_grad_(backward)
-    options = yardstick.options | {"outputs": ()}
+def _packed(backend: str, call: Call, *, backward: bool) -> Tensors:
+    """From packed qkv without outputs, as a model calls it; tensors as ``[B, H, N, D]``, as the oracle has them."""
+    options = {**call.arguments, "outputs": ()}
+    qkv, grad_output = options.pop("qkv"), options.pop("grad_output")
+    qkv = qkv.detach().requires_grad_(backward)
     output = functional.register_attention_qkv(qkv, backend=backend, **options)
     heads_first = output.detach().unflatten(-1, qkv.shape[3:]).transpose(1, 2)
     if not backward:
         return {"output": heads_first}
-    (grad_qkv,) = torch.autograd.grad(output, qkv, yardstick.grad_output.transpose(1, 2).flatten(2))
+    (grad_qkv,) = torch.autograd.grad(output, qkv, grad_output.transpose(1, 2).flatten(2))
     gradients = grad_qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return {"output": heads_first, **dict(zip(GRADIENTS, gradients, strict=True))}
+    return {"output": heads_first, **dict(zip(attention.GRADIENTS, gradients, strict=True))}
 
 
-def _names(ways: dict[str, dict[str, Tensor]]) -> list[tuple[str, str]]:
+def _names(ways: dict[str, Tensors]) -> list[tuple[str, str]]:
     return [(way, name) for way, tensors in ways.items() for name in tensors]
 
 
@@ -229,20 +226,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _guarded(options: dict[str, Any]) -> dict[str, Any]:
-    """Floating-point options between guard bands; no value of a bool or an index would show that it was read."""
-
-    def guard(option: Any) -> Any:
-        if isinstance(option, Rope):
-            return Rope(guarded(option.cos), guarded(option.sin), option.interleaved)
-        return guarded(option) if isinstance(option, Tensor) and option.is_floating_point() else option
-
-    return {name: guard(option) for name, option in options.items()}
-
-
 @contextmanager
 def _products(dtype: Precision) -> Iterator[None]:
-    """Whether fp32 products, the yardstick's and the kernels' alike, may be of tf32."""
+    """Whether fp32 products, the reference's and the kernels' alike, may be of tf32."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"

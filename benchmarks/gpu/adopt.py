@@ -1,28 +1,72 @@
 """Makes the fastest backend of a GPU run the default there: ``python -m benchmarks.gpu.adopt RESULTS.json``.
 
-Writes, into the configs file of the run's architecture, what a call that names no backend gets at each size that was
-raced. Nobody is to get slower: a backend takes sdpa's place only where it won every forward+backward of the size,
-packed and separate, and nothing of it broke in inputs of that many bits. Multi-crop races decide nothing: their rows
-do not say how long an image is.
+Writes into the table of the run's architecture (``dispatch/configs``) what a call that names no backend gets at each
+size that was raced. Nobody is to get slower: a backend takes the place of torch's own only where it won every race that
+counts at the size, and nothing of it broke in inputs of that many bits. Multi-crop races decide nothing: their rows do
+not say how long an image is.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from benchmarks import results
-from benchmarks.gpu import accuracy, configs, race
+from benchmarks.gpu import accuracy, norms, race
 from benchmarks.gpu.stage import load
 from benchmarks.results import Row
 from benchmarks.shapes import DTYPES
-from vitreg_kernels._runtime import tuning
-from vitreg_kernels.ops.attention.backends import sdpa, triton
+from vitreg_kernels.dispatch import tables
+from vitreg_kernels.dispatch.tables import Fastest, Key
 
-CHALLENGERS = (triton.NAME,)  # backends that may be the default in sdpa's place
+CHALLENGERS = ("triton",)  # backends that may be the default in the place of torch's own
+
+
+class Race(NamedTuple):
+    """How the rows of an op's races are read.
+
+    Attributes:
+        op: the op's name.
+        kind: of the rows.
+        modes: those that count; a backend has to win them all.
+        case: fields that tell one race from another.
+        width: the field of a row that the table calls so.
+        incumbent: torch's own, the default where nothing is measured.
+    """
+
+    op: str
+    kind: str
+    modes: tuple[str, ...]
+    case: tuple[str, ...]
+    width: str
+    incumbent: str
+
+
+RACES = (
+    Race(
+        "attention",
+        "race",
+        ("forward+backward",),
+        ("layout", "dtype", "batch", "heads", "tokens", "head_dim", "mode"),
+        "head_dim",
+        "sdpa",
+    ),
+    Race(
+        "residual_norm",
+        "residual_norm",
+        ("forward", "backward"),
+        ("norm", "dtype", "batch", "tokens", "channels", "memory", "mode"),
+        "channels",
+        "composite",
+    ),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,83 +74,107 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.adopt", description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path, help="a result file of a GPU run")
     try:
-        path, winners = adopt(parser.parse_args(arguments).results, tuning.CONFIGS)
+        winners = adopt(parser.parse_args(arguments).results, tables.CONFIGS)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    for size, backend in winners.items():
-        print(f"{size}: {backend}")
-    print(f"written to {path}")
+    for key, row in winners.items():
+        print(f"{key.op} on {key.device}, {key.bits} bits, width {key.width}, {_size(key)}: {row.backend}")
+    print(f"written to {tables.CONFIGS}")
     return 0
 
 
-def adopt(file: Path, folder: Path) -> tuple[Path, dict[str, str]]:
-    """Merges the winners of a result file into its architecture's file in ``folder``; that file, and the winners.
+def adopt(file: Path, folder: Path) -> dict[Key, Fastest]:
+    """Merges the winners of a result file into its architecture's table in ``folder``, and gives them.
 
     Raises:
         ValueError: if the file is not of a run on a GPU, or holds no race.
     """
     load()  # the schema of result files is in the stages
     rows = results.load(file)
-    capability = rows[0]["machine"]["capability"] if rows else "nothing"
-    if not capability.startswith("sm_"):
-        raise ValueError(f"{file} must be of a run on a GPU, not on {capability}: run `make gpu` on one")
-    winners = fastest(rows)
+    device = rows[0]["machine"]["capability"] if rows else "nothing"
+    if not device.startswith("sm_"):
+        raise ValueError(f"{file} must be of a run on a GPU, not on {device}: run `make gpu` on one")
+    winners = {key: Fastest(backend, _date(file)) for key, backend in fastest(rows, device).items()}
     if not winners:
-        raise ValueError(f"{file} holds no forward+backward race: run `make gpu` with its stages accuracy and race")
-    return configs.merge(folder, int(capability.removeprefix("sm_")), {"fastest": winners}), winners
-
-
-def fastest(rows: Sequence[Row]) -> dict[str, str]:
-    """The default of each size that was raced."""
-    sizes: dict[str, list[dict[str, float]]] = {}  # milliseconds of each case by backend
-    for case in dict.fromkeys(_case(row) for row in rows if _counts(row)):
-        its = [row for row in rows if _counts(row) and _case(row) == case]
-        times = {
-            row["variant"].removeprefix("vitreg:"): row["median_ms"] for row in its if row["median_ms"] is not None
-        }
-        sizes.setdefault(_size(its[0]), []).append(times)
-    winners = {}
-    for size, cases in sizes.items():
-        won = [name for name in CHALLENGERS if _passed(rows, name, _bits(size)) and all(_wins(name, c) for c in cases)]
-        winners[size] = won[0] if won else sdpa.NAME
+        raise ValueError(f"{file} holds no race that counts: run `make gpu` with its stages accuracy, race and norms")
+    tables.adopt(folder, winners)
     return winners
 
 
-def _counts(row: Row) -> bool:
+def fastest(rows: Sequence[Row], device: str) -> dict[Key, str]:
+    """The default of each size that was raced on a device."""
+    winners = {}
+    for of_op in RACES:
+        raced = [row for row in rows if _counts(row, of_op)]
+        sizes: dict[Key, list[dict[str, float]]] = {}  # milliseconds of each case by backend
+        for case in dict.fromkeys(_case(row, of_op) for row in raced):
+            its = [row for row in raced if _case(row, of_op) == case]
+            times = {_backend(row): row["median_ms"] for row in its if row["median_ms"] is not None}
+            sizes.setdefault(_key(its[0], of_op, device), []).append(times)
+        for key, cases in sizes.items():
+            won = [c for c in CHALLENGERS if _passed(rows, of_op, c, key.bits) and all(_wins(c, t) for t in cases)]
+            winners[key] = won[0] if won else of_op.incumbent
+    return winners
+
+
+def _counts(row: Row, of_op: Race) -> bool:
     return (
-        row["kind"] == "race"
-        and row["mode"] == "forward+backward"
-        and row["layout"] != "multicrop"
-        and row["variant"].removeprefix("vitreg:") in (*CHALLENGERS, sdpa.NAME)
+        row["kind"] == of_op.kind
+        and row["mode"] in of_op.modes
+        and row.get("layout") != "multicrop"
+        and _backend(row) in (*CHALLENGERS, of_op.incumbent)
     )
 
 
-def _case(row: Row) -> tuple:
-    return tuple(row[name] for name in ("layout", "dtype", "batch", "heads", "tokens", "head_dim"))
+def _backend(row: Row) -> str:
+    return row["variant"].removeprefix("vitreg:")
 
 
-def _size(row: Row) -> str:
-    return tuning.size_key(DTYPES[row["dtype"]], row["head_dim"], tuning.length_bucket(row["tokens"]))
+def _case(row: Row, of_op: Race) -> tuple:
+    return tuple(row[name] for name in of_op.case)
+
+
+def _key(row: Row, of_op: Race, device: str) -> Key:
+    """What the race decides for: calls without a mask, rotation or any other feature, like its own."""
+    size = tables.size_of(row["tokens"], row["batch"] * row.get("heads", 1))
+    return Key(of_op.op, device, _bits(row), row[of_op.width], *size, features=())
 
 
 def _wins(backend: str, times: dict[str, float]) -> bool:
     return backend in times and times[backend] == min(times.values())
 
 
-def _passed(rows: Sequence[Row], backend: str, bits: str) -> bool:
+def _passed(rows: Sequence[Row], of_op: Race, backend: str, bits: int) -> bool:
     """Whether a backend was judged in inputs of so many bits, and nothing about it is wrong in any stage."""
-    judged = [r for r in rows if r["kind"] == "accuracy" and r["backend"] == backend and _bits(r["dtype"]) == bits]
-    raced = [
-        r for r in rows if r["kind"] == "race" and r["variant"] == f"vitreg:{backend}" and _bits(r["dtype"]) == bits
-    ]
-    ran = any(row["errors"] for row in judged)
-    return ran and not accuracy.failures(judged) and not race.failures(raced)
+    if of_op.op == "attention":
+        judged = [r for r in rows if r["kind"] == "accuracy" and r["backend"] == backend and _bits(r) == bits]
+        failures = accuracy.failures(judged)
+    else:
+        named = f"{of_op.op}:{backend}"
+        judged = [r for r in rows if r["kind"] == "norm_accuracy" and r["backend"] == named and _bits(r) == bits]
+        failures = norms.failures(judged)
+    variant = f"vitreg:{backend}"
+    raced = [r for r in rows if r["kind"] == of_op.kind and r["variant"] == variant and _bits(r) == bits]
+    broken = race.failures(raced) if of_op.op == "attention" else norms.failures(raced)
+    return any(row["errors"] for row in judged) and not failures and not broken
 
 
-def _bits(name: str) -> str:
-    """Of the inputs, from a dtype (``bf16``; ``tf32`` multiplies inputs of 32) or a size (``16-bit,64,272``)."""
-    return re.search("16|32", name).group()
+def _bits(row: Row) -> int:
+    """Of a number of the inputs; ``tf32`` multiplies inputs of 32."""
+    return 32 if row["dtype"] == "tf32" else torch.finfo(DTYPES.get(row["dtype"], torch.float16)).bits
+
+
+def _date(file: Path) -> str:
+    """The day of a run, which stands in its file's name, or else when that was written."""
+    found = re.search(r"\d{4}-\d\d-\d\d", file.stem)
+    return found.group() if found else datetime.date.fromtimestamp(file.stat().st_mtime).isoformat()
+
+
+def _size(key: Key) -> str:
+    tokens = f"up to {key.tokens}" if key.tokens else f"over {tables.TOKEN_BUCKETS[-1]}"
+    heads = f"up to {key.heads}" if key.heads else f"over {tables.HEAD_BUCKETS[-1]}"
+    return f"{tokens} tokens, {heads} {'heads' if key.op == 'attention' else 'images'}"
 
 
 if __name__ == "__main__":

@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import results, timing
+from benchmarks import results
 from benchmarks.gpu import BACKENDS
 from benchmarks.gpu.stage import Setup
-from benchmarks.machine import Machine, lost
-from benchmarks.peers import Stopped, guarded
+from benchmarks.machine import Machine
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import DTYPES, DType
 from benchmarks.timm_vits import Model, build, first_and_last, formula, register_attention, with_attention
-from vitreg_kernels.accuracy import compare
+from vitreg_kernels.measure import timing
+from vitreg_kernels.measure.accuracy import compare
+from vitreg_kernels.measure.race import Stopped, attempted, lost
 
 NAME = "models"
 SECONDS = 110.0
@@ -38,7 +39,7 @@ _OWN = {
     "own: cudnn": SDPBackend.CUDNN_ATTENTION,
     "own: efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-_MEASURED = (*timing.UNTIMED, "images_per_s", "speedup", "peak_memory_bytes", "errors")
+_MEASURED = (*results.UNTIMED, "images_per_s", "speedup", "peak_memory_bytes", "errors")
 
 
 class ModelRow(TypedDict):
@@ -168,7 +169,7 @@ def unfinished(setup: Setup, writer: Writer) -> int:
 def contenders(module: nn.Module, own: tuple[str, ...] = tuple(_OWN)) -> list[Contender]:
     """The model's own attention by some backends of torch's SDPA, and ours by default and by each opaque backend."""
     theirs = [Contender(name, False, partial(_Under, _OWN[name]), partial(sdpa_kernel, _OWN[name])) for name in own]
-    backends = {"vitreg: default": None} | {f"vitreg: {b.NAME}": b.NAME for b in BACKENDS if b.OPAQUE}
+    backends = {"vitreg: default": None} | {f"vitreg: {b.name}": b.name for b in BACKENDS if b.opaque}
     ours = [Contender(n, True, partial(register_attention, module, b)) for n, b in backends.items()]
     return [*theirs, *ours]
 
@@ -208,7 +209,7 @@ def _found(writer: Writer, piece: Piece) -> list[Row]:
 
 
 def _rows(piece: Piece, setup: Setup, writer: Writer) -> list[Row]:
-    built = guarded(partial(build, piece.model, setup.device, DTYPES[_DTYPE]), ours=False)
+    built = attempted(partial(build, piece.model, setup.device, DTYPES[_DTYPE]), ours=False)
     row = {
         "kind": "model",
         "model": piece.model.name,
@@ -268,7 +269,7 @@ def _rows(piece: Piece, setup: Setup, writer: Writer) -> list[Row]:
         else:
             timed = timings[contender.name]
             own_row |= {
-                **timed.as_row(),
+                **results.timed(timed),
                 "images_per_s": 1e3 * piece.model.batch / timed.median_ms,
                 "speedup": own_ms[best_own] / timed.median_ms if best_own else None,
                 "peak_memory_bytes": outcome.peak_memory_bytes,
@@ -324,7 +325,7 @@ def _outcome(attempt: Callable[[], Any], piece: Piece, *, ours: bool) -> Any:
         except torch.OutOfMemoryError as error:
             return Stopped(f"ran out of memory at a batch of {piece.model.batch}: {error}", failed=False)
 
-    return guarded(call, ours=ours)
+    return attempted(call, ours=ours)
 
 
 def _attempt(contender: Contender, tree: nn.Module, task: _Task) -> _Ready:

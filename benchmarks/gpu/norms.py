@@ -9,16 +9,21 @@ from typing import Literal, NamedTuple, TypedDict
 
 import torch
 
-from benchmarks import norms, results, timing
-from benchmarks.gpu import accuracy, warm
-from benchmarks.gpu.calls import OPS, Call, calls
-from benchmarks.gpu.poison import poisoned
+from benchmarks import norms, results
+from benchmarks.gpu import accuracy, on_gpus, warm
+from benchmarks.gpu.calls import OPS, calls
 from benchmarks.gpu.stage import Setup
-from benchmarks.machine import Machine, lost
+from benchmarks.machine import Machine
 from benchmarks.norms import Case
-from benchmarks.peers import Stopped, Tensors, attempt, guarded
+from benchmarks.peers import attempt
 from benchmarks.peers import norms as contenders
 from benchmarks.results import Errors, Row, Writer
+from vitreg_kernels.dispatch import Backend
+from vitreg_kernels.measure import timing
+from vitreg_kernels.measure.oracle import Call, Oracle
+from vitreg_kernels.measure.poison import guarded, poisoned
+from vitreg_kernels.measure.race import Stopped, attempted, lost
+from vitreg_kernels.ops import catalogue
 
 NAME = "norms"
 SECONDS = 35.0
@@ -51,7 +56,7 @@ class _Check(NamedTuple):
     dtype: str
 
     def __str__(self) -> str:
-        return f"{self.call.op.name} of {self.call.name} in {self.dtype}"
+        return f"{self.call.request.op} of {self.call.name} in {self.dtype}"
 
 
 def run(setup: Setup, writer: Writer) -> Iterator[Row]:
@@ -102,10 +107,10 @@ def unfinished(setup: Setup, writer: Writer) -> int:
 
 def rehearse_check(check: _Check) -> None:
     """The calls of our own kernels."""
-    call = check.call.guarded()
-    for backend in call.op.backends:
-        if backend.OPAQUE:
-            guarded(partial(call.run, backend.NAME), ours=True)
+    call = check.call.changed(guarded)
+    for backend in _backends(call.request.op):
+        if backend.opaque:
+            attempted(partial(call.run, backend.name), ours=True)
 
 
 def rehearse_race(case: Case, device: torch.device) -> None:
@@ -117,7 +122,11 @@ def rehearse_race(case: Case, device: torch.device) -> None:
 
 
 def _opaque() -> set[str]:
-    return {f"{op.name}:{backend.NAME}" for op in OPS for backend in op.backends if backend.OPAQUE}
+    return {f"{op.name}:{backend.name}" for op in OPS for backend in on_gpus(op.backends) if backend.opaque}
+
+
+def _backends(op: str) -> tuple[Backend, ...]:
+    return on_gpus(catalogue.OPS[op].backends)
 
 
 def _checks(setup: Setup) -> list[_Check]:
@@ -130,25 +139,25 @@ def _checks(setup: Setup) -> list[_Check]:
 
 def _missing(setup: Setup, writer: Writer, check: _Check) -> list[str]:
     """Backends without a row; the reference is what the others are held against."""
-    op = check.call.op
+    op = check.call.request.op
     judged = {row["backend"] for row in writer.find(kind="norm_accuracy", case=check.call.name, dtype=check.dtype)}
-    those = [b.NAME for b in op.backends if setup.device.type in b.REQUIREMENTS.devices and b.NAME != "reference"]
-    return [name for name in those if f"{op.name}:{name}" not in judged]
+    those = [b.name for b in _backends(op) if setup.device.type in b.requirements.devices and b.name != "reference"]
+    return [name for name in those if f"{op}:{name}" not in judged]
 
 
 def _judged(check: _Check, backends: list[str], device: torch.device) -> Iterator[Row]:
     """Rows without their ``machine``; none after one whose crash took the GPU along."""
-    call = check.call.guarded()
-    yardstick = call.yardstick()
+    call = check.call.changed(guarded)
+    oracle = Oracle(call)
     for backend in backends:
         start = time.monotonic()
         with poisoned(device):
-            outcome = guarded(partial(_twice, call, backend, yardstick), ours=True)
+            outcome = attempted(partial(_twice, oracle, backend), ours=True)
         stopped = isinstance(outcome, Stopped)
         errors, deterministic = (None, None) if stopped else outcome
         yield {
             "kind": "norm_accuracy",
-            "backend": f"{call.op.name}:{backend}",
+            "backend": f"{call.request.op}:{backend}",
             "case": call.name,
             "dtype": check.dtype,
             "reasons": [outcome.reason] if stopped and not outcome.failed else [],
@@ -161,10 +170,11 @@ def _judged(check: _Check, backends: list[str], device: torch.device) -> Iterato
             return
 
 
-def _twice(call: Call, backend: str, yardstick: tuple[Tensors, Tensors]) -> tuple[dict[str, Errors], bool]:
+def _twice(oracle: Oracle, backend: str) -> tuple[dict[str, Errors], bool]:
     """Errors of a backend, and whether a second run gave the same bits."""
-    first, second = call.run(backend), call.run(backend)
-    return call.errors(first, yardstick), all(accuracy.same_bits(first[name], second[name]) for name in first)
+    first, second = oracle.run(backend), oracle.run(backend)
+    errors = {name: results.errors(found) for name, found in oracle.compare(first).items()}
+    return errors, all(accuracy.same_bits(first[name], second[name]) for name in first)
 
 
 def _cases(setup: Setup) -> list[Case]:

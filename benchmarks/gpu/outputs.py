@@ -10,15 +10,16 @@ from typing import Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from benchmarks import results, timing
+from benchmarks import results
 from benchmarks.contest import inputs_of
 from benchmarks.gpu import BACKENDS, warm
 from benchmarks.gpu.stage import Setup
-from benchmarks.machine import Machine, lost
-from benchmarks.peers import Stopped, guarded
+from benchmarks.machine import Machine
 from benchmarks.results import Row, Writer
 from benchmarks.shapes import Case, DType
 from vitreg_kernels import functional
+from vitreg_kernels.measure import timing
+from vitreg_kernels.measure.race import Stopped, attempted, lost
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 NAME = "outputs"
@@ -28,7 +29,7 @@ _BUDGET_S = 3.0  # of timing a length, shared by 16 calls
 _TOKENS = (261, 201, 1029)  # the most important first
 _FOUR = ("lse", "max_logit", "token_norms", "prefix_attention")
 _ASKED: tuple[tuple[str, ...], ...] = ((), *((name,) for name in OUTPUT_NAMES), _FOUR, OUTPUT_NAMES)
-_KERNELS = tuple(backend.NAME for backend in BACKENDS if backend.OPAQUE)  # our own
+_KERNELS = tuple(backend.name for backend in BACKENDS if backend.opaque)  # our own
 # Of our kernels, times the call without any: what goes without a second pass over the keys may cost, and with one.
 _GOALS = {_FOUR: 1.05, ("received_attention",): 1.35, OUTPUT_NAMES: 1.35}
 
@@ -131,7 +132,7 @@ def _stop(call: _Call, case: Case, copy: tuple[Tensor, ...]) -> Stopped | None:
         if copy[0].is_cuda:
             torch.cuda.synchronize()  # a kernel's own errors come late
 
-    return guarded(answer, ours=True)
+    return attempted(answer, ours=True)
 
 
 def _row(case: Case, call: _Call, stopped: Stopped | None, timings: dict[_Call, timing.Timing]) -> Row:
@@ -148,7 +149,7 @@ def _row(case: Case, call: _Call, stopped: Stopped | None, timings: dict[_Call, 
         "tokens": case.tokens,
         "prefix_tokens": case.prefix_tokens,
         "head_dim": case.head_dim,
-        **(timing.UNTIMED if timed is None else timed.as_row()),
+        **(results.UNTIMED if timed is None else results.timed(timed)),
         "ratio": timed and without and timed.median_ms / without.median_ms,
         "goal": _GOALS.get(call.outputs) if call.backend in _KERNELS else None,
     }

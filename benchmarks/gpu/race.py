@@ -9,16 +9,18 @@ from typing import Literal, TypedDict, get_args
 
 import torch
 
-from benchmarks import results, roofline, timing
+from benchmarks import results, roofline
 from benchmarks.contest import contest, inputs_of, job, runs_of
 from benchmarks.gpu import warm
 from benchmarks.gpu.accuracy import off
 from benchmarks.gpu.stage import Setup
-from benchmarks.machine import Machine, lost
+from benchmarks.machine import Machine
 from benchmarks.peers import Pack, Peer, attempt, everyone, pack_of, vitreg
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.roofline import Roofline
 from benchmarks.shapes import HEAD_DIM, Case, DType, Layout, Mode
+from vitreg_kernels.measure import timing
+from vitreg_kernels.measure.race import lost
 
 NAME = "race"
 SECONDS = 200.0

@@ -21,18 +21,25 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import results, timing
-from benchmarks.gpu import configs, warm
+from benchmarks import results
+from benchmarks.gpu import warm
 from benchmarks.gpu.stage import Setup, sentence
-from benchmarks.machine import Machine, lost
+from benchmarks.machine import Machine
 from benchmarks.results import Row, Writer
 from benchmarks.shapes import DTYPES, HEAD_DIM, NUM_PREFIX_TOKENS, DType
 from vitreg_kernels import explain, functional
-from vitreg_kernels._runtime import triton_mode, tuning
-from vitreg_kernels._runtime.launch import Launch
-from vitreg_kernels._runtime.tuning import Tiles
-from vitreg_kernels.check import Yardstick
+from vitreg_kernels._triton import mode
+from vitreg_kernels._triton.launch import Launch
+from vitreg_kernels._triton.replay import recording
+from vitreg_kernels.dispatch import tables
+from vitreg_kernels.measure import timing
+from vitreg_kernels.measure.cases import attention
+from vitreg_kernels.measure.oracle import Oracle
+from vitreg_kernels.measure.race import lost
+from vitreg_kernels.ops._shared.capability import tuned_for
 from vitreg_kernels.ops.attention.backends import triton
+from vitreg_kernels.ops.attention.backends.triton import tiles as tuning
+from vitreg_kernels.ops.attention.backends.triton.tiles import Tiles
 from vitreg_kernels.ops.attention.types import AttentionInputs
 
 NAME = "tune"
@@ -59,7 +66,7 @@ class TuningRow(TypedDict):
     head_dim: int
     tokens: list[int]  # the lengths measured, which stand for all that the table does not tell apart
     dtype: DType
-    size: str  # the entry in the configs file
+    size: str  # what the row of the table decides for, in words
     reason: str | None  # why there was nothing to sweep, in its own words
     failed: bool  # it broke
     rule: list[TilesRow] | None  # the present choice
@@ -89,8 +96,15 @@ class Piece(NamedTuple):
 
     @property
     def size(self) -> str:
-        """The entry in the configs file."""
-        return tuning.size_key(DTYPES[self.dtype], self.head_dim, tuning.length_bucket(max(self.tokens)))
+        """In words."""
+        bits, width = torch.finfo(DTYPES[self.dtype]).bits, tuning.padded_head_dim(self.head_dim)
+        tokens = tables.token_bucket(max(self.tokens))
+        return f"{bits}-bit, head dim {width}, " + (f"up to {tokens} tokens" if tokens else "longer")
+
+    def key(self, setup: Setup) -> tuning.Key:
+        """What it decides for in the table."""
+        capability = tuned_for(setup.device)
+        return tuning.key_of(self.kernel, capability, DTYPES[self.dtype], self.head_dim, max(self.tokens))
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -99,7 +113,7 @@ class Piece(NamedTuple):
 
     def rule(self, tokens: int, setup: Setup) -> Tiles:
         """The present choice."""
-        arch = triton_mode.arch(setup.device)
+        arch = tuned_for(setup.device)
         return tuning.attention_tiles(self.kernel, arch, DTYPES[self.dtype], self.head_dim, tokens)
 
 
@@ -132,7 +146,7 @@ class _Timed(int):
 def run(setup: Setup, writer: Writer) -> Iterator[Row]:
     """Sweeps kernel by kernel, merges each winner into the configs file at once, and yields rows once written."""
     pieces = _pieces(setup)
-    folder = Path(tempfile.mkdtemp(prefix="vitreg-configs-")) if setup.dry else tuning.CONFIGS
+    folder = Path(tempfile.mkdtemp(prefix="vitreg-configs-")) if setup.dry else tables.CONFIGS
     with warm.processes() as pool:
         for number, piece in enumerate(pieces, 1):
             if _found(writer, piece):
@@ -142,8 +156,9 @@ def run(setup: Setup, writer: Writer) -> Iterator[Row]:
             print(f"    {number}/{len(pieces)} {piece}", end="", flush=True)
             row, path = _row(piece, setup, pool), None
             if row["best"] is not None:
-                entry = {"attention": {piece.kernel: {piece.size: row["best"]}}}
-                path = configs.merge(folder, triton_mode.arch(setup.device), entry)
+                key = piece.key(setup)
+                entry = {**key._asdict(), **row["best"]}
+                path = tables.merge(folder, key.device, tuning.SECTION, [entry], tuning.Key._fields)
             print(f": {_summary(row, path)}", flush=True)
             yield from writer.extend([row])
             if lost(setup.device):
@@ -172,7 +187,8 @@ def choosing(kernel: str, tiles: Tiles) -> Iterator[None]:
     def choose(name: str, *size: Any) -> Tiles:
         return marked if name == kernel else rule(name, *size)
 
-    with mock.patch.object(tuning, "attention_tiles", choose):
+    # What was launched before, of a call like this, is not run again while launches are recorded.
+    with mock.patch.object(tuning, "attention_tiles", choose), recording(run=True):
         yield
 
 
@@ -185,10 +201,12 @@ def timed(launches: Sequence[Launch]) -> list[Launch]:
 
 def misfit(job: Compilation) -> str | None:
     """Compiles a kernel, which puts it into triton's cache on disk: why the GPU should not run it, or ``None``."""
-    from vitreg_kernels._runtime import aot
+    from vitreg_kernels._triton import offline
 
     try:
-        used = [aot.compile_launch(launch, job.arch) for launch in _planned(job.piece, job.tiles, job.shape, job.arch)]
+        used = [
+            offline.compile_launch(launch, job.arch) for launch in _planned(job.piece, job.tiles, job.shape, job.arch)
+        ]
     except RuntimeError as error:  # some tiles are more than the compiler can do
         return sentence(error)
     if any(resources.spill_bytes for resources in used):
@@ -224,9 +242,9 @@ def _row(piece: Piece, setup: Setup, pool: Executor) -> Row:
         "wrong": [],
     }
     probe = torch.empty(1, 1, 1, piece.head_dim, dtype=DTYPES[piece.dtype], device=setup.device)
-    if reasons := explain(probe, backend=triton.NAME).reasons.get(triton.NAME):
+    if reasons := explain(probe, backend=triton.BACKEND.name).reasons.get(triton.BACKEND.name):
         return row | {"reason": "; ".join(reasons)}
-    arch = triton_mode.arch(setup.device)
+    arch = tuned_for(setup.device)
     if not all(_planned(piece, piece.rule(n, setup), _shape(piece, n, setup), arch) for n in piece.tokens):
         return row | {"reason": "no call of this size launches it"}
     try:
@@ -269,9 +287,9 @@ def _depths(tiles: Tiles, setup: Setup) -> list[Tiles]:
 
 def _fitting(piece: Piece, tiles: list[Tiles], setup: Setup, pool: Executor) -> list[Tiles]:
     """Those that the GPU should run; all of them in the interpreter, which compiles nothing."""
-    if triton_mode.INTERPRETING:
+    if mode.INTERPRETING:
         return list(tiles)
-    arch = triton_mode.arch(setup.device)
+    arch = tuned_for(setup.device)
     limit = torch.cuda.get_device_properties(setup.device).shared_memory_per_block_optin
     jobs = [Compilation(piece, t, _shape(piece, n, setup), arch, limit) for t in tiles for n in piece.tokens]
     unfit = {job.tiles for job, reason in zip(jobs, pool.map(misfit, jobs), strict=True) if reason is not None}
@@ -331,14 +349,8 @@ def _launches(piece: Piece, tiles: Tiles, copy: tuple[Tensor, Tensor]) -> list[L
     """What a forward and a backward launch of the kernel with these tiles, having run it."""
     qkv, grad_output = copy
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    launches, run = [], Launch.run
-
-    def keep(launch: Launch) -> None:
-        run(launch)
-        launches.append(launch)
-
-    options = {"num_prefix_tokens": NUM_PREFIX_TOKENS, "outputs": piece.outputs, "backend": triton.NAME}
-    with choosing(piece.kernel, tiles), mock.patch.object(Launch, "run", keep):
+    options = {"num_prefix_tokens": NUM_PREFIX_TOKENS, "outputs": piece.outputs, "backend": triton.BACKEND.name}
+    with choosing(piece.kernel, tiles), recording(run=True) as launches:
         result = functional.register_attention(query, key, value, **options)
         output = result[0] if piece.outputs else result
         torch.autograd.grad(output, (query, key, value), grad_output)
@@ -354,18 +366,18 @@ def _broken(piece: Piece, tiles: Tiles, setup: Setup) -> list[str]:
     """The tensors that break the accuracy rule with these tiles, at any length, on two images."""
     broken = []
     for tokens in piece.tokens:
-        yardstick = _yardstick(piece, tokens, setup.device)
+        oracle = _oracle(piece, tokens, setup.device)
         with choosing(piece.kernel, tiles):
-            errors = yardstick.errors(triton.NAME)
+            errors = oracle.errors(triton.BACKEND.name)
         broken += [f"{name} at {tokens} tokens: {error}" for name, error in errors.items() if not error.passed]
     return broken
 
 
 @lru_cache(maxsize=2)
-def _yardstick(piece: Piece, tokens: int, device: torch.device) -> Yardstick:
+def _oracle(piece: Piece, tokens: int, device: torch.device) -> Oracle:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, tokens, 3, 2, piece.head_dim, generator=generator).to(device, DTYPES[piece.dtype])
-    return Yardstick(qkv, num_prefix_tokens=NUM_PREFIX_TOKENS, outputs=piece.outputs)
+    return Oracle(attention.call(qkv, num_prefix_tokens=NUM_PREFIX_TOKENS, outputs=piece.outputs))
 
 
 def _summary(row: Row, path: Path | None) -> str:

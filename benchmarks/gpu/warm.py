@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, TypeVar
-from unittest import mock
 
 from benchmarks.gpu.stage import Setup
 from benchmarks.machine import cores
-from vitreg_kernels._runtime import triton_mode
-from vitreg_kernels._runtime.launch import Launch
+from vitreg_kernels._triton.launch import Launch
+from vitreg_kernels._triton.replay import recording
+from vitreg_kernels.ops._shared.capability import tuned_for
 
 if TYPE_CHECKING:
-    from vitreg_kernels._runtime.aot import Compilation
+    from vitreg_kernels._triton.offline import Compilation
 
 Piece = TypeVar("Piece")
 
@@ -78,14 +78,9 @@ def ahead(pieces: Iterable[Piece], rehearse: Callable[[Piece], object], setup: S
 
 def launched(call: Callable[[], object]) -> list[Launch]:
     """What a call would launch. Nothing is."""
-    launches: list[Launch] = []
-
-    def keep(launch: Launch) -> None:
-        launches.append(launch)
-
-    with mock.patch.object(Launch, "run", keep):
+    with recording(run=False) as launches:
         call()
-    return [launch for launch in launches if 0 not in launch.grid]
+    return launches
 
 
 def _begin(
@@ -96,11 +91,11 @@ def _begin(
     if setup.expired:
         return needed
     try:
-        from vitreg_kernels._runtime import aot
+        from vitreg_kernels._triton import offline
 
-        arch = triton_mode.arch(setup.device)
+        arch = tuned_for(setup.device)
         for launch in launched(partial(rehearse, piece)):
-            kernel = aot.compilation(launch, arch)
+            kernel = offline.compilation(launch, arch)
             if kernel.key not in jobs and not kernel.cached:
                 jobs[kernel.key] = pool.submit(_compile, kernel)
             if kernel.key in jobs:

@@ -7,23 +7,21 @@ from functools import partial
 from torch import Tensor
 
 from benchmarks.peers import flash_attention, onnxruntime, pytorch, vitreg, xformers
-from benchmarks.peers.base import Attend, Peer, Stopped, Tensors, attempt, guarded
+from benchmarks.peers.base import Attend, Peer, Tensors, attempt
 from benchmarks.peers.layouts import EAGER, Pack, Ways, pack_of
 from benchmarks.shapes import Layout, Size
-from vitreg_kernels._runtime import triton_mode
+from vitreg_kernels._triton import mode
 
 __all__ = [
     "EAGER",
     "Attend",
     "Pack",
     "Peer",
-    "Stopped",
     "Tensors",
     "Ways",
     "attempt",
     "eager",
     "everyone",
-    "guarded",
     "interpreter_reason",
     "pack_of",
     "peers",
@@ -51,7 +49,7 @@ def everyone(layout: Layout, pack: Pack | None) -> list[Peer]:
 
 def interpreter_reason(*inputs: Tensor) -> str | None:
     """Why our own kernels are not raced in this process, if they are not."""
-    if triton_mode.INTERPRETING:
+    if mode.INTERPRETING:
         return "runs under Triton's interpreter here, whose speed says nothing about a GPU's"
     return None
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from vitreg_kernels import UnsupportedError
+from vitreg_kernels.measure.race import Stopped, attempted
 
 Attend = Callable[..., Tensor]
 Tensors = dict[str, Tensor]
@@ -48,44 +48,19 @@ class Peer(NamedTuple):
         """The same contender, left out where ``refuses`` says why, whatever it would say itself."""
         return self._replace(refuses=lambda *inputs: refuses(*inputs) or self.refuses(*inputs))
 
+    def do(self, job: Callable[..., Result], *tensors: Tensor) -> Result:
+        """``job(attend, *inputs, grad_output)``.
 
-class Stopped(NamedTuple):
-    """Why a contender gave no result.
-
-    Attributes:
-        reason: in its own words.
-        failed: it is ours and did not refuse (``UnsupportedError``) but broke.
-    """
-
-    reason: str
-    failed: bool
+        Raises:
+            UnsupportedError: if the peer refuses; where it does not serve the call, whatever its library raises.
+        """
+        reason = self.refuses(*tensors[:-1])
+        if reason is not None:
+            raise UnsupportedError(reason)
+        with self.context():
+            return job(self.attend, *tensors)
 
 
 def attempt(peer: Peer, job: Callable[..., Result], *tensors: Tensor) -> Result | Stopped:
-    """``job(peer.attend, *inputs, grad_output)``, or why the peer does not do it."""
-
-    def call() -> Result:
-        with peer.context():
-            return job(peer.attend, *tensors)
-
-    reason = peer.refuses(*tensors[:-1])
-    return guarded(call, ours=peer.ours) if reason is None else Stopped(reason, failed=False)
-
-
-def guarded(call: Callable[[], Result], *, ours: bool) -> Result | Stopped:
-    """``call()``, or what stopped it: of a peer any error is a refusal, of ours ``UnsupportedError`` only.
-
-    Too little memory is a refusal of anybody's: what runs on a larger device is not broken. torch says why an SDPA
-    kernel does not apply in warnings, so those are part of the reason.
-    """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            return call()
-        except UnsupportedError as error:
-            return Stopped(str(error), failed=False)
-        except torch.OutOfMemoryError as error:
-            return Stopped(str(error), failed=False)
-        except Exception as error:  # a contender may be anybody's code, and whatever stops it is its reason
-            reason = " ".join([f"{type(error).__name__}: {error}", *(str(w.message) for w in caught)])
-            return Stopped(reason, failed=ours)
+    """``peer.do(job, *tensors)``, or why the peer does not do it."""
+    return attempted(partial(peer.do, job, *tensors), ours=peer.ours)

@@ -19,14 +19,14 @@ from vitreg_kernels import functional
 from vitreg_kernels.ops.residual_norm.backends import BACKENDS
 
 EPS = 1e-6
-OPAQUE = tuple(f"vitreg:{backend.NAME}" for backend in BACKENDS if backend.OPAQUE)  # our own kernels
+OPAQUE = tuple(f"vitreg:{backend.name}" for backend in BACKENDS if backend.opaque)  # our own kernels
 
 Three = tuple[Tensor, Tensor, Tensor]
 
 
 def peers(*, rms: bool) -> list[Peer]:
     """Every backend of ours and every library there is an adapter for, usable or not; of LayerNorm or of RMSNorm."""
-    ours = [Peer(f"vitreg:{b.NAME}", partial(ours_by, b.NAME, rms=rms), ours=True) for b in BACKENDS]
+    ours = [Peer(f"vitreg:{b.name}", partial(ours_by, b.name, rms=rms), ours=True) for b in BACKENDS]
     compiled = Peer("torch:compile", partial(_compiled, rms=rms), context=pytorch.recompiles)
     xformers = Peer("xformers", _xformers, refuses=needs_gpu)
     if not rms:

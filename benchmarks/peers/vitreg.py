@@ -12,12 +12,12 @@ from benchmarks.shapes import NUM_PREFIX_TOKENS, Layout
 from vitreg_kernels import Explanation, explain, functional
 from vitreg_kernels.ops.attention.backends import BACKENDS
 
-OPAQUE = tuple(f"vitreg:{backend.NAME}" for backend in BACKENDS if backend.OPAQUE)  # our own kernels
+OPAQUE = tuple(f"vitreg:{backend.name}" for backend in BACKENDS if backend.opaque)  # our own kernels
 
 
 def peers(layout: Layout, pack: Pack | None) -> list[Peer]:
     """One for every backend, usable or not."""
-    names = [backend.NAME for backend in BACKENDS]
+    names = [backend.name for backend in BACKENDS]
     return [
         Peer(f"vitreg:{n}", _ways(n).attend(layout, pack), ours=True, refuses=partial(_reasons, n, pack)) for n in names
     ]

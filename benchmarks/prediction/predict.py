@@ -26,8 +26,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import Tensor
-
 from benchmarks.prediction.gpu import (
     ALU_LANES,
     BARRIER_CYCLES,
@@ -41,8 +39,8 @@ from benchmarks.prediction.gpu import (
     Gpu,
 )
 from benchmarks.prediction.sass import MATRIX, Code, Instruction, Path
-from vitreg_kernels._runtime.aot import Resources
-from vitreg_kernels._runtime.launch import Launch
+from vitreg_kernels._triton.launch import Launch
+from vitreg_kernels._triton.offline import Resources
 
 WARP = 32
 _FMA = {"FFMA", "FADD", "FMUL", "IMAD", "HFMA2", "HMUL2", "HADD2"}
@@ -113,7 +111,7 @@ class Kind(NamedTuple):
 
     Attributes:
         rows: rows of queries or keys that one owns, at least.
-        columns: columns that it sweeps or holds.
+        columns: columns that it sweeps or keeps in shared memory.
         number: how many there are a head.
         trips: how often its loops may run: each way is a choice of numbers, any of which a loop may take.
     """
@@ -125,13 +123,14 @@ class Kind(NamedTuple):
 
 
 def predict(launch: Launch, resources: Resources, arch: int) -> Prediction:
-    """Predicted time of a launch, compiled (``aot.compile_launch``) for an architecture of ``GPUS``.
+    """Predicted time of a launch, compiled (``offline.compile_launch``) for an architecture of ``GPUS``.
 
     Raises:
         ValueError: if the machine code's products cannot be made to agree with those of the launch.
     """
     gpu = GPUS[arch]
-    heads = launch.arguments["query"].shape[0] * launch.arguments["query"].shape[1]
+    batch, num_heads, _, _ = launch.arguments["query"].pointer.shape
+    heads = batch * num_heads
     resident = resident_programs(resources, gpu)
     streams = resident * (1 if gpu.warps_keep_step else resources.num_warps // WARP_SCHEDULERS)
     kinds = _kinds(launch)
@@ -148,7 +147,7 @@ def predict(launch: Launch, resources: Resources, arch: int) -> Prediction:
     rounds = heads * sum(kind.number for kind in kinds) / gpu.multiprocessors
     multiprocessor_ns = cycles / gpu.clock_ghz / gpu.multiprocessors * math.ceil(rounds) / rounds
     l2_bytes = sum(kind.number * counts.global_bytes for kind, counts in zip(kinds, counted, strict=True))
-    memory_bytes = sum(x.nbytes for x in launch.arguments.values() if isinstance(x, Tensor)) / heads
+    memory_bytes = sum(x.nbytes for x in launch.tensors) / heads
     times = {
         "device memory": memory_bytes / gpu.memory_tbps / 1e3,
         "L2": l2_bytes / gpu.l2_tbps / 1e3,
@@ -176,14 +175,15 @@ def resident_programs(resources: Resources, gpu: Gpu) -> int:
 
 def _kinds(launch: Launch) -> list[Kind]:
     """The kinds of programs of a launch: the prefix's own first."""
-    constants, tokens = launch.constants, launch.arguments["num_tokens"]
+    constants, sizes = launch.constants, launch.arguments["sizes"]
+    tokens = sizes.num_tokens
     block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
-    if held := constants.get("HELD"):
+    if resident_widths := constants.get("RESIDENT_WIDTHS"):
         # Loops run over the owned tiles; a few left-over rows may have been dealt with before.
         ways = tuple(frozenset({tiles}) for tiles in (tokens // block_m, math.ceil(tokens / block_m)))
-        return [Kind(math.ceil(tokens / 16) * 16, sum(held), 1, ways)]
+        return [Kind(math.ceil(tokens / 16) * 16, sum(resident_widths), 1, ways)]
     prefix, tail = constants["PREFIX"], constants["TAIL"]
-    swept = tokens - (launch.arguments["num_prefix"] if prefix else 0)
+    swept = tokens - (sizes.num_prefix if prefix else 0)
     full = (swept - 1) // block_n if tail else swept // block_n
     columns = prefix + full * block_n + tail
     trips = (frozenset({full, max(full - 1, 0)}),)  # compilers peel off an iteration here and there

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 
 from benchmarks.prediction.gpu import EXP_LANES, GPUS, Gpu
 from benchmarks.prediction.predict import Prediction, predict
-from vitreg_kernels._runtime.aot import compile_launch
+from vitreg_kernels._triton.offline import compile_launch
 from vitreg_kernels.ops.attention.backends.triton import launches
 from vitreg_kernels.ops.attention.types import AttentionInputs
 
@@ -27,7 +28,8 @@ _INTRODUCTION = """# Predicted times of the GPU kernels
 **Predictions, not measurements.** No GPU was used: the kernels are compiled ahead of time, their machine code is
 counted, and a simple model ([`benchmarks/prediction/predict.py`](../benchmarks/prediction/predict.py)) turns the counts
 into time. Written by `python -m benchmarks.prediction` and checked by `make test`; measured times, where there are any,
-are in [`benchmarks/results/`](../benchmarks/results/).
+are in [`benchmarks/results/`](../benchmarks/results/). Compiled by triton @TRITON@ with the ptxas in its wheel; code of
+another version may differ, and its time too.
 
 For scale: at N = 1029 and d = 64 the forward is a kind of kernel whose speed is published. The Triton kernel in
 flash-attention's charts reaches 382 TFLOP/s on an H100 at N = 1k, which would be 710 ns here.
@@ -35,7 +37,7 @@ flash-attention's charts reaches 382 TFLOP/s on an H100 at N = 1k, which would b
 bf16, batch 64, 16 heads, 5 prefix tokens. All times in ns per (batch, head). *Roofline*: the longest of useful traffic,
 useful products and useful exponentials at the GPU's rates. *Resident*: programs a multiprocessor holds. *Matrix*, *exp*
 and *KB*: matrix instructions, exponentials and bytes to and from the L2 of one program of the most frequent kind.
-"""
+""".replace("@TRITON@", triton.__version__)
 
 
 class Row(NamedTuple):

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: it exists for Linux x86-64 only")
 
-from vitreg_kernels._runtime.aot import Resources
-from vitreg_kernels._runtime.launch import Launch
+from vitreg_kernels._triton.launch import Launch
+from vitreg_kernels._triton.offline import Resources
 
 ARCHITECTURES = (80, 90, 100)
 

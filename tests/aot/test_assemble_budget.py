@@ -13,8 +13,8 @@ import pytest
 import torch
 from budgets import ARCHITECTURES, Budgets, beyond_hardware
 
-from vitreg_kernels._runtime.aot import Resources, compile_launch
-from vitreg_kernels._runtime.launch import Launch
+from vitreg_kernels._triton.launch import Launch
+from vitreg_kernels._triton.offline import Resources, compile_launch
 from vitreg_kernels.ops.assemble.backends.triton import launches
 from vitreg_kernels.ops.assemble.types import AssembleInputs
 

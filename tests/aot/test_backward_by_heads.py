@@ -11,8 +11,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed: it exist
 
 from benchmarks.prediction.gpu import GPUS  # noqa: E402
 from benchmarks.prediction.predict import resident_programs  # noqa: E402
-from vitreg_kernels._runtime.aot import compilation, compile_launch  # noqa: E402
-from vitreg_kernels._runtime.launch import Launch  # noqa: E402
+from vitreg_kernels._triton.launch import Launch  # noqa: E402
+from vitreg_kernels._triton.offline import compilation, compile_launch  # noqa: E402
 from vitreg_kernels.ops.attention.backends.triton import launches  # noqa: E402
 from vitreg_kernels.ops.attention.types import AttentionInputs  # noqa: E402
 

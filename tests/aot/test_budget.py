@@ -19,9 +19,9 @@ from budgets import Budgets, beyond_hardware, violations  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from vitreg_kernels._runtime import aot  # noqa: E402
-from vitreg_kernels._runtime.aot import Resources, compile_launch  # noqa: E402
-from vitreg_kernels._runtime.launch import Launch  # noqa: E402
+from vitreg_kernels._triton import offline  # noqa: E402
+from vitreg_kernels._triton.launch import Launch  # noqa: E402
+from vitreg_kernels._triton.offline import Resources, compile_launch  # noqa: E402
 from vitreg_kernels.ops.attention.backends.triton import launches  # noqa: E402
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES, AttentionInputs, Rope  # noqa: E402
 
@@ -187,7 +187,7 @@ def test_arguments_are_specialised_as_a_launch_would(offset: int, length: int, m
     expected = _centre_kernel.run(
         **launched.arguments, **launched.constants, num_warps=16, num_stages=1, grid=(1,), warmup=True
     )
-    job = aot.compilation(centre(16, "meta", offset, length), 90)
+    job = offline.compilation(centre(16, "meta", offset, length), 90)
     assert job.run().hash == job.key == expected.hash
 
 

@@ -12,7 +12,7 @@ from benchmarks.prediction import table  # noqa: E402
 from benchmarks.prediction.gpu import GPUS  # noqa: E402
 from benchmarks.prediction.predict import count, predict, resident_programs  # noqa: E402
 from benchmarks.prediction.sass import Code  # noqa: E402
-from vitreg_kernels._runtime.aot import Resources, compile_launch  # noqa: E402
+from vitreg_kernels._triton.offline import Resources, compile_launch  # noqa: E402
 from vitreg_kernels.ops.attention.backends.triton import launches  # noqa: E402
 
 # Two loops, the outer one left by a conditional call as ptxas does at times, and what stands behind every kernel.
@@ -99,8 +99,9 @@ def test_the_page_shows_what_the_kernels_are_now(arch: int, tokens: int, head_di
     assert not missing, f"run python -m benchmarks.prediction; the page lacks {missing}"
 
 
-def test_the_page_has_every_shape_of_every_gpu() -> None:
+def test_the_page_has_every_shape_of_every_gpu_and_names_its_compiler() -> None:
     page = table.FILE.read_text()
+    assert f"Compiled by triton {triton.__version__} " in page
     for arch, section in zip(GPUS, page.split("## sm_")[1:], strict=True):
         assert section.startswith(str(arch))
         for tokens, head_dim in table.SHAPES:

@@ -13,8 +13,8 @@ import torch
 from budgets import ARCHITECTURES, Budgets, beyond_hardware
 
 from vitreg_kernels import TokenLayout
-from vitreg_kernels._runtime.aot import Resources, compile_launch
-from vitreg_kernels._runtime.launch import Launch
+from vitreg_kernels._triton.launch import Launch
+from vitreg_kernels._triton.offline import Resources, compile_launch
 from vitreg_kernels.ops.token_norms.backends.triton import launches
 
 LAYOUT = TokenLayout(num_registers=4)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import attention, timing
+from benchmarks import attention
 from benchmarks.machine import Machine
 from benchmarks.peers import Peer, eager
 from benchmarks.results import Row
 from benchmarks.roofline import Roofline
 from benchmarks.shapes import Case
 from vitreg_kernels import UnsupportedError
-from vitreg_kernels._runtime import dispatch, native
+from vitreg_kernels.measure import timing
 
 
 @pytest.fixture
@@ -39,30 +40,8 @@ def ceilings() -> Roofline:
     return Roofline({"fp32": 100.0, "bf16": 10.0}, 20.0)
 
 
-class Clock:
-    """Stands in for the module ``time``: moved by what sleeps, and by a tenth of a millisecond at every look."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-
-    def perf_counter(self) -> float:
-        self._now += 1e-4
-        return self._now
-
-    def sleep(self, seconds: float) -> None:
-        self._now += seconds
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of the benchmarks, out of the hands of a busy machine."""
-    clock = Clock()
-    monkeypatch.setattr(timing, "time", clock)
-    return clock
-
-
-@pytest.fixture
-def contenders(clock: Clock) -> list[Peer]:
+def contenders(clock: Any) -> list[Peer]:
     def unsupported(qkv: torch.Tensor) -> torch.Tensor:
         raise RuntimeError(f"no kernel for this\nof shape {tuple(qkv.shape)}. Try another")
 
@@ -104,9 +83,6 @@ def race(
 
 
 @pytest.fixture(autouse=True)
-def _no_native_kernels(monkeypatch):
+def _no_native_kernels(change_backends):
     """What these tests expect of the backends of a CPU may not hang on whether there was a compiler."""
-    monkeypatch.setattr(native, "faults", lambda: ["there are no native kernels: away for this test"])
-    dispatch._select_cached.cache_clear()
-    yield
-    dispatch._select_cached.cache_clear()
+    change_backends("cpu", faults=lambda: ["there are no native kernels: away for this test"])

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, contest, overhead, peers, roofline, shapes, timing
+from benchmarks import attention, contest, overhead, peers, roofline, shapes
 from benchmarks import machine as machine_module
 from benchmarks.results import Writer
 from benchmarks.shapes import Case
+from vitreg_kernels.measure import timing
+from vitreg_kernels.measure.race import Stopped
 from vitreg_kernels.ops.attention.backends import BACKENDS
 
 RUN = {"command": "bench", "size": "quick", "model": "a model"}
@@ -188,7 +190,7 @@ def test_nan_breaks_the_rule_and_not_the_run(ceilings, machine, tmp_path):
 def test_the_contenders_are_all_backends_and_at_least_four_agree():
     contenders = peers.peers("quick")
     names = [peer.name for peer in contenders]
-    assert names[: len(BACKENDS)] == [f"vitreg:{backend.NAME}" for backend in BACKENDS]
+    assert names[: len(BACKENDS)] == [f"vitreg:{backend.name}" for backend in BACKENDS]
     torchs = {f"torch:{name}" for name in ("math", "flash", "efficient", "cudnn", "compile", "flex")}
     assert {*torchs, "onnxruntime", "xformers", "eager"} <= set(names)
     assert [peer.name for peer in contenders if peer.ours] == names[: len(BACKENDS)]
@@ -197,12 +199,12 @@ def test_the_contenders_are_all_backends_and_at_least_four_agree():
     compiles = "torch:compile"  # for seconds
     answers = {p.name: peers.attempt(p, contest.job, qkv, grad_output) for p in contenders if p.name != compiles}
     for answer in answers.values():
-        if isinstance(answer, peers.Stopped):
+        if isinstance(answer, Stopped):
             assert answer.reason
             assert not answer.failed
         else:
             torch.testing.assert_close(answer, wanted)
-    raced = {name for name, answer in answers.items() if not isinstance(answer, peers.Stopped)}
+    raced = {name for name, answer in answers.items() if not isinstance(answer, Stopped)}
     assert {"vitreg:sdpa", "vitreg:reference", "torch:math", "torch:flash", "eager"} <= raced
 
 
@@ -232,16 +234,16 @@ def test_the_ceiling_is_that_of_registers_where_no_product_reaches_it():
 def test_the_loop_on_registers_is_there_with_native_kernels_only(monkeypatch):
     monkeypatch.setattr(roofline, "_product_gflops", lambda dtype, device: 1.0)
     monkeypatch.setattr(roofline, "_copy_gbps", lambda device: 1.0)
-    monkeypatch.setattr(roofline.torch.ops, "vitreg_native", types.SimpleNamespace())
+    monkeypatch.setattr(roofline.torch.ops, "vitreg_cpu", types.SimpleNamespace())
     assert roofline.measure(CPU) == roofline.Roofline({"fp32": 1.0, "bf16": 1.0}, 1.0, None, torch.get_num_threads())
     asked = []
     library = types.SimpleNamespace(peak_gflops=lambda dtype, seconds: asked.append((dtype, seconds)) or len(asked))
-    monkeypatch.setattr(roofline.torch.ops, "vitreg_native", library)
+    monkeypatch.setattr(roofline.torch.ops, "vitreg_cpu", library)
     assert roofline.measure(CPU).register_gflops == {"fp32": 1, "bf16": 2}
     assert asked == [(torch.float32, roofline._BUDGET_S), (torch.bfloat16, roofline._BUDGET_S)]
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.vitreg_native, "peak_gflops"), reason="there are no native kernels here")
+@pytest.mark.skipif(not hasattr(torch.ops.vitreg_cpu, "peak_gflops"), reason="there are no native kernels here")
 def test_the_loop_on_registers_uses_all_threads_and_is_no_slower_in_bf16():
     def measured(threads):
         with machine_module.threads(threads):
@@ -254,7 +256,7 @@ def test_the_loop_on_registers_uses_all_threads_and_is_no_slower_in_bf16():
     else:
         pytest.fail(f"{one} by one thread, {two} by two")
     with pytest.raises(RuntimeError, match="fp32, bf16 and fp16 only"):
-        torch.ops.vitreg_native.peak_gflops(torch.float64, 0.01)
+        torch.ops.vitreg_cpu.peak_gflops(torch.float64, 0.01)
 
 
 def test_a_cut_race_goes_on_where_it_stopped(tmp_path, monkeypatch, machine, ceilings, contenders):
@@ -320,7 +322,7 @@ def test_machine_knows_the_commit_and_whether_it_is_all(tmp_path, monkeypatch):
 def test_sources_are_the_code_and_the_measured_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(machine_module, "ROOT", tmp_path)
     seen = {machine_module.sources()}
-    counted = ("vitreg_kernels/a.py", "vitreg_kernels/_runtime/configs/sm90.json", "csrc/a.cu", "benchmarks/gpu/a.py")
+    counted = ("vitreg_kernels/a.py", "vitreg_kernels/dispatch/configs/sm_90.json", "csrc/a.cu", "benchmarks/gpu/a.py")
     ignored = ("benchmarks/results/a.json", "tests/a.py", "README.md", "vitreg_kernels/__pycache__/a.pyc")
     for name in (*counted, *ignored):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

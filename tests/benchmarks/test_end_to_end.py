@@ -53,14 +53,14 @@ def test_both_are_measured_and_right(timm, machine, dtype):
     assert all(rows["vitreg:triton"][name] is None for name in end_to_end._MEASURED)
 
 
-def test_a_wrong_attention_shows_and_a_broken_one_is_ours(timm, monkeypatch):
+def test_a_wrong_attention_shows_and_a_broken_one_is_ours(timm, change_backends):
     forward = sdpa.forward
 
     def slightly_wrong(inputs):
         result = forward(inputs)
         return result._replace(output=1.05 * result.output)
 
-    monkeypatch.setattr(sdpa, "forward", slightly_wrong)
+    change_backends("sdpa", forward=slightly_wrong)
     rows = measured()
     assert rows[OWN]["errors"]["features"]["passed"]
     assert not rows["vitreg:sdpa"]["errors"]["features"]["passed"]
@@ -69,7 +69,7 @@ def test_a_wrong_attention_shows_and_a_broken_one_is_ours(timm, monkeypatch):
     def crash(inputs):
         raise IndexError("out of its bounds")
 
-    monkeypatch.setattr(sdpa, "forward", crash)
+    change_backends("sdpa", forward=crash)
     row = measured()["vitreg:sdpa"]
     assert row["failed"]
     assert "out of its bounds" in row["reason"]

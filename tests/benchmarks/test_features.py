@@ -76,14 +76,14 @@ def test_a_cut_run_is_gone_on_with(run, monkeypatch):
     assert again == first
 
 
-def test_a_wrong_backend_breaks_the_rule(run, monkeypatch):
+def test_a_wrong_backend_breaks_the_rule(run, change_backends):
     forward = sdpa.forward
 
     def slightly_wrong(inputs):
         result = forward(inputs)
         return result._replace(output=result.output * (1 + 1e-4))
 
-    monkeypatch.setattr(sdpa, "forward", slightly_wrong)
+    change_backends("sdpa", forward=slightly_wrong)
     rows, _ = run(tiny_model())
     verdicts = {(r["backend"], r["dtype"]): r["errors"]["features"]["passed"] for r in rows if r["kind"] == "features"}
     assert not verdicts["sdpa", "fp32"]

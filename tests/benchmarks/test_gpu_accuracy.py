@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from benchmarks.gpu import accuracy
-from benchmarks.gpu.poison import BAND, guarded, poisoned
 from benchmarks.gpu.stage import Setup
 from benchmarks.results import Writer
 from benchmarks.shapes import LENGTHS
-from vitreg_kernels import check
+from vitreg_kernels.measure.cases import attention
+from vitreg_kernels.measure.oracle import Call
 from vitreg_kernels.ops.attention.backends import sdpa
-from vitreg_kernels.ops.attention.types import OUTPUT_NAMES, empty_output
+from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 CPU = torch.device("cpu")
 SETUP = Setup(CPU, dry=True, deadline=math.inf)
@@ -30,19 +30,19 @@ def writer(tmp_path, machine):
 def one_case(monkeypatch):
     """A single case in fp32, so that a broken backend has one row."""
 
-    def cases(dtype, setup):
+    def calls(dtype, setup):
         if dtype == torch.float32:
             qkv = torch.randn(2, 21, 3, 1, 16, generator=torch.Generator().manual_seed(0))
-            yield check.Case("21 tokens", qkv, {"num_prefix_tokens": 5})
+            yield attention.call(qkv, name="21 tokens", num_prefix_tokens=5, outputs=OUTPUT_NAMES)
 
-    monkeypatch.setattr(accuracy, "_cases", cases)
+    monkeypatch.setattr(accuracy, "_calls", calls)
     monkeypatch.setattr(accuracy, "_DTYPES", {"fp32": torch.float32})
     monkeypatch.setattr(accuracy, "get_args", lambda _: ("fp32",))
 
 
-def broken(monkeypatch, change):
+def broken(change_backends, change):
     right = sdpa.forward
-    monkeypatch.setattr(sdpa, "forward", lambda inputs: change(inputs, right))
+    change_backends("sdpa", forward=lambda inputs: change(inputs, right))
 
 
 def only_row(writer):
@@ -51,43 +51,14 @@ def only_row(writer):
     return row
 
 
-def test_guarded_values_lie_in_nan():
-    values = torch.randn(3, 4, 5).transpose(0, 2)
-    inside = guarded(values)
-    assert torch.equal(inside, values)
-    assert inside.stride() == values.stride()
-    memory = inside.as_strided((60 + 2 * BAND,), (1,), 0)
-    assert memory[:BAND].isnan().all()
-    assert memory[-BAND:].isnan().all()
-    assert torch.equal(memory[BAND:-BAND], values.transpose(0, 2).flatten())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_uninitialised_memory_is_nan_and_only_within(dtype):
-    with poisoned(CPU):
-        query = torch.zeros(1, 2, 3, 4, dtype=dtype)
-        buffers = (torch.empty(7, dtype=dtype), query.new_empty(7), torch.empty_like(query), empty_output(query))
-        assert all(buffer.isnan().all() for buffer in buffers)
-    assert not torch.are_deterministic_algorithms_enabled()
-    with pytest.raises(IndexError), poisoned(CPU):
-        raise IndexError
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_a_torch_that_does_not_fill_is_not_trusted(monkeypatch):
-    monkeypatch.setattr(torch, "empty", lambda *size, device: torch.zeros(*size, device=device))
-    with pytest.raises(RuntimeError, match="does not fill uninitialised memory"), poisoned(CPU):
-        pass
-
-
 def test_a_right_backend_passes_in_every_way(writer):
     rows = list(accuracy.run(SETUP, writer))
     assert {row["dtype"] for row in rows} == {"bf16", "fp16", "fp32", "tf32"}
     assert accuracy.failures(rows) == []
     its = [row for row in rows if row["backend"] == "sdpa"]
-    plain = {"training output", "inference output", *(f"training {name}" for name in check.GRADIENTS)}
+    plain = {"training output", "inference output", *(f"training {name}" for name in attention.GRADIENTS)}
     for row in its:
-        assert row["errors"].keys() == {"output", *check.GRADIENTS, *OUTPUT_NAMES, *plain}
+        assert row["errors"].keys() == {"output", *attention.GRADIENTS, *OUTPUT_NAMES, *plain}
         assert row["deterministic"] is True
         assert (row["reasons"], row["crash"]) == ([], None)
 
@@ -108,8 +79,8 @@ def reads_beyond(inputs, right):
 
 @pytest.mark.usefixtures("one_case")
 @pytest.mark.parametrize("change", [leaves_one_out, reads_beyond])
-def test_poison_catches(change, writer, monkeypatch):
-    broken(monkeypatch, change)
+def test_poison_catches(change, writer, change_backends):
+    broken(change_backends, change)
     row = only_row(writer)
     for tensor in ("output", "training output", "inference output"):
         assert row["errors"][tensor]["max"] == sys.float_info.max  # NaN
@@ -136,16 +107,16 @@ def raises(inputs, right):
 
 
 @pytest.mark.usefixtures("one_case")
-def test_a_crash_is_recorded_and_named(writer, monkeypatch):
-    broken(monkeypatch, raises)
+def test_a_crash_is_recorded_and_named(writer, change_backends):
+    broken(change_backends, raises)
     row = only_row(writer)
     assert (row["errors"], row["deterministic"]) == (None, None)
     assert accuracy.failures([row]) == ["sdpa on 21 tokens in fp32: IndexError: out of its bounds"]
 
 
 @pytest.mark.usefixtures("one_case")
-def test_a_crash_that_takes_the_gpu_along_is_recorded_before_the_stage_stops(writer, monkeypatch):
-    broken(monkeypatch, raises)
+def test_a_crash_that_takes_the_gpu_along_is_recorded_before_the_stage_stops(writer, monkeypatch, change_backends):
+    broken(change_backends, raises)
     monkeypatch.setattr(accuracy, "lost", lambda device: True)
     with pytest.raises(RuntimeError, match="cannot be used any more by this process, after sdpa on 21 tokens in fp32"):
         list(accuracy.run(SETUP, writer))
@@ -154,7 +125,7 @@ def test_a_crash_that_takes_the_gpu_along_is_recorded_before_the_stage_stops(wri
 
 
 @pytest.mark.usefixtures("one_case")
-def test_bits_that_change_fail_an_opaque_backend_only(writer, monkeypatch):
+def test_bits_that_change_fail_an_opaque_backend_only(writer, change_backends):
     calls = []
 
     def drifts(inputs, right):
@@ -162,20 +133,20 @@ def test_bits_that_change_fail_an_opaque_backend_only(writer, monkeypatch):
         result = right(inputs)
         return result._replace(output=result.output * (1 + 2e-7 * len(calls)))
 
-    broken(monkeypatch, drifts)
+    broken(change_backends, drifts)
     row = only_row(writer)
     assert row["deterministic"] is False
     assert "two runs differ in bits" not in " ".join(accuracy.failures([row]))
-    monkeypatch.setattr(sdpa, "OPAQUE", True)
+    change_backends("sdpa", opaque=True)
     assert "sdpa on 21 tokens in fp32: two runs differ in bits" in accuracy.failures([row])
 
 
 @pytest.mark.usefixtures("one_case")
-def test_an_opaque_backend_that_serves_nothing_fails(writer, monkeypatch):
-    monkeypatch.setattr(check, "not_served", lambda backend, case: ["needs a moon"])
+def test_an_opaque_backend_that_serves_nothing_fails(writer, monkeypatch, change_backends):
+    monkeypatch.setattr(Call, "reasons_against", lambda self, backend: ["needs a moon"])
     row = only_row(writer)
     assert accuracy.failures([row]) == []
-    monkeypatch.setattr(sdpa, "OPAQUE", True)
+    change_backends("sdpa", opaque=True)
     assert accuracy.failures([row]) == ["sdpa served no case: needs a moon"]
 
 
@@ -210,22 +181,26 @@ def test_tf32_is_allowed_for_its_own_cases_only(writer, monkeypatch):
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
-def test_the_named_shapes_are_there_the_goals_first(monkeypatch):
-    cases = list(accuracy._cases(torch.float16, SETUP._replace(dry=False)))
-    shapes = {(case.qkv.shape[1], case.qkv.shape[-1]) for case in cases if "cu_seqlens" not in case.options}
-    assert {(n, 64) for n in (1, *LENGTHS)} | {(n, 128) for n in (201, 261, 1029)} <= shapes
-    many = {case.qkv.shape[1] for case in cases if case.qkv.shape[0] * case.qkv.shape[3] >= 300}
-    assert many == {54, 201, 261}
-    packs = [case.options["cu_seqlens"].diff().tolist() for case in cases if "cu_seqlens" in case.options]
-    assert [261] * 2 + [54] * 8 in packs
-    assert any("rope" in case.options for case in cases)
-    assert any("attn_mask" in case.options for case in cases)
-    assert all(case.qkv.dtype == torch.float16 for case in cases)
-    names = [case.name for case in cases]
-    assert len(set(names)) == len(names)  # a row is found by its name
+def is_pack(call):
+    return "cu_seqlens" in call.arguments
 
-    monkeypatch.setattr(accuracy, "_cases", lambda dtype, setup: cases)
-    ordered = [piece.case.name for piece in accuracy._pieces(SETUP)]
+
+def test_the_named_shapes_are_there_the_goals_first(monkeypatch):
+    calls = list(accuracy._calls(torch.float16, SETUP._replace(dry=False)))
+    qkvs = {call.name: call.arguments["qkv"] for call in calls}
+    assert len(qkvs) == len(calls)  # a row is found by its name
+    shapes = {(qkvs[call.name].shape[1], qkvs[call.name].shape[-1]) for call in calls if not is_pack(call)}
+    assert {(n, 64) for n in (1, *LENGTHS)} | {(n, 128) for n in (201, 261, 1029)} <= shapes
+    many = {qkv.shape[1] for qkv in qkvs.values() if qkv.shape[0] * qkv.shape[3] >= 300}
+    assert many == {54, 201, 261}
+    packs = [call.arguments["cu_seqlens"].diff().tolist() for call in calls if is_pack(call)]
+    assert [261] * 2 + [54] * 8 in packs
+    assert any("rope" in call.arguments for call in calls)
+    assert any("attn_mask" in call.arguments for call in calls)
+    assert all(qkv.dtype == torch.float16 for qkv in qkvs.values())
+
+    monkeypatch.setattr(accuracy, "_calls", lambda dtype, setup: calls)
+    ordered = [piece.call.name for piece in accuracy._pieces(SETUP)]
     goals = 4 * (len(LENGTHS) + len(many))
     assert set(ordered[:goals]) == accuracy._GOALS
     assert not accuracy._GOALS & set(ordered[goals:])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
 
 from benchmarks import results
-from benchmarks.gpu import adopt, configs
+from benchmarks.gpu import adopt
 from benchmarks.results import Writer
-from vitreg_kernels._runtime import tuning
+from vitreg_kernels.dispatch import tables
+from vitreg_kernels.dispatch.tables import Fastest, Key
 
 RIGHT = {"max": 1e-3, "mean": 1e-4, "eager_max": 2e-3, "eager_mean": 2e-4, "passed": True}
 WRONG = RIGHT | {"max": 1.0, "passed": False}
-SIZE = "16-bit,64,272"
+SIZE = Key("attention", "sm_90", 16, 64, 272, 0, ())  # 64 x 16 heads are more than the last bucket
 
 
 def race(variant, median_ms, **changes):
@@ -74,7 +72,7 @@ WON = [*both(1.0, 2.0), *both(1.0, 2.0, tokens=201), *both(1.0, 2.0, layout="sep
 
 
 def test_what_won_everywhere_and_passed_is_the_default():
-    assert adopt.fastest(WON) == {SIZE: "triton"}
+    assert adopt.fastest(WON, "sm_90") == {SIZE: "triton"}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +97,7 @@ def test_what_won_everywhere_and_passed_is_the_default():
     ],
 )
 def test_one_blot_leaves_it_to_sdpa(rows):
-    assert adopt.fastest(WON + rows) == {SIZE: "sdpa"}
+    assert adopt.fastest(WON + rows, "sm_90") == {SIZE: "sdpa"}
 
 
 @pytest.mark.parametrize(
@@ -115,13 +113,13 @@ def test_one_blot_leaves_it_to_sdpa(rows):
     ids=["other dtypes", "a case it does not serve", "another's errors", "forward alone", "packs", "never a default"],
 )
 def test_what_does_not_count(rows):
-    assert adopt.fastest(WON + rows) == {SIZE: "triton"}
+    assert adopt.fastest(WON + rows, "sm_90") == {SIZE: "triton"}
 
 
 def test_never_judged_is_not_passed():
-    assert adopt.fastest(WON[:-1]) == {SIZE: "sdpa"}
+    assert adopt.fastest(WON[:-1], "sm_90") == {SIZE: "sdpa"}
     only_refused = accuracy(errors=None, deterministic=None, reasons=["runs on cuda, not on cpu"])
-    assert adopt.fastest([*WON[:-1], only_refused]) == {SIZE: "sdpa"}
+    assert adopt.fastest([*WON[:-1], only_refused], "sm_90") == {SIZE: "sdpa"}
 
 
 def test_sizes_are_chosen_one_by_one():
@@ -131,15 +129,19 @@ def test_sizes_are_chosen_one_by_one():
         *both(1.0, 2.0, tokens=54),
         *both(2.0, 1.0, head_dim=128),
         *both(1.0, 2.0, dtype="fp32"),
+        *both(2.0, 1.0, batch=8),
+        *both(2.0, 1.0, tokens=4096),
     ]
     expected = {
         SIZE: "triton",
-        "16-bit,64,2048": "sdpa",
-        "16-bit,64,64": "triton",
-        "16-bit,128,272": "sdpa",
-        "32-bit,64,272": "sdpa",  # never judged in fp32
+        SIZE._replace(tokens=2048): "sdpa",
+        SIZE._replace(tokens=64): "triton",
+        SIZE._replace(width=128): "sdpa",
+        SIZE._replace(bits=32): "sdpa",  # never judged in fp32
+        SIZE._replace(heads=128): "sdpa",
+        SIZE._replace(tokens=0): "sdpa",
     }
-    assert adopt.fastest(rows) == expected
+    assert adopt.fastest(rows, "sm_90") == expected
 
 
 @pytest.fixture
@@ -147,7 +149,7 @@ def file(tmp_path, machine):
     """Writes rows as a GPU's result file."""
 
     def file(rows, capability="sm_90"):
-        path = tmp_path / "run.json"
+        path = tmp_path / "run-2026-12-01.json"
         path.unlink(missing_ok=True)
         writer = Writer(path, {"command": "gpu"}, machine | {"capability": capability})
         writer.extend(rows)
@@ -158,39 +160,96 @@ def file(tmp_path, machine):
 
 def test_the_command_writes_what_dispatch_reads_and_leaves_the_rest(file, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "configs"
-    tiles = {"attention": {"forward": {SIZE: {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}}}}
-    configs.merge(folder, 90, tiles | {"fastest": {SIZE: "sdpa", "16-bit,64,2048": "triton"}})
-    configs.merge(folder, 80, {"fastest": {SIZE: "sdpa"}})
-    monkeypatch.setattr(tuning, "CONFIGS", folder)
+    tiles = [{"kernel": "forward", "block_m": 64}]
+    tables.merge(folder, "sm_90", "attention_tiles", tiles, ["kernel"])
+    longer, other = SIZE._replace(tokens=2048), SIZE._replace(device="sm_80")
+    tables.adopt(folder, {key: Fastest("sdpa", "2026-01-01") for key in (SIZE, longer, other)})
+    monkeypatch.setattr(tables, "CONFIGS", folder)
     assert adopt.main([str(file(WON))]) == 0
-    assert f"{SIZE}: triton" in capsys.readouterr().out
-    table = json.loads((folder / "sm90.json").read_text())
-    assert table == tiles | {"fastest": {SIZE: "triton", "16-bit,64,2048": "triton"}}
-    assert json.loads((folder / "sm80.json").read_text()) == {"fastest": {SIZE: "sdpa"}}
-    assert sorted(f.name for f in folder.iterdir()) == ["sm80.json", "sm90.json"]
-    monkeypatch.setattr(tuning, "_TABLES", tuning.read_tables(folder))
-    assert tuning.fastest(90, torch.float16, 64, "272") == "triton"
-    assert tuning.fastest(80, torch.float16, 64, "272") == "sdpa"
-    assert tuning.fastest(100, torch.float16, 64, "272") is None
+    assert "attention on sm_90, 16 bits, width 64, up to 272 tokens, over 512 heads: triton" in capsys.readouterr().out
+    assert tables.read(folder, "attention_tiles") == {"sm_90": tiles}
+    assert sorted(f.name for f in folder.iterdir()) == ["sm_80.json", "sm_90.json"]
+    assert tables.fastest(tables.read(folder, "fastest")) == {
+        SIZE: Fastest("triton", "2026-12-01"),
+        longer: Fastest("sdpa", "2026-01-01"),
+        other: Fastest("sdpa", "2026-01-01"),
+    }
 
 
 def test_a_default_that_broke_since_is_taken_back(file, tmp_path):
     folder = tmp_path / "configs"
     adopt.adopt(file(WON), folder)
     adopt.adopt(file([*WON, accuracy(case="201 tokens", crash="boom", errors=None, deterministic=None)]), folder)
-    assert tuning.read_tables(folder)[90]["fastest"] == {SIZE: "sdpa"}
+    assert {k: row.backend for k, row in tables.fastest(tables.read(folder, "fastest")).items()} == {SIZE: "sdpa"}
+
+
+def norm_race(variant, median_ms, **changes):
+    fields = {
+        "kind": "residual_norm",
+        "variant": variant,
+        "ours": True,
+        "reason": None,
+        "failed": False,
+        "norm": "LayerNorm",
+        "dtype": "bf16",
+        "mode": "forward",
+        "batch": 64,
+        "tokens": 261,
+        "channels": 768,
+        "memory": "any",
+        "bytes": 1,
+        "copy_gbps": 1.0,
+        "median_ms": median_ms,
+        "p20_ms": median_ms,
+        "p80_ms": median_ms,
+        "samples": 9,
+        "gbps": 1.0,
+        "copy_fraction": 1.0,
+        "best_peer": None,
+        "speedup": None,
+        "errors": {"normalized": RIGHT},
+    }
+    return fields | changes
+
+
+NORM = Key("residual_norm", "sm_90", 16, 768, 272, 128, ())
+
+
+def norms(forward, backward, **judged):
+    """Races of both modes, each (ours, torch's) in milliseconds, and a judgement."""
+    races = [
+        norm_race(f"vitreg:{name}", ms, mode=mode)
+        for mode, times in (("forward", forward), ("backward", backward))
+        for name, ms in zip(("triton", "composite"), times, strict=True)
+    ]
+    return [*races, accuracy(**{"kind": "norm_accuracy", "backend": "residual_norm:triton", **judged})]
+
+
+@pytest.mark.parametrize(
+    ("rows", "winner"),
+    [
+        (norms((1.0, 2.0), (1.0, 2.0)), "triton"),
+        (norms((1.0, 2.0), (2.1, 2.0)), "composite"),
+        (norms((1.0, 2.0), (1.0, 2.0), errors={"grad_x": WRONG}), "composite"),
+        (norms((1.0, 2.0), (1.0, 2.0), backend="token_norms:triton"), "composite"),
+        (norms((None, 2.0), (1.0, 2.0)), "composite"),
+    ],
+    ids=["won both", "slower backward", "wrong", "never judged", "not raced"],
+)
+def test_norms_have_rows_too(rows, winner):
+    assert adopt.fastest(rows, "sm_90") == {NORM: winner}
 
 
 @pytest.mark.parametrize(
     ("rows", "capability", "told"),
     [
         (WON, "AVX2", "must be of a run on a GPU, not on AVX2"),
-        ([accuracy()], "sm_90", "holds no forward"),
+        ([accuracy()], "sm_90", "holds no race that counts"),
     ],
     ids=["a CPU's", "no races"],
 )
 def test_a_file_that_settles_nothing_is_refused(file, tmp_path, monkeypatch, capsys, rows, capability, told):
-    monkeypatch.setattr(tuning, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(tables, "CONFIGS", tmp_path / "configs")
     assert adopt.main([str(file(rows, capability))]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "configs").exists()
@@ -202,5 +261,5 @@ def test_no_such_file(tmp_path, capsys):
 
 
 def test_the_rows_here_are_those_of_the_stages(machine):
-    for row in (*both(1.0, 2.0), accuracy()):
+    for row in (*both(1.0, 2.0), accuracy(), *norms((1.0, 2.0), (1.0, 2.0))):
         results.validate(row | {"machine": machine})

@@ -17,7 +17,7 @@ from benchmarks import results, roofline
 from benchmarks.gpu import __main__ as driver
 from benchmarks.gpu import environment, stage
 from benchmarks.machine import ROOT, Machine
-from vitreg_kernels._runtime import triton_mode
+from vitreg_kernels._triton import mode
 
 
 class PieceRow(TypedDict):
@@ -215,7 +215,7 @@ def test_an_unknown_stage_is_one_sentence_and_status_2(stages, path, capsys, arg
 
 def test_no_gpu_is_one_sentence_and_status_2(stages, path, monkeypatch, capsys):
     monkeypatch.setattr(driver.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(triton_mode, "INTERPRETING", False)
+    monkeypatch.setattr(mode, "INTERPRETING", False)
     assert driver.main([]) == 2
     told = capsys.readouterr().err
     assert "sees no CUDA GPU: `make gpu DRY=1`" in told
@@ -224,7 +224,7 @@ def test_no_gpu_is_one_sentence_and_status_2(stages, path, monkeypatch, capsys):
 
 def test_the_interpreter_on_a_gpu_is_one_sentence_and_status_2(stages, path, monkeypatch, capsys):
     monkeypatch.setattr(driver.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(triton_mode, "INTERPRETING", True)
+    monkeypatch.setattr(mode, "INTERPRETING", True)
     assert driver.main([]) == 2
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 

@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend
 from benchmarks import results, timm_vits
 from benchmarks.gpu import models
 from benchmarks.gpu.stage import Setup
-from benchmarks.peers import Stopped
 from benchmarks.results import Writer
 from benchmarks.timm_vits import build, with_attention
 from vitreg_kernels import RegisterAttention
+from vitreg_kernels.measure.race import Stopped
 from vitreg_kernels.ops.attention.backends import sdpa
 
 try:
@@ -47,7 +47,7 @@ def only(monkeypatch):
 
 
 @pytest.fixture
-def wrong(monkeypatch):
+def wrong(change_backends):
     """SDPA inside vitreg_kernels gives a slightly wrong output; timm's own SDPA is left alone."""
     forward = sdpa.forward
 
@@ -55,7 +55,7 @@ def wrong(monkeypatch):
         result = forward(inputs)
         return result._replace(output=result.output * 1.05)
 
-    monkeypatch.setattr(sdpa, "forward", slightly_wrong)
+    change_backends("sdpa", forward=slightly_wrong)
 
 
 def by_attention(rows):
@@ -137,7 +137,7 @@ def test_a_wrong_swapped_attention_fails(writer, only, wrong, piece):
     assert all("vitreg: default: " in s and piece.mode in s and " off (mean " in s for s in sentences)
 
 
-def test_a_wrong_gradient_alone_fails(writer, only, monkeypatch):
+def test_a_wrong_gradient_alone_fails(writer, only, change_backends):
     only(TRAINING)
     forward = sdpa.forward
 
@@ -146,7 +146,7 @@ def test_a_wrong_gradient_alone_fails(writer, only, monkeypatch):
         output = result.output
         return result._replace(output=1.05 * output - 0.05 * output.detach())
 
-    monkeypatch.setattr(sdpa, "forward", wrong_backward)
+    change_backends("sdpa", forward=wrong_backward)
     errors = by_attention(models.run(DRY, writer))["vitreg: default"]["errors"]
     assert errors["features"]["passed"]
     assert not errors["grad_qkv"]["passed"]
@@ -162,13 +162,13 @@ def test_a_wrong_gradient_alone_fails(writer, only, monkeypatch):
     ],
     ids=["a crash", "too little memory"],
 )
-def test_ours_that_stops_has_a_reason_and_the_others_go_on(writer, only, monkeypatch, error, failed, told):
+def test_ours_that_stops_has_a_reason_and_the_others_go_on(writer, only, change_backends, error, failed, told):
     only(FORWARD)
 
     def stop(inputs):
         raise error
 
-    monkeypatch.setattr(sdpa, "forward", stop)
+    change_backends("sdpa", forward=stop)
     rows = by_attention(models.run(DRY, writer))
     row = rows["vitreg: default"]
     assert told in row["reason"]
@@ -254,7 +254,7 @@ def compile_with(backend):
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_after_a_kernel_that_broke_the_gpu_nothing_runs(writer, only, monkeypatch, late):
+def test_after_a_kernel_that_broke_the_gpu_nothing_runs(writer, only, monkeypatch, late, change_backends):
     only(FORWARD)
     monkeypatch.setattr(models, "_OWN", {"own: flash": models._OWN["own: flash"]})
     attempt, attempted, broken = models._attempt, [], []
@@ -270,7 +270,7 @@ def test_after_a_kernel_that_broke_the_gpu_nothing_runs(writer, only, monkeypatc
         attempted.append(contender.name)
         return attempt(contender, *rest)
 
-    monkeypatch.setattr(sdpa, "forward", breaks)
+    change_backends("sdpa", forward=breaks)
     monkeypatch.setattr(models, "_attempt", spy)
     monkeypatch.setattr(models, "lost", lambda device: bool(broken))
 

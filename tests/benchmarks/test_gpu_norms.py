@@ -14,8 +14,9 @@ from benchmarks.gpu import calls, norms, stage
 from benchmarks.gpu.stage import Setup
 from benchmarks.norms import Case
 from benchmarks.results import Writer
+from vitreg_kernels import dispatch
 from vitreg_kernels.ops.assemble.backends import composite as assemble
-from vitreg_kernels.ops.residual_norm.backends import composite as residual_norm
+from vitreg_kernels.ops.catalogue import OPS
 from vitreg_kernels.ops.token_norms.backends import composite as token_norms
 
 CPU = torch.device("cpu")
@@ -43,16 +44,10 @@ def test_every_op_is_checked_and_the_norms_are_raced(writer):
 
 
 @pytest.mark.parametrize(
-    ("backend", "function", "tensor"),
-    [
-        (residual_norm, "forward", "normalized"),
-        (token_norms, "forward", "token_norms"),
-        (assemble, "forward", "tokens"),
-    ],
-    ids=["residual_norm", "token_norms", "assemble"],
+    ("op", "tensor"), [("residual_norm", "normalized"), ("token_norms", "token_norms"), ("assemble", "tokens")]
 )
-def test_what_is_wrong_is_named(backend, function, tensor, writer, monkeypatch):
-    right = getattr(backend, function)
+def test_what_is_wrong_is_named(op, tensor, writer, change_backends):
+    right = dispatch.find(OPS[op].backends, "composite").forward
 
     def wrong(inputs):
         result = right(inputs)
@@ -60,28 +55,29 @@ def test_what_is_wrong_is_named(backend, function, tensor, writer, monkeypatch):
             return result._replace(normalized=1.01 * result.normalized)
         return 1.01 * result
 
-    monkeypatch.setattr(backend, function, wrong)
+    change_backends("composite", op=op, forward=wrong)
     list(norms.run(DRY, writer))
     told = norms.failures(writer.rows)
-    op = backend.__name__.split(".")[2]
     assert any(s.startswith(f"{op}:composite on 2 x 9 x 48") and f": {tensor} is" in s for s in told)
 
 
-def test_a_count_that_is_off_by_one_is_named(writer, monkeypatch):
+def test_a_count_that_is_off_by_one_is_named(writer, change_backends):
     count = token_norms.accumulate
 
     def wrong(norms, layout, into):
         count(norms, layout, into)
         into.histogram[2, 7] += 1
 
-    monkeypatch.setattr(token_norms, "accumulate", wrong)
+    change_backends("composite", op="token_norms", accumulate=wrong)
     list(norms.run(DRY, writer))
     told = norms.failures(writer.rows)
     assert told
-    assert all(s.startswith("token_norm_stats:composite on 2 x 9 in") and "patches histogram" in s for s in told)
+    assert all(
+        s.startswith("token_norms:composite on 2 x 9 norms, statistics in") and "patches histogram" in s for s in told
+    )
 
 
-def test_a_token_that_is_never_written_shows(writer, monkeypatch):
+def test_a_token_that_is_never_written_shows(writer, change_backends):
     right = assemble.forward
 
     poison = []
@@ -93,18 +89,18 @@ def test_a_token_that_is_never_written_shows(writer, monkeypatch):
         written[-1, -1] = False
         return tokens.where(written, torch.empty_like(tokens))
 
-    monkeypatch.setattr(assemble, "forward", leaves_one_out)
+    change_backends("composite", op="assemble", forward=leaves_one_out)
     list(norms.run(DRY, writer))
     assert poison
     assert all(poison)
     assert any("tokens is 1.8e+308 off" in sentence for sentence in norms.failures(writer.rows))
 
 
-def test_a_crash_is_named_and_the_others_go_on(writer, monkeypatch):
+def test_a_crash_is_named_and_the_others_go_on(writer, change_backends):
     def crash(inputs):
         raise IndexError("out of\nits bounds")
 
-    monkeypatch.setattr(residual_norm, "forward", crash)
+    change_backends("composite", op="residual_norm", forward=crash)
     rows = list(norms.run(DRY, writer))
     told = norms.failures(writer.rows)
     assert "residual_norm:composite on 2 x 9 x 48 in fp32: IndexError: out of" in told
@@ -136,8 +132,8 @@ def test_the_full_size_has_every_kind_of_call_and_every_width():
     assert {(case.norm, case.mode) for case in cases[8:]} == {("RMSNorm", "forward")}
     with FakeTensorMode():
         found = list(calls.calls(torch.bfloat16, CPU, dry=False))
-    assert {call.op.name for call in found} == {op.name for op in calls.OPS}
-    names = [(call.op.name, call.name) for call in found]
+    assert {call.request.op for call in found} == {op.name for op in calls.OPS}
+    names = [(call.request.op, call.name) for call in found]
     assert len(set(names)) == len(names)  # a row is found by them
     widths = {call.arguments["x"].shape[2] for call in found if "x" in call.arguments}
     assert {*race.CHANNELS, 4096, 100} <= widths

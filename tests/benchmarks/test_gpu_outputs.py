@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from benchmarks import timing
 from benchmarks.gpu import outputs, stage
 from benchmarks.gpu.stage import Setup
 from benchmarks.results import Writer
 from vitreg_kernels import functional
+from vitreg_kernels.measure import timing
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 RUN = {"command": "gpu"}

@@ -15,13 +15,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import contest, peers, shapes, timing
+from benchmarks import contest, peers, shapes
 from benchmarks.gpu import race, stage
 from benchmarks.gpu.stage import Setup
 from benchmarks.machine import ROOT
 from benchmarks.peers import EAGER, Peer, pack_of
 from benchmarks.results import Writer
 from benchmarks.shapes import Case
+from vitreg_kernels.measure import race as measured_race
+from vitreg_kernels.measure import timing
 
 RUN = {"command": "gpu"}
 CPU = torch.device("cpu")
@@ -210,7 +212,7 @@ def test_no_case_begins_after_the_deadline(only, writer, monkeypatch):
 
 def test_who_breaks_the_hold_of_the_gpu_is_not_hidden_behind_the_others(only, writer, monkeypatch):
     only(("vitreg:before", lambda x: x), ("other:breaks", crash), ("vitreg:after", lambda x: x))
-    monkeypatch.setattr(contest, "lost", lambda device: True)
+    monkeypatch.setattr(measured_race, "lost", lambda device: True)
     monkeypatch.setattr(race, "lost", lambda device: True)
     with pytest.raises(RuntimeError, match="after N=22 fp32 forward"):
         list(race.run(DRY, writer))
@@ -270,7 +272,7 @@ def test_in_the_interpreter_our_kernels_race_in_every_layout():
     """In a process of its own, because triton decides at its import how kernels run."""
     script = """
 import math, torch
-from benchmarks import timing
+from vitreg_kernels.measure import timing
 from benchmarks.gpu import race
 from benchmarks.gpu.stage import Setup
 setup = Setup(torch.device("cpu"), True, math.inf)

@@ -16,14 +16,18 @@ from typing import get_args
 import pytest
 import torch
 
-from benchmarks import results, timing
-from benchmarks.gpu import configs, tune
+from benchmarks import results
+from benchmarks.gpu import tune
 from benchmarks.gpu.stage import Setup
 from benchmarks.machine import ROOT
 from benchmarks.results import Writer
-from vitreg_kernels._runtime import triton_mode, tuning
-from vitreg_kernels._runtime.launch import Launch
-from vitreg_kernels._runtime.tuning import Tiles
+from vitreg_kernels._triton import mode
+from vitreg_kernels._triton.launch import Launch
+from vitreg_kernels.dispatch import tables
+from vitreg_kernels.measure import timing
+from vitreg_kernels.ops._shared import capability
+from vitreg_kernels.ops.attention.backends.triton import tiles as tuning
+from vitreg_kernels.ops.attention.backends.triton.tiles import Tiles
 
 DRY = Setup(torch.device("cpu"), dry=True, deadline=math.inf)
 GPU = DRY._replace(dry=False)  # where no kernel runs
@@ -49,7 +53,7 @@ def writer(tmp_path, machine) -> Writer:
 def gpu(monkeypatch, tmp_path):
     """A GPU on which each kernel takes ``seconds(tiles, tokens)`` and nothing is compiled; what was asked of it."""
     asked = SimpleNamespace(seconds=lambda tiles, tokens: 1e-3, misfit=lambda job: None, broken=lambda *_: [], races=[])
-    monkeypatch.setattr(triton_mode, "arch", lambda device: ARCH)
+    monkeypatch.setattr(capability, "capability", lambda device: ARCH)
     monkeypatch.setattr(tune, "explain", lambda *_, **__: SimpleNamespace(reasons={}))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block_optin=1))
     monkeypatch.setattr(tune, "misfit", lambda job: asked.misfit(job))
@@ -58,7 +62,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "_inputs", lambda piece, shape, device: (torch.empty(shape[1], 0),))
     monkeypatch.setattr(timing, "copies_past_cache", lambda make, device: [make(), make()])
     monkeypatch.setattr(tune, "_launches", lambda piece, tiles, copy: [(tiles, copy[0].shape[0])])
-    monkeypatch.setattr(tuning, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(tables, "CONFIGS", tmp_path / "configs")
 
     def interleave(variants, inputs, *, device, budget_s):
         asked.races.append(len(variants))
@@ -78,7 +82,7 @@ def rule(tokens=261):
 
 
 def table(tmp_path):
-    return json.loads((tmp_path / "configs" / "sm90.json").read_text())
+    return json.loads((tmp_path / "configs" / "sm_90.json").read_text())
 
 
 def only_first_piece(monkeypatch):
@@ -87,11 +91,11 @@ def only_first_piece(monkeypatch):
 
 def test_the_fastest_tiles_are_written_beside_what_was_there(gpu, writer, tmp_path, monkeypatch, capsys):
     only_first_piece(monkeypatch)
-    before = {
-        "fastest": {"16-bit,64,272": "triton"},
-        "attention": {"forward": {"16-bit,128,272": asdict(FAST)}, "statistics": {"16-bit,64,272": asdict(FAST)}},
-    }
-    configs.merge(tmp_path / "configs", ARCH, before)
+    key = {"device": "sm_90", "kernel": "forward", "bits": 16, "width": 64, "tokens": 272}
+    others = [key | {"width": 128} | asdict(FAST), key | {"kernel": "statistics"} | asdict(FAST)]
+    tables.merge(tmp_path / "configs", "sm_90", "fastest", [{"op": "attention", "backend": "triton"}], ["op"])
+    for section in (key | asdict(SHAPE), *others):
+        tables.merge(tmp_path / "configs", "sm_90", tuning.SECTION, [section], tuning.Key._fields)
     gpu.seconds = lambda tiles, tokens: {FAST: 0.5e-3, SHAPE: 0.6e-3}.get(tiles, 1e-3)
     (row,) = tune.run(GPU, writer)
     assert row["best"] == asdict(FAST)
@@ -99,10 +103,11 @@ def test_the_fastest_tiles_are_written_beside_what_was_there(gpu, writer, tmp_pa
     assert (row["rule_ms"], row["best_ms"], row["speedup"]) == ([1.0, 1.0], [0.5, 0.5], 2.0)
     # 24 shapes beside the rule, 9 of other stages, and the winner once more, at two lengths each.
     assert gpu.races == [25, 25, 10, 10, 2, 2]
-    assert (row["timed"], row["left_out"], row["size"]) == (33, 0, "16-bit,64,272")
-    before["attention"]["forward"]["16-bit,64,272"] = asdict(FAST)
-    assert table(tmp_path) == before
-    monkeypatch.setattr(tuning, "_TABLES", tuning.read_tables(tmp_path / "configs"))
+    assert (row["timed"], row["left_out"], row["size"]) == (33, 0, "16-bit, head dim 64, up to 272 tokens")
+    found = table(tmp_path)
+    assert found["fastest"] == [{"op": "attention", "backend": "triton"}]
+    assert sorted(found[tuning.SECTION], key=str) == sorted([key | asdict(FAST), *others], key=str)
+    monkeypatch.setattr(tuning, "_MEASURED", tuning.measured_tiles(tmp_path / "configs"))
     tuning.attention_tiles.cache_clear()
     try:
         assert rule() == FAST
@@ -148,7 +153,8 @@ def test_wrong_tiles_are_named_and_the_next_best_is_taken(gpu, writer, tmp_path,
     assert "block_n=128" in row["wrong"][0]
     assert "output at 261 tokens" in row["wrong"][0]
     assert tune.failures(writer.rows) == []
-    assert table(tmp_path)["attention"]["forward"]["16-bit,64,272"] == asdict(right)
+    (entry,) = table(tmp_path)[tuning.SECTION]
+    assert asdict(right).items() <= entry.items()
 
 
 def test_only_the_forward_of_short_images_may_hold_heads():
@@ -191,7 +197,9 @@ def test_a_broken_rule_fails_the_command(gpu, writer, monkeypatch):
 
     monkeypatch.setattr(tune, "_launches", crash)
     (row,) = tune.run(GPU, writer)
-    assert tune.failures([row]) == ["the sweep of forward at 16-bit,64,272 broke: IndexError: out of its bounds"]
+    assert tune.failures([row]) == [
+        "the sweep of forward at 16-bit, head dim 64, up to 272 tokens broke: IndexError: out of its bounds"
+    ]
 
 
 def test_a_kernel_that_is_not_launched_says_so(gpu, writer, monkeypatch):
@@ -207,7 +215,7 @@ def test_every_kernel_and_size_is_swept_once_whatever_is_cut(gpu, writer, monkey
     assert {piece.kernel for piece in pieces} == set(KERNELS)
     assert len({(piece.kernel, piece.size) for piece in pieces}) == len(pieces) == tune.unfinished(GPU, writer)
     for piece in pieces:
-        assert len({tuning.length_bucket(tokens) for tokens in piece.tokens}) == 1
+        assert len({tables.token_bucket(tokens) for tokens in piece.tokens}) == 1
     assert list(tune.run(GPU._replace(deadline=time.monotonic()), writer)) == []
     rows = tune.run(GPU, writer)
     first = [next(rows), next(rows)]
@@ -219,7 +227,7 @@ def test_every_kernel_and_size_is_swept_once_whatever_is_cut(gpu, writer, monkey
 
 
 def test_without_a_gpu_the_reason_is_told(writer):
-    if triton_mode.INTERPRETING:
+    if mode.INTERPRETING:
         pytest.skip("the interpreter runs the kernels")
     rows = list(tune.run(DRY, writer))
     assert [row["kernel"] for row in rows] == list(KERNELS)
@@ -228,7 +236,7 @@ def test_without_a_gpu_the_reason_is_told(writer):
     assert tune.unfinished(DRY, writer) == 0
 
 
-@pytest.mark.skipif(triton_mode.INTERPRETING, reason="the interpreter compiles nothing")
+@pytest.mark.skipif(mode.INTERPRETING, reason="the interpreter compiles nothing")
 def test_what_spills_or_is_too_large_is_known_before_it_runs():
     pytest.importorskip("triton")
     small = tune.Compilation(
@@ -254,11 +262,12 @@ def test_choosing_marks_one_kernel_alone():
 REHEARSAL = """
 import math, sys, torch
 from pathlib import Path
-from benchmarks import machine, timing
+from benchmarks import machine
+from vitreg_kernels.measure import timing
 from benchmarks.gpu import tune
 from benchmarks.gpu.stage import Setup
 from benchmarks.results import Writer
-from vitreg_kernels._runtime import tuning
+from vitreg_kernels.dispatch import tables
 
 interleave = timing.interleave
 def favour(variants, inputs, **options):  # the first tiles are made out to be the fastest
@@ -270,7 +279,7 @@ tune.tempfile.mkdtemp = lambda prefix: sys.argv[2]
 setup = Setup(torch.device("cpu"), dry=True, deadline=math.inf)
 tune._pieces = lambda setup, all=tune._pieces: [p for p in all(setup) if p.kernel in ("forward", "statistics")]
 rows = list(tune.run(setup, Writer(Path(sys.argv[1]), {"command": "gpu"}, machine.describe(setup.device))))
-assert not tuning.CONFIGS.exists() or not any("32-bit,16,64" in f.read_text() for f in tuning.CONFIGS.glob("*.json"))
+assert not tables.CONFIGS.exists() or not any('"width": 16' in f.read_text() for f in tables.CONFIGS.glob("*.json"))
 """
 
 
@@ -288,4 +297,4 @@ def test_a_rehearsal_in_the_interpreter_measures_real_launches(tmp_path):
         assert (row["reason"], row["wrong"], row["timed"]) == (None, [], 2)
         assert row["best"]["block_m"] == 16
     (file,) = (tmp_path / "configs").glob("*.json")
-    assert set(json.loads(file.read_text())["attention"]) == {"forward", "statistics"}
+    assert {row["kernel"] for row in json.loads(file.read_text())[tuning.SECTION]} == {"forward", "statistics"}

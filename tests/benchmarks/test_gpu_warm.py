@@ -18,22 +18,20 @@ from benchmarks.gpu import accuracy, calls, norms, outputs, race, warm
 from benchmarks.gpu.stage import Setup
 from benchmarks.results import Writer
 from benchmarks.shapes import Case
-from vitreg_kernels import functional
-from vitreg_kernels._runtime import dispatch, triton_mode
-from vitreg_kernels.ops.assemble.backends import triton as assemble
-from vitreg_kernels.ops.attention.backends import triton
-from vitreg_kernels.ops.residual_norm.backends import triton as residual_norm
-from vitreg_kernels.ops.token_norms.backends import triton as token_norms
+from vitreg_kernels import dispatch, functional
+from vitreg_kernels._triton import mode
+from vitreg_kernels.ops._shared import capability
+from vitreg_kernels.ops.catalogue import OPS
 
 pytest.importorskip("triton", reason="triton is not installed: it exists for Linux x86-64 only")
-if triton_mode.INTERPRETING:
+if mode.INTERPRETING:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from vitreg_kernels._runtime import aot
+from vitreg_kernels._triton import offline
 
 ARCH = 90
 CPU = torch.device("cpu")
@@ -47,18 +45,16 @@ def writer(tmp_path, machine) -> Writer:
 
 
 @pytest.fixture
-def pretending(monkeypatch):
+def pretending(monkeypatch, change_backends):
     """Our kernels take CPU tensors for those of a GPU; whoever launches one in earnest fails."""
-    monkeypatch.setattr(triton, "REQUIREMENTS", triton.REQUIREMENTS._replace(devices=("cpu",)))
-    monkeypatch.setattr(triton_mode, "faults", lambda: [])
-    monkeypatch.setattr(triton_mode, "arch", lambda device: ARCH)
-    dispatch._select_cached.cache_clear()
-    yield
-    dispatch._select_cached.cache_clear()
+    for op in OPS.values():
+        requirements = dispatch.find(op.backends, "triton").requirements._replace(devices=("cpu",))
+        change_backends("triton", op=op.name, requirements=requirements, faults=list)
+    monkeypatch.setattr(capability, "capability", lambda device: ARCH)
 
 
 def keys(call):
-    return {aot.compilation(launch, ARCH).key for launch in warm.launched(call)}
+    return {offline.compilation(launch, ARCH).key for launch in warm.launched(call)}
 
 
 def rehearsed(rehearse, pieces):
@@ -101,8 +97,6 @@ def test_the_outputs_stage_launches_what_was_rehearsed(writer, monkeypatch):
 
 @pytest.mark.usefixtures("pretending")
 def test_the_norms_stage_launches_what_was_rehearsed(writer, monkeypatch, ceilings):
-    for backend in (assemble, residual_norm, token_norms):
-        monkeypatch.setattr(backend, "REQUIREMENTS", backend.REQUIREMENTS._replace(devices=("cpu",)))
     writer.extend([{"kind": "roofline", **ceilings._asdict()}])
     launched = keys(lambda: list(norms.run(DRY, writer)))
     checked = rehearsed(norms.rehearse_check, norms._checks(DRY))
@@ -138,7 +132,7 @@ def test_what_was_compiled_ahead_is_what_a_launch_loads(tmp_path, monkeypatch, c
     assert list(warm.ahead(dtypes, rehearse, GPU)) == list(dtypes)
     assert "    2 of 2 kernels compiled ahead in " in capsys.readouterr().out
     launches = [launch for dtype in dtypes for launch in warm.launched(partial(rehearse, dtype))]
-    assert all(aot.compilation(launch, ARCH).cached for launch in launches)
+    assert all(offline.compilation(launch, ARCH).cached for launch in launches)
 
     monkeypatch.setattr(driver, "_active", NoDriver())
     loaded = []
@@ -147,7 +141,7 @@ def test_what_was_compiled_ahead_is_what_a_launch_loads(tmp_path, monkeypatch, c
         monkeypatch.setattr(launch.kernel, "device_caches", defaultdict(launch.kernel.create_binder))
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "grid": launch.grid, "warmup": True}
         compiled = launch.kernel.run(**launch.arguments, **launch.constants, **options)
-        assert compiled.hash == aot.compilation(launch, ARCH).key
+        assert compiled.hash == offline.compilation(launch, ARCH).key
     assert loaded == [True] * 3
 
     warm.up(dtypes, rehearse, GPU)
@@ -173,11 +167,11 @@ def compiling(monkeypatch):
         told.ended.append(kernel.key)
         return compiled
 
-    monkeypatch.setattr(triton_mode, "arch", lambda device: ARCH)
+    monkeypatch.setattr(capability, "capability", lambda device: ARCH)
     monkeypatch.setattr(warm, "processes", processes)
     monkeypatch.setattr(warm, "launched", lambda call: call())
     monkeypatch.setattr(warm, "_compile", compile_one)
-    monkeypatch.setattr(aot, "compilation", lambda name, arch: SimpleNamespace(key=name, cached=name == "old"))
+    monkeypatch.setattr(offline, "compilation", lambda name, arch: SimpleNamespace(key=name, cached=name == "old"))
     return told
 
 

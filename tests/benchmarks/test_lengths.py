@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import lengths, results, timing
+from benchmarks import lengths, results
 from benchmarks.peers import Peer, eager
 from benchmarks.results import Writer
 from vitreg_kernels import UnsupportedError
+from vitreg_kernels.measure import timing
 
 RUN = {"command": "bench", "size": "quick", "model": "a model"}
 

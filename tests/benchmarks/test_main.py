@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_features import tiny_model
 
-from benchmarks import attention, end_to_end, features, lengths, monitoring, norms, overhead, results, roofline, timing
+from benchmarks import attention, end_to_end, features, lengths, monitoring, norms, overhead, results, roofline
 from benchmarks.shapes import Case
 from vitreg_kernels import RegisterViT, ViTConfig
+from vitreg_kernels.measure import timing
 from vitreg_kernels.ops.attention.backends import sdpa
 from vitreg_kernels.ops.residual_norm.backends import composite
 
@@ -108,6 +110,7 @@ def test_the_main_job(small, monkeypatch, capsys):
         "roofline",
         "attention",
         "overhead",
+        *(["launch_cost"] if find_spec("triton") else []),
         "residual_norm",
         "monitor",
         "lengths",
@@ -115,7 +118,7 @@ def test_the_main_job(small, monkeypatch, capsys):
     }
 
 
-def test_a_wrong_backend_is_named_and_the_status_is_1(small, monkeypatch, capsys):
+def test_a_wrong_backend_is_named_and_the_status_is_1(small, monkeypatch, capsys, change_backends):
     forward = sdpa.forward
 
     def slightly_wrong(inputs):
@@ -128,8 +131,8 @@ def test_a_wrong_backend_is_named_and_the_status_is_1(small, monkeypatch, capsys
         result = normalize(inputs)
         return result._replace(normalized=result.normalized * (1 + 1e-4))
 
-    monkeypatch.setattr(sdpa, "forward", slightly_wrong)
-    monkeypatch.setattr(composite, "forward", slightly_off)
+    change_backends("sdpa", forward=slightly_wrong)
+    change_backends("composite", op="residual_norm", forward=slightly_off)
     assert run(monkeypatch) == 1
     told = capsys.readouterr().err
     assert "vitreg:composite at N = 9, C = 16 in fp32, forward: normalized is" in told
@@ -138,13 +141,13 @@ def test_a_wrong_backend_is_named_and_the_status_is_1(small, monkeypatch, capsys
     assert "reference" not in told
 
 
-def test_a_crash_of_ours_is_named_and_the_status_is_1(small, monkeypatch, capsys):
+def test_a_crash_of_ours_is_named_and_the_status_is_1(small, monkeypatch, capsys, change_backends):
     def crash(inputs):
         raise IndexError("out of its bounds")
 
     attend = attention.race
     monkeypatch.setattr(
-        attention, "race", lambda *arguments: monkeypatch.setattr(sdpa, "forward", crash) or attend(*arguments)
+        attention, "race", lambda *arguments: change_backends("sdpa", forward=crash) or attend(*arguments)
     )
     # They call the default backend, which is the broken one.
     monkeypatch.setattr(overhead, "run", lambda writer: [])

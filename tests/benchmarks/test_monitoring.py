@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import monitoring, results, timing
+from benchmarks import monitoring, results
 from benchmarks.results import Writer
 from vitreg_kernels import RegisterViT, TokenNormMonitor, ViTConfig
+from vitreg_kernels.measure import timing
 
 RUN = {"command": "bench", "size": "quick", "model": "a model"}
 CPU = torch.device("cpu")

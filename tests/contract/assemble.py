@@ -7,7 +7,7 @@ from assemble_cases import Spec
 from hypothesis import strategies as st
 
 from contract.op import Call, Op, Tensors
-from vitreg_kernels._runtime.dispatch import Requirements
+from vitreg_kernels.dispatch import Requirements
 from vitreg_kernels.functional import assemble_tokens
 from vitreg_kernels.ops.assemble.backends import BACKENDS
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from contract.op import Call, Op, Tensors, mapped
-from vitreg_kernels._runtime.dispatch import Backend, Requirements
+from vitreg_kernels.dispatch import Backend, Requirements
 from vitreg_kernels.functional import register_attention, register_attention_qkv
 from vitreg_kernels.ops.attention.backends import BACKENDS
 
@@ -54,7 +54,7 @@ class Attention(Op):
         return max(gradients, key=lambda x: x.abs().max()) if name.startswith("grad_") else None
 
     def traced(self, backend: Backend, spec: Spec) -> bool:
-        return backend.OPAQUE or not spec.lengths  # the others read cu_seqlens on the host
+        return backend.opaque or not spec.lengths  # the others read cu_seqlens on the host
 
     def under_autocast(self, backend: str, call: Call, dtype: torch.dtype) -> Tensors:
         """Those of inputs cast by hand; the rotation stays as exact as it was."""

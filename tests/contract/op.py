@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from vitreg_kernels import accuracy
-from vitreg_kernels._runtime.dispatch import Backend, Request, Requirements
-from vitreg_kernels._runtime.triton_mode import INTERPRETING
+from vitreg_kernels._triton.mode import INTERPRETING
+from vitreg_kernels.dispatch import Backend, Request, Requirements
+from vitreg_kernels.measure import accuracy
 
 Call = dict[str, Any]  # arguments by name, all but the backend; tensors may lie in named tuples
 Tensors = dict[str, Tensor]
@@ -85,8 +85,8 @@ class Op(ABC):
     @property
     def backends(self) -> list[Backend]:
         """Those held to the contract in this process: the Triton kernels in the interpreter's, else all others."""
-        plain = Request("cpu", (0, 0), torch.float32, head_dim=16, channels=16)
-        return [b for b in self.BACKENDS if (b.NAME == "triton") == INTERPRETING and not b.not_supported_reasons(plain)]
+        plain = Request("any", "cpu", 0, torch.float32, head_dim=16, channels=16)
+        return [b for b in self.BACKENDS if (b.name == "triton") == INTERPRETING and not b.reasons_against(plain)]
 
 
 def mapped(call: Mapping[str, Any], change: Arrange) -> Call:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from residual_norm_cases import Spec
 
 from contract.op import Call, Op, Tensors
-from vitreg_kernels._runtime.dispatch import Requirements
+from vitreg_kernels.dispatch import Requirements
 from vitreg_kernels.functional import residual_layer_norm
 from vitreg_kernels.ops.residual_norm.backends import BACKENDS
 

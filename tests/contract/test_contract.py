@@ -25,22 +25,22 @@ from contract.attention import Attention, PackedAttention
 from contract.op import Op, Tensors, errors, mapped, run
 from contract.residual_norm import ResidualNorm
 from contract.token_norms import TokenNorms, TokenNormStats
-from vitreg_kernels._runtime.triton_mode import INTERPRETING
+from vitreg_kernels._triton.mode import INTERPRETING
 
 OPS: tuple[Op, ...] = (Attention(), PackedAttention(), ResidualNorm(), TokenNorms(), TokenNormStats(), Assemble())
 
 HALF = (torch.float16,) if INTERPRETING else (torch.float16, torch.bfloat16)  # the interpreter garbles bf16
 
 every_op = pytest.mark.parametrize("op", OPS, ids=str)
-BACKENDS = [pytest.param(op, b, id=f"{op}-{b.NAME}") for op in OPS for b in op.backends]
+BACKENDS = [pytest.param(op, b, id=f"{op}-{b.name}") for op in OPS for b in op.backends]
 every_backend = pytest.mark.parametrize(("op", "backend"), BACKENDS)
 # The reference is what the others are held against; the ops' own tests hold it against formulas of their own.
-OTHERS = [p for p in BACKENDS if p.values[1].NAME != "reference"]
+OTHERS = [p for p in BACKENDS if p.values[1].name != "reference"]
 every_other = pytest.mark.parametrize(("op", "backend"), OTHERS)
 
 
 def in_double(backends: list) -> pytest.MarkDecorator:
-    served = [p for p in backends if torch.float64 in p.values[1].REQUIREMENTS.dtypes]
+    served = [p for p in backends if torch.float64 in p.values[1].requirements.dtypes]
     return pytest.mark.parametrize(("op", "backend"), served)
 
 
@@ -81,7 +81,7 @@ def loss_of_input(op: Op, call: dict) -> tuple[Tensor, Callable[[Tensor, str], T
 
 @every_op
 def test_there_is_something_to_test(op):
-    names = [backend.NAME for backend in op.backends]
+    names = [backend.name for backend in op.backends]
     assert names == ["triton"] if INTERPRETING else "reference" in names and len(names) >= 2
 
 
@@ -100,14 +100,16 @@ class TestParity:
     @every_other
     def test_any_call(self, op, backend):
         """Outputs, gradients and statistics keep the accuracy rule against fp64."""
-        dtypes = tuple(dtype for dtype in backend.REQUIREMENTS.dtypes if dtype != torch.float64)
+        dtypes = tuple(dtype for dtype in backend.requirements.dtypes if dtype != torch.float64)
 
         @settings(max_examples=op.EXAMPLES)
-        @given(spec=op.specs(backend.REQUIREMENTS._replace(dtypes=dtypes)))
+        @given(spec=op.specs(backend.requirements._replace(dtypes=dtypes)))
         def holds(spec):
-            calls = [op.make_call(spec._replace(seed=spec.seed + 2 * i)) for i in range(10)]
-            broken = errors(op, calls, [run(op, backend.NAME, call) for call in calls])
-            assert not broken, "\n".join((f"{backend.NAME} on {spec}", *broken))
+            # Alike but for their numbers, and judged as one: the eager error of a few numbers may owe to luck.
+            draws = max(10, 4096 // max(1, op.make_call(spec)[op.TOKENS[0]].numel()))
+            calls = [op.make_call(spec._replace(seed=spec.seed + 2 * i)) for i in range(draws)]
+            broken = errors(op, calls, [run(op, backend.name, call) for call in calls])
+            assert not broken, "\n".join((f"{backend.name} on {spec}", *broken))
 
         holds()
 
@@ -116,10 +118,10 @@ class TestParity:
         """fp64 has no eager error to be measured by; there a backend agrees with the reference outright."""
 
         @settings(max_examples=op.EXAMPLES)
-        @given(spec=op.specs(backend.REQUIREMENTS._replace(dtypes=(torch.float64,))))
+        @given(spec=op.specs(backend.requirements._replace(dtypes=(torch.float64,))))
         def holds(spec):
             call = op.make_call(spec)
-            actual, expected = (run(op, name, call) for name in (backend.NAME, "reference"))
+            actual, expected = (run(op, name, call) for name in (backend.name, "reference"))
             torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
         holds()
@@ -130,10 +132,10 @@ class TestMemory:
     def test_any_strides(self, op, backend):
         """The same numbers from inputs and upstream gradients that lie otherwise, in outputs that lie as before."""
         call = op.make_call(op.KINDS[0])
-        expected = run(op, backend.NAME, call)
+        expected = run(op, backend.name, call)
         for layout in memory.LAYOUTS:
             lay_out = partial(memory.laid_out, layout=layout)
-            actual = run(op, backend.NAME, mapped(call, lay_out), arrange=lay_out)
+            actual = run(op, backend.name, mapped(call, lay_out), arrange=lay_out)
             same(actual, expected)
             for name in actual.keys() - op.aliases(call):
                 if not name.startswith("grad_"):
@@ -144,13 +146,13 @@ class TestMemory:
         """As ``sum().backward()`` gives them, with stride 0."""
         call = op.make_call(op.KINDS[0])
         expanded, whole = (lambda x: x.flatten()[0].expand(x.shape), lambda x: x.flatten()[0].repeat(x.shape))
-        same(run(op, backend.NAME, call, arrange=expanded), run(op, backend.NAME, call, arrange=whole))
+        same(run(op, backend.name, call, arrange=expanded), run(op, backend.name, call, arrange=whole))
 
     @every_backend
     def test_strides_beyond_the_32_bit_range(self, op, backend, far_memory):
         """Along each axis."""
         call = op.make_call(op.KINDS[0]._replace(dtype=torch.float16))
-        expected = run(op, backend.NAME, call)
+        expected = run(op, backend.name, call)
         for axis in range(call[op.TOKENS[0]].ndim):
             slots = iter(range(16))
 
@@ -158,8 +160,8 @@ class TestMemory:
                 return memory.far(x, axis, far_memory, next(slots)) if axis < x.ndim else x
 
             moved = {name: far(call[name]) for name in op.TOKENS if name in call}
-            actual = run(op, backend.NAME, call | moved, arrange=far)
-            if backend.OPAQUE:
+            actual = run(op, backend.name, call | moved, arrange=far)
+            if backend.opaque:
                 same_bits(actual, expected)
             else:  # torch may take another kernel; an element read from the wrong place is off by about 1
                 torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-2)
@@ -169,7 +171,7 @@ class TestMemory:
         """Inputs and upstream gradients are as before, and an output is nobody else's memory."""
         call, upstream = op.make_call(spec), []
         before = mapped(call, Tensor.clone)
-        results = run(op, backend.NAME, call, arrange=lambda x: upstream.append((x, x.clone())) or x)
+        results = run(op, backend.name, call, arrange=lambda x: upstream.append((x, x.clone())) or x)
         for x, old in zip(tree_leaves(call), tree_leaves(before), strict=True):
             assert not isinstance(x, Tensor) or torch.equal(x, old)
         assert all(torch.equal(x, old) for x, old in upstream)
@@ -183,7 +185,7 @@ class TestMemory:
     @every_backend
     @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETING else [torch.float32, *HALF], ids=str)
     def test_bitwise_the_same_from_run_to_run(self, op, backend, dtype):
-        first, second = (run(op, backend.NAME, op.make_call(op.KINDS[0]._replace(dtype=dtype))) for _ in range(2))
+        first, second = (run(op, backend.name, op.make_call(op.KINDS[0]._replace(dtype=dtype))) for _ in range(2))
         same_bits(first, second)
 
     @every_kind
@@ -191,7 +193,7 @@ class TestMemory:
         if getattr(spec, "lengths", ()):
             return  # a pack has one row of tokens
         call = op.make_call(spec._replace(batch=0))
-        results = run(op, backend.NAME, call)
+        results = run(op, backend.name, call)
         full = run(op, "reference", op.make_call(spec))
         assert results.keys() == full.keys()
         for name, x in results.items():
@@ -209,7 +211,7 @@ class TestGradients:
         for dtype in (torch.float32, *HALF):
             call = op.make_call(spec._replace(dtype=dtype))
             leaves = {name: call[name].detach().requires_grad_() for name in op.INPUTS if name in call}
-            for name, x in op.outputs(backend.NAME, call | leaves).items():
+            for name, x in op.outputs(backend.name, call | leaves).items():
                 assert x.requires_grad == (name in op.OUTPUTS), name
                 if name not in op.OUTPUTS:
                     assert x.dtype == op.statistic_dtype(name), name
@@ -219,17 +221,17 @@ class TestGradients:
         call = op.make_call(op.KINDS[0])
         leaves = call | {name: call[name].detach().requires_grad_() for name in op.INPUTS}
         with torch.no_grad():
-            assert not any(x.requires_grad for x in op.outputs(backend.NAME, leaves).values())
+            assert not any(x.requires_grad for x in op.outputs(backend.name, leaves).values())
         with torch.inference_mode():
-            assert all(x.is_inference() for x in op.outputs(backend.NAME, leaves).values())
+            assert all(x.is_inference() for x in op.outputs(backend.name, leaves).values())
 
     @most_kinds
     def test_of_one_input_alone(self, op, backend, spec):
         call = op.make_call(spec)
-        everything = run(op, backend.NAME, call)
+        everything = run(op, backend.name, call)
         for name in op.INPUTS if op.OUTPUTS else ():
             if name in call:
-                alone = run(op, backend.NAME, call, inputs=[name])
+                alone = run(op, backend.name, call, inputs=[name])
                 assert {found for found in alone if found.startswith("grad_")} == {f"grad_{name}"}
                 same(alone, {found: everything[found] for found in alone})
 
@@ -238,30 +240,32 @@ class TestGradients:
         call = op.make_call(spec)
         for output in op.OUTPUTS:
             if output not in op.aliases(call):
-                same(*(run(op, name, call, at=[output]) for name in (backend.NAME, "reference")))
+                same(*(run(op, name, call, at=[output]) for name in (backend.name, "reference")))
 
     @every_backend
     def test_functional_gradient(self, op, backend):
         """torch.func.grad sees through the op."""
         x, loss = loss_of_input(op, op.make_call(op.KINDS[0]))
-        actual, expected = (torch.func.grad(loss)(x, by) for by in (backend.NAME, "reference"))
+        actual, expected = (torch.func.grad(loss)(x, by) for by in (backend.name, "reference"))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
     @every_backend
     def test_what_has_no_derivative_says_so(self, op, backend):
         """A second derivative and a forward-mode one raise, where torch would go on without the kernel's part."""
-        if not (backend.OPAQUE and op.OUTPUTS):
+        if not (backend.opaque and op.OUTPUTS):
             return
         call = op.make_call(op.KINDS[0])
         name = op.INPUTS[0]
 
         def output(x: Tensor) -> Tensor:
-            return op.outputs(backend.NAME, call | {name: x})[op.OUTPUTS[-1]]
+            return op.outputs(backend.name, call | {name: x})[op.OUTPUTS[-1]]
 
         x = call[name].clone().requires_grad_()
         (grad,) = torch.autograd.grad(output(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.square().sum().backward()
+        with pytest.raises(NotImplementedError, match="once_differentiable"):
+            torch.func.grad(lambda x: torch.func.grad(lambda y: output(y).square().sum())(x).sum())(call[name])
         with pytest.raises(NotImplementedError, match="forward-mode"):
             torch.func.jvp(output, (call[name],), (torch.randn_like(call[name]),))
 
@@ -285,8 +289,8 @@ class TestOpaqueOps:
     def test_operators_are_what_they_say(self, op, backend, spec):
         """Schema, fake, registration and dynamic shapes of all that a forward and a backward call, each by itself."""
         with _Recorded() as recorded:
-            run(op, backend.NAME, op.make_call(spec))
-        assert recorded.calls or not backend.OPAQUE
+            run(op, backend.name, op.make_call(spec))
+        assert recorded.calls or not backend.opaque
         for function, arguments, options in recorded.calls:
             opcheck(function, arguments, options)
 
@@ -296,9 +300,9 @@ class TestAutocast:
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     def test_outputs(self, op, backend, spec, dtype):
         call = op.make_call(spec)
-        expected = op.under_autocast(backend.NAME, call, dtype)
+        expected = op.under_autocast(backend.name, call, dtype)
         with torch.autocast("cpu", dtype):
-            actual = op.outputs(backend.NAME, call)
+            actual = op.outputs(backend.name, call)
         same_bits(actual, expected)
         assert all(x.dtype == expected[name].dtype for name, x in actual.items())
 
@@ -307,7 +311,7 @@ class TestAutocast:
     def test_gradients_come_back_in_the_inputs_dtype(self, op, backend, dtype):
         call = op.make_call(op.KINDS[0])
         with torch.autocast("cpu", dtype):
-            results = run(op, backend.NAME, call)
+            results = run(op, backend.name, call)
         for name in op.INPUTS if op.OUTPUTS else ():
             assert results[f"grad_{name}"].dtype == call[name].dtype, name
             assert results[f"grad_{name}"].any(), name
@@ -315,9 +319,9 @@ class TestAutocast:
     @every_in_double
     def test_double_is_left_alone(self, op, backend):
         call = op.make_call(op.KINDS[0]._replace(dtype=torch.float64))
-        expected = op.outputs(backend.NAME, call)
+        expected = op.outputs(backend.name, call)
         with torch.autocast("cpu", torch.bfloat16):
-            same_bits(op.outputs(backend.NAME, call), expected)
+            same_bits(op.outputs(backend.name, call), expected)
 
 
 @pytest.mark.usefixtures("dynamo")
@@ -331,7 +335,7 @@ class TestCompile:
     def test_whole_graph(self, op, backend, spec):
         if op.traced(backend, spec):
             compiled = torch.compile(op.outputs, backend="aot_eager", fullgraph=True)
-            self.assert_same(op, backend.NAME, compiled, op.make_call(spec))
+            self.assert_same(op, backend.name, compiled, op.make_call(spec))
 
     @pytest.mark.parametrize(("op", "backend"), [p for p in OTHERS if not isinstance(p.values[0], PackedAttention)])
     def test_sizes_change_under_a_recompile_limit(self, op, backend):
@@ -344,14 +348,14 @@ class TestCompile:
         with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
             for batch, tokens in ((2, 21), (2, 26), (3, 17), (4, 18)):
                 call = op.make_call(op.resized(op.KINDS[0], batch, tokens))
-                self.assert_same(op, backend.NAME, compiled, call)
+                self.assert_same(op, backend.name, compiled, call)
         assert counter.frame_count <= 3
 
     @every_backend
     def test_autocast_is_seen_while_tracing(self, op, backend):
         def function(call):
             with torch.autocast("cpu", torch.float16):
-                return op.outputs(backend.NAME, call)
+                return op.outputs(backend.name, call)
 
         call = op.make_call(op.KINDS[0])
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
@@ -364,7 +368,7 @@ class TestCompile:
     def test_functional_gradient(self, op, backend):
         """torch.func.grad sees through the op in a graph, or in no graph if it cannot be traced."""
         x, loss = loss_of_input(op, op.make_call(op.KINDS[0]))
-        gradient = torch.func.grad(partial(loss, by=backend.NAME))
+        gradient = torch.func.grad(partial(loss, by=backend.name))
         compiled = torch.compile(gradient, backend="aot_eager")
         torch.testing.assert_close(compiled(x), gradient(x), rtol=1e-4, atol=1e-5)
 

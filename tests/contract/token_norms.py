@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from token_norms_cases import Spec
 
 from contract.op import Call, Op, Tensors
-from vitreg_kernels._runtime.dispatch import Requirements
+from vitreg_kernels.dispatch import Requirements
 from vitreg_kernels.functional import token_norm_stats, token_norms
 from vitreg_kernels.ops.token_norms.backends import BACKENDS
 

@@ -11,10 +11,9 @@ from functools import partial
 import pytest
 import torch
 
-from vitreg_kernels import RegisterViT
-from vitreg_kernels.accuracy import compare
-from vitreg_kernels.integrations.checkpoint import load_vit
+from vitreg_kernels import load_vit
 from vitreg_kernels.integrations.timm import convert
+from vitreg_kernels.measure.accuracy import compare
 from vitreg_kernels.nn.tokens import patch_like_registers
 
 timm = pytest.importorskip("timm")
@@ -66,7 +65,7 @@ def test_a_file_of_version_4_names_loads(name, tmp_path):
     """transformers 5 still writes them."""
     theirs = MODELS[name]()
     theirs.save_pretrained(tmp_path)
-    assert_features(RegisterViT.from_checkpoint(tmp_path / "model.safetensors"), theirs, sides=[(64, 64)])
+    assert_features(load_vit(tmp_path / "model.safetensors"), theirs, sides=[(64, 64)])
 
 
 def dinov2_weights(model):
@@ -282,7 +281,10 @@ def changed(weights, **changes):
         ({"pos_embed": None}, r"the weights lack pos_embed"),
         ({"patch_embed.proj.weight": torch.ones(128, 768)}, r"patch_embed\.proj\.weight must have 4 dimensions"),
         ({"patch_embed.proj.weight": torch.ones(128, 3, 16, 8)}, r"patches must be square, and .* are 16 x 8"),
-        ({"patch_embed.proj.weight": None}, r"the weights, .* and \d+ more, are of no model known of timm"),
+        (
+            {"patch_embed.proj.weight": None},
+            r"the weights, .* and \d+ more, are of no model known of transformers, dinov3",
+        ),
         ({"register_tokens": torch.ones(1, 4, 128)}, r"those of a RegisterViT go into RegisterViT\(config\)"),
         ({"cls_token": None}, r"the weights have no cls_token: timm's models without one differ"),
         (

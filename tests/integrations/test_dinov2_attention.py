@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vitreg_kernels import RegisterAttention
-from vitreg_kernels.accuracy import compare
+from vitreg_kernels.measure.accuracy import compare
 
 
 class Dinov2Attention(nn.Module):

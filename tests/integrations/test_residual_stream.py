@@ -10,7 +10,7 @@ from torch import nn
 
 from vitreg_kernels import RegisterViT, TokenLayout, ViTConfig
 from vitreg_kernels.integrations import residual_stream
-from vitreg_kernels.integrations.stream import unwrapped
+from vitreg_kernels.integrations.residual_stream import unwrapped
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vitreg_kernels import RegisterAttention, Rope
-from vitreg_kernels.accuracy import compare
+from vitreg_kernels.measure.accuracy import compare
 
 timm = pytest.importorskip("timm")
 from timm.layers.attention import Attention, AttentionRope  # noqa: E402  (importable only where timm is)

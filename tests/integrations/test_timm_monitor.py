@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitreg_kernels import RegisterViT, TokenNormMonitor
+from vitreg_kernels import TokenNormMonitor, load_vit
 
 timm = pytest.importorskip("timm")
 
@@ -24,7 +24,7 @@ def theirs():
 
 
 def test_timm_and_register_vit_give_the_same_numbers(theirs):
-    ours = RegisterViT.from_checkpoint(theirs.state_dict(), num_heads=3).eval()
+    ours = load_vit(theirs.state_dict(), num_heads=3).eval()
     images = torch.randn(4, 3, 64, 64)
     rows = []
     for model in (ours, theirs):

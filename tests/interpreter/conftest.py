@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vitreg_kernels._runtime import triton_mode
+from vitreg_kernels._triton import mode
 
-if not triton_mode.INTERPRETING:
+if not mode.INTERPRETING:
     pytest.exit(
         "tests/interpreter runs the Triton kernels on the CPU: set TRITON_INTERPRET=1 before pytest starts, "
         "or leave this folder out",

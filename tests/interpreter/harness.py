@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from cases import oracle as oracle_of
 from torch import Tensor
 
-from vitreg_kernels.check import GRADIENTS, Yardstick
+from vitreg_kernels.measure.cases.attention import GRADIENTS
 from vitreg_kernels.ops.attention.backends import triton as backend
-from vitreg_kernels.ops.attention.backends.triton import plan
 from vitreg_kernels.ops.attention.backends.triton.backward_kernels import backward_launches
+from vitreg_kernels.ops.attention.backends.triton.plan import ForwardBuffers, launch_plan
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES, AttentionInputs, Rope
 
 BAND = 512
@@ -72,7 +73,7 @@ def run(inputs: AttentionInputs, grad_output: Tensor, arch: int) -> dict[str, Te
     query = inputs.query
     batch, heads, tokens, head_dim = query.shape
     prefix = inputs.num_prefix_tokens
-    work = plan.of(inputs, "forward", arch)
+    plan = launch_plan(inputs, "forward", arch)
 
     gradient = guarded((batch, tokens, 3, heads, head_dim), query.dtype)
     written = {
@@ -86,7 +87,7 @@ def run(inputs: AttentionInputs, grad_output: Tensor, arch: int) -> dict[str, Te
         "delta": guarded((batch, heads, tokens), torch.float32),
         "gradient": gradient,
     }
-    max_logit = guarded((work.images, heads, work.num_tiles), torch.float32)
+    max_logit = guarded((plan.images, heads, plan.num_tiles), torch.float32)
     max_logit.view.fill_(-math.inf)
     written["max_logit"] = max_logit
 
@@ -95,7 +96,7 @@ def run(inputs: AttentionInputs, grad_output: Tensor, arch: int) -> dict[str, Te
     normalizer, backward_normalizer = written["normalizer"].view, written["normalizer of the backward"].view
     gradients = gradient.view.permute(2, 0, 3, 1, 4).unbind(0)
     statistics = ("max_logit", "square_norm", "received_attention", "prefix_attention")
-    buffers = backend._Buffers(output, lse, normalizer, *(written[name].view for name in statistics))
+    buffers = ForwardBuffers(output, lse, normalizer, *(written[name].view for name in statistics))
     launches = [
         *backend._forward_launches(inputs, buffers, arch),
         *backward_launches(inputs, output, lse, delta, backward_normalizer, grad_output, *gradients, arch),
@@ -123,9 +124,9 @@ def check(inputs: AttentionInputs, *, grad_output: Tensor | None = None, arch: i
     options = {
         name: getattr(inputs, name) for name in ("scale", "num_prefix_tokens", "attn_mask", "rope", "cu_seqlens")
     }
-    yardstick = Yardstick(qkv, grad_output=grad_output, outputs=OUTPUT_NAMES, **options)
+    oracle = oracle_of(qkv, grad_output=grad_output, outputs=OUTPUT_NAMES, **options)
     actual = run(inputs, grad_output, arch)
-    failures = [f"{name}: {error}" for name, error in yardstick.compare(actual).items() if not error.passed]
+    failures = [f"{name}: {error}" for name, error in oracle.compare(actual).items() if not error.passed]
     assert not failures, "\n".join(failures)
     return actual
 

@@ -9,16 +9,17 @@ import pytest
 import torch
 from harness import call, packed_bounds, random_rope
 
-from vitreg_kernels._runtime import triton_mode, tuning
+from vitreg_kernels._triton import mode
 from vitreg_kernels.ops.attention import reference
 from vitreg_kernels.ops.attention.backends import triton
-from vitreg_kernels.ops.attention.backends.triton import plan
+from vitreg_kernels.ops.attention.backends.triton import tiles as tuning
+from vitreg_kernels.ops.attention.backends.triton.plan import launch_plan
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES, AttentionInputs
 
 
 def swept_columns(inputs: AttentionInputs, arch: int = 90) -> int:
     """Width of all tiles that a program of the forward sweeps."""
-    constants = plan.of(inputs, "forward", arch).constants
+    constants = launch_plan(inputs, "forward", arch).constants
     first = inputs.num_prefix_tokens if constants["PREFIX"] else 0
     rest = inputs.query.shape[2] - first
     full = (rest - 1) // constants["BLOCK_N"] if constants["TAIL"] else rest // constants["BLOCK_N"]
@@ -41,7 +42,7 @@ def test_little_work_beyond_the_tokens(tokens: int, prefix: int, columns: int) -
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_few_variants_for_all_lengths(kernel: tuning.AttentionKernel, arch: int) -> None:
     """Kernels are compiled by the class of a length, not by the length."""
-    variants = {tuple(plan.of(meta_call(tokens, 0), kernel, arch).constants.items()) for tokens in range(300, 2000)}
+    variants = {tuple(launch_plan(meta_call(tokens, 0), kernel, arch).constants.items()) for tokens in range(300, 2000)}
     assert len(variants) <= 9
 
 
@@ -97,9 +98,9 @@ def test_without_prefix() -> None:
 
 def test_measured_tiles_override_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = tuning.Tiles(block_m=32, block_n=128, num_warps=8, num_stages=4)
-    table = {"attention": {"forward": {"16-bit,64,272": vars(tiles)}}}
-    (tmp_path / "sm90.json").write_text(json.dumps(table))
-    monkeypatch.setattr(tuning, "_TABLES", tuning.read_tables(tmp_path))
+    row = {"kernel": "forward", "bits": 16, "width": 64, "tokens": 272, **vars(tiles)}
+    (tmp_path / "sm_90.json").write_text(json.dumps({tuning.SECTION: [row]}))
+    monkeypatch.setattr(tuning, "_MEASURED", tuning.measured_tiles(tmp_path))
     tuning.attention_tiles.cache_clear()
     try:
         assert tuning.attention_tiles("forward", 90, torch.bfloat16, 64, 201) == tiles
@@ -116,5 +117,5 @@ def test_measured_tiles_override_the_rules(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_interpreter_is_usable() -> None:
-    assert triton_mode.INTERPRETING
-    assert triton_mode.faults() == []
+    assert mode.INTERPRETING
+    assert mode.faults() == []

@@ -7,11 +7,11 @@ import torch
 from harness import call, check, guarded_like, packed_bounds, random_rope, run
 from torch import Tensor
 
-from vitreg_kernels._runtime import tuning
-from vitreg_kernels._runtime.tuning import Tiles
-from vitreg_kernels.check import GRADIENTS
+from vitreg_kernels.measure.cases.attention import GRADIENTS
 from vitreg_kernels.ops.attention.backends import triton as backend
 from vitreg_kernels.ops.attention.backends.triton import plan
+from vitreg_kernels.ops.attention.backends.triton import tiles as tuning
+from vitreg_kernels.ops.attention.backends.triton.tiles import Tiles
 from vitreg_kernels.ops.attention.types import AttentionInputs, Rope
 
 ARCH = 90
@@ -73,7 +73,7 @@ def test_the_bits_are_those_of_two_kernels(tokens: int, monkeypatch: pytest.Monk
     inputs = by_heads(tokens, attn_mask=torch.rand(1, 1, 1, tokens) < 0.8)
     grad_output = guarded_like(torch.randn(inputs.query.shape).to(F16))
     one = gradients(inputs, grad_output)
-    monkeypatch.setattr(plan, "backward_by_heads", lambda *_: False)
+    monkeypatch.setattr(tuning, "backward_by_heads", lambda *_: False)
     for name, gradient in gradients(inputs, grad_output).items():
         assert torch.equal(gradient, one[name]), name
 

@@ -16,5 +16,5 @@ def test_parity_in_guarded_memory(op, backend, spec, dtype):
     """Outputs, gradients and statistics keep the accuracy rule, and every element is written and nothing else read."""
     call = mapped(op.make_call(spec._replace(dtype=dtype)), memory.guarded)
     with memory.guarded_allocations():
-        results = run(op, backend.NAME, call, arrange=memory.guarded)
+        results = run(op, backend.name, call, arrange=memory.guarded)
     assert not errors(op, [call], [results])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from harness import call, check, guarded_like, packed_bounds, random_rope, run
 
-from vitreg_kernels._runtime import tuning
-from vitreg_kernels._runtime.tuning import Tiles, attention_tiles
 from vitreg_kernels.ops.attention.backends import triton as backend
-from vitreg_kernels.ops.attention.backends.triton import plan
+from vitreg_kernels.ops.attention.backends.triton import tiles as tuning
+from vitreg_kernels.ops.attention.backends.triton.plan import ForwardBuffers, launch_plan
+from vitreg_kernels.ops.attention.backends.triton.tiles import Tiles, attention_tiles
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES, AttentionInputs
 
 ARCH = 90
@@ -24,7 +24,7 @@ def _seed() -> None:
 def held(tokens: int, prefix: int = 0, head_dim: int = 64, **changes: object) -> AttentionInputs:
     """A call whose heads are held."""
     inputs = call(tokens, prefix, head_dim, F16, **changes)
-    assert plan.holds_heads(inputs, ARCH)
+    assert launch_plan(inputs, "forward", ARCH).resident_widths
     return inputs
 
 
@@ -35,7 +35,7 @@ def packed(lengths: tuple[int, ...], prefix: int, **changes: object) -> Attentio
 def test_tiles_cover_all_keys() -> None:
     for tokens in range(1, 273):
         inputs = AttentionInputs(*torch.empty(3, 1, 1, tokens, 64, dtype=F16, device="meta"))
-        tiles = plan.of(inputs, "forward", ARCH).held
+        tiles = launch_plan(inputs, "forward", ARCH).resident_widths
         assert sum(tiles[:-1]) < tokens <= sum(tiles)
         assert sum(tiles) - tokens < 48
 
@@ -73,7 +73,7 @@ def test_length(tokens: int, prefix: int) -> None:
 
 def test_longer_heads_are_swept() -> None:
     inputs = call(273, 17, 64, F16)
-    assert not plan.holds_heads(inputs, ARCH)
+    assert not launch_plan(inputs, "forward", ARCH).resident_widths
     check(inputs, arch=ARCH)
 
 
@@ -175,7 +175,7 @@ def test_a_nan_query_shows_and_stays_where_it_is(token: int) -> None:
     """Among the few, which the prefix is a part of, and among the others."""
     inputs = held(69, 5, heads=2)._replace(outputs=OUTPUT_NAMES)
 
-    def forward() -> backend._Buffers:
+    def forward() -> ForwardBuffers:
         buffers = backend._allocate(inputs, ARCH)
         for launch in backend._forward_launches(inputs, buffers, ARCH):
             launch.run()

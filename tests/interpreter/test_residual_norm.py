@@ -8,8 +8,8 @@ from harness import Guarded, guarded, guarded_like
 from residual_norm_cases import (
     DIFFERENTIABLE,
     PLAIN,
+    Oracle,
     Spec,
-    Yardstick,
     assert_parity,
     assert_passed,
     make_call,
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from vitreg_kernels.functional import residual_layer_norm
+from vitreg_kernels.ops._shared.row_tiles import row_tiles
 from vitreg_kernels.ops.residual_norm.backends import triton
 from vitreg_kernels.ops.residual_norm.backends.triton import plan
 from vitreg_kernels.ops.residual_norm.backends.triton.backward_kernels import backward_launches
@@ -70,7 +71,8 @@ def run_guarded(call: dict, upstream: dict[str, Tensor]) -> dict[str, Tensor]:
         upstream.get("residual"), upstream["normalized"], residual, outputs.mean, outputs.rstd, *tensors
     )
     gradients = NormGradients(*(buffer(f"grad_{name}", call.get(name)) for name in DIFFERENTIABLE))
-    launches = [*forward_launches(inputs, outputs), *backward_launches(grad_inputs, gradients)]
+    sums = plan.empty_sums(grad_inputs, gradients)
+    launches = [*forward_launches(inputs, outputs), *backward_launches(grad_inputs, gradients, sums)]
     for sums in ("layer_scale_sums", "weight_sums", "bias_sums"):
         if launches[1].arguments[sums] is not None:
             launches[1].arguments[sums].fill_(torch.nan)
@@ -103,8 +105,8 @@ def test_guarded(spec: Spec, dtype: torch.dtype) -> None:
     call, upstream = guard_all(make_call(spec)), guard_all(make_upstream(spec))
     if not spec.branch:
         del upstream["residual"]  # it arrives at x, past the kernels
-    yardstick = Yardstick(call, upstream)
-    assert_passed(yardstick.compare(run_guarded(call, upstream)), str(spec))
+    oracle = Oracle(call, upstream)
+    assert_passed(oracle.compare(run_guarded(call, upstream)), str(spec))
 
 
 @pytest.mark.parametrize(("multiprocessors", "tokens", "channels"), [(1, 13, 384), (1, 13, 1024), (20, 30, 1024)])
@@ -124,12 +126,12 @@ def test_few_programs_whatever_the_batch() -> None:
     tiles = plan.backward_tiles(x)
     assert plan.backward_programs(tiles, torch.device("cpu")) == 2
     assert tiles.total == 1024 * 131
-    assert plan.forward_tiles(x).total == tiles.total
+    assert row_tiles(x).total == tiles.total
 
 
 @pytest.mark.parametrize("channels", [1, 16, 384, 768, 1024, 1280, 1536, 4096])
 def test_a_program_holds_whole_tokens(channels: int) -> None:
-    for tiles in (plan.forward_tiles, plan.backward_tiles):
+    for tiles in (row_tiles, plan.backward_tiles):
         found = tiles(torch.empty(2, 9, channels, device="meta"))
         assert channels <= found.block_c < max(2 * channels, 17)
         assert found.an_image * found.rows >= 9 > (found.an_image - 1) * found.rows
@@ -143,7 +145,8 @@ def test_one_launch_forward_and_none_for_sums_that_nobody_wants() -> None:
     residual = call["x"]
     statistic = residual[..., 0]
     inputs = NormGradInputs(residual, residual, residual, statistic, statistic, None, None, None, call["weight"])
-    (alone,) = backward_launches(inputs, NormGradients(residual, None, None, None, None))
+    gradients = NormGradients(residual, None, None, None, None)
+    (alone,) = backward_launches(inputs, gradients, plan.empty_sums(inputs, gradients))
     assert alone.kernel is backward.kernel
     assert all(alone.arguments[name] is None for name in ("layer_scale_sums", "weight_sums", "bias_sums", "branch"))
 

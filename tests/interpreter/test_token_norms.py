@@ -13,7 +13,7 @@ from vitreg_kernels import NormDistribution, TokenLayout
 from vitreg_kernels.functional import token_norms
 from vitreg_kernels.ops.token_norms.api import accumulate
 from vitreg_kernels.ops.token_norms.backends import triton
-from vitreg_kernels.ops.token_norms.backends.triton import counting_kernels
+from vitreg_kernels.ops.token_norms.backends.triton import counting_kernels, plan
 from vitreg_kernels.ops.token_norms.backends.triton.counting_kernels import counting_launches
 from vitreg_kernels.ops.token_norms.backends.triton.norms_kernel import norms_launches
 
@@ -26,7 +26,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], i
 @pytest.fixture(autouse=True)
 def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few norms are several programs, and their rows are added up in several turns."""
-    monkeypatch.setattr(counting_kernels, "_NORMS_OF_A_PROGRAM", 16)
+    monkeypatch.setattr(plan, "NORMS_OF_A_PROGRAM", 16)
     monkeypatch.setattr(counting_kernels, "_REDUCED_AT_ONCE", 4)
 
 
@@ -74,7 +74,7 @@ def test_guarded(spec: Spec, dtype: torch.dtype) -> None:
         launch.run()
     norms.check_written("norms")
     assert torch.equal(norms.view, token_norms(call["x"], backend="triton"))
-    count, total = counting_launches(norms.view, call["layout"], into.view)
+    count, total = counting_launches(norms.view, call["layout"], into.view, plan.empty_partial(norms.view))
     count.arguments["partial"].fill_(torch.nan)
     count.run()
     total.run()
@@ -87,7 +87,7 @@ def test_norms_of_every_bin_and_beyond() -> None:
     norms, into = guarded((2, len(ODD_NORMS)), torch.float32), GuardedDistribution()
     norms.view.copy_(torch.stack((ODD_NORMS, ODD_NORMS.flip(0))))
     layout = TokenLayout(num_cls_tokens=len(ODD_NORMS) // 2, num_registers=0)
-    for launch in counting_launches(norms.view, layout, into.view):
+    for launch in counting_launches(norms.view, layout, into.view, plan.empty_partial(norms.view)):
         launch.run()
     into.check_bands()
     assert_same_counts(into.view._asdict(), counted(norms.view, layout), "odd norms")
@@ -104,7 +104,7 @@ def test_rows_of_any_number_of_programs(programs: int) -> None:
     norms = torch.empty(1, 16 * programs - 3).log_normal_(3.0, 1.0)
     norms[0, 5], norms[0, -1] = torch.nan, torch.inf
     into = NormDistribution.zeros((3,), "cpu")
-    count, _ = counting_launches(norms, LAYOUT, into)
+    count, _ = counting_launches(norms, LAYOUT, into, plan.empty_partial(norms))
     assert count.grid == (programs,)
     for times in (1, 2):
         accumulate(norms, LAYOUT, into, backend="triton")
@@ -122,7 +122,7 @@ def test_three_launches_whatever_the_batch() -> None:
 def test_the_kernels_take_as_many_norms_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they run outside these tests, whose programs are small."""
     monkeypatch.undo()
-    assert counting_kernels._NORMS_OF_A_PROGRAM == 1024
+    assert plan.NORMS_OF_A_PROGRAM == 1024
     norms = torch.empty(10, 261).log_normal_(3.0, 1.0)
     into = NormDistribution.zeros((3,), "cpu")
     accumulate(norms, LAYOUT, into, backend="triton")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vitreg_kernels._runtime import native
+from vitreg_kernels._native import library
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ def compiler_of_nothing(folder):
 CALL = """
 import torch
 from vitreg_kernels import cli
-from vitreg_kernels._runtime import native
+from vitreg_kernels._native import library
 from vitreg_kernels.functional import register_attention_qkv, residual_layer_norm
 assert register_attention_qkv(torch.randn(1, 9, 3, 2, 8)).shape == (1, 9, 16)
 assert residual_layer_norm(torch.randn(1, 9, 8), weight=torch.ones(8)).normalized.shape == (1, 9, 8)
@@ -74,9 +74,9 @@ def test_why_there_is_none(environment, reason, tmp_path):
     done = build(tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert reason in done.stdout
-    runtime = tmp_path / "vitreg_kernels" / "_runtime"
-    assert not (runtime / "libvitreg_native.so").exists()
-    assert reason in json.loads((runtime / "native.json").read_text())["reason"]
+    native = tmp_path / "vitreg_kernels" / "_native"
+    assert not (native / "libvitreg_cpu.so").exists()
+    assert reason in json.loads((native / "cpu.json").read_text())["reason"]
 
     shown = run("-c", CALL, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
@@ -113,10 +113,10 @@ def test_a_wheel_is_for_a_platform_if_it_holds_a_library(compiles, wish, holds, 
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "vitreg_kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "native.json"))
-    tables = tmp_path / "vitreg_kernels" / "_runtime" / "configs"  # as measurements write them
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "cpu.json"))
+    tables = tmp_path / "vitreg_kernels" / "dispatch" / "configs"  # as measurements write them
     tables.mkdir(exist_ok=True)
-    (tables / "sm90.json").write_text("{}")
+    (tables / "sm_90.json").write_text("{}")
     compiler = compiler_of_nothing(tmp_path) if compiles else "/bin/false"
     done = run("setup.py", "-q", "bdist_wheel", cwd=tmp_path, VITREG_NATIVE=wish, CXX=compiler)
     assert done.returncode == 0, done.stderr
@@ -124,22 +124,22 @@ def test_a_wheel_is_for_a_platform_if_it_holds_a_library(compiles, wish, holds, 
     assert "-py3-none-" in wheel.name
     assert wheel.name.endswith("-any.whl") == (not holds)
     with zipfile.ZipFile(wheel) as file:
-        runtime = {name.removeprefix("vitreg_kernels/_runtime/") for name in file.namelist()}
-    assert {"native.py", "native.json", "configs/sm90.json"} <= runtime
-    assert ("libvitreg_native.so" in runtime) == holds
+        held = {name.removeprefix("vitreg_kernels/") for name in file.namelist()}
+    assert {"py.typed", "_native/library.py", "_native/cpu.json", "dispatch/configs/sm_90.json"} <= held
+    assert ("_native/libvitreg_cpu.so" in held) == holds
 
 
 def test_a_library_that_does_not_load_is_a_reason(tmp_path):
     shutil.copytree(ROOT / "vitreg_kernels", tmp_path / "vitreg_kernels", ignore=shutil.ignore_patterns("*.so"))
-    library = tmp_path / "vitreg_kernels" / "_runtime" / "libvitreg_native.so"
-    library.write_bytes(b"no library")
+    broken = tmp_path / "vitreg_kernels" / "_native" / "libvitreg_cpu.so"
+    broken.write_bytes(b"no library")
     shown = run("-c", CALL, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     line = next(line for line in shown.stdout.splitlines() if line.startswith("native kernels: none, "))
-    assert "libvitreg_native.so" in line
+    assert "libvitreg_cpu.so" in line
 
 
-@pytest.mark.skipif(bool(native.faults()), reason="; ".join(native.faults()))
+@pytest.mark.skipif(bool(library.faults()), reason="; ".join(library.faults()))
 def test_a_library_of_other_sources_is_a_reason(tmp_path):
     """In a checkout, that is: a wheel holds no sources."""
     for folder in ("vitreg_kernels", "csrc"):
@@ -151,7 +151,7 @@ def test_a_library_of_other_sources_is_a_reason(tmp_path):
         return next(line for line in done.stdout.splitlines() if line.startswith("native kernels: "))
 
     of_these = shown()
-    assert native.isa() in of_these
+    assert library.isa() in of_these
     header = tmp_path / "csrc" / "cpu" / "vec.h"
     header.write_text(header.read_text() + "\n")
     assert shown() == (
@@ -165,13 +165,13 @@ def test_a_library_of_other_sources_is_a_reason(tmp_path):
 @pytest.mark.parametrize("odd", ["{", "[]", "\xff", '{"reason": null, "instruction_sets": 5}'])
 @pytest.mark.parametrize("built", [False, True])
 def test_odd_metadata_breaks_nothing(odd, built, tmp_path):
-    if built and native.faults():
-        pytest.skip(native.faults()[0])
-    runtime = tmp_path / "vitreg_kernels" / "_runtime"
+    if built and library.faults():
+        pytest.skip(library.faults()[0])
+    native = tmp_path / "vitreg_kernels" / "_native"
     shutil.copytree(ROOT / "vitreg_kernels", tmp_path / "vitreg_kernels")
-    (runtime / "native.json").write_text(odd, encoding="latin-1")
+    (native / "cpu.json").write_text(odd, encoding="latin-1")
     if not built:
-        (runtime / "libvitreg_native.so").unlink(missing_ok=True)
+        (native / "libvitreg_cpu.so").unlink(missing_ok=True)
     shown = run("-c", CALL, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     line = next(line for line in shown.stdout.splitlines() if line.startswith("native kernels: "))

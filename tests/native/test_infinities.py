@@ -7,12 +7,12 @@ import torch
 from cases import Spec, make_qkv
 
 from vitreg_kernels import Rope
-from vitreg_kernels._runtime import native
-from vitreg_kernels.accuracy import compare
+from vitreg_kernels._native import library
 from vitreg_kernels.functional import register_attention
+from vitreg_kernels.measure.accuracy import compare
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
-pytestmark = pytest.mark.skipif(bool(native.faults()), reason="; ".join(native.faults()))
+pytestmark = pytest.mark.skipif(bool(library.faults()), reason="; ".join(library.faults()))
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
@@ -50,7 +50,7 @@ def test_forward(dtype, tokens, outputs, queries, keys):
         register_attention(
             *(x.to(precision) for x in (query, key, value)), num_prefix_tokens=3, outputs=outputs, backend=backend
         )
-        for backend, precision in (("native", dtype), ("reference", torch.float64))
+        for backend, precision in (("cpu", dtype), ("reference", torch.float64))
     )
     assert torch.equal(kinds(output), kinds(expected))
     for name in outputs:
@@ -65,7 +65,7 @@ def test_gradients_of_the_values(dtype, tokens):
     value.requires_grad_()
     for number, kind in ((torch.inf, 3), (-torch.inf, 0)):
         query[..., 1, 3] = number
-        output = register_attention(query, key, value, backend="native")
+        output = register_attention(query, key, value, backend="cpu")
         (gradient,) = torch.autograd.grad(output, value, torch.ones_like(output))
         assert (kinds(gradient) == kind).all()
 
@@ -77,7 +77,7 @@ def test_a_query_that_looks_nowhere_gives_nothing(dtype, tokens):
     query, key, value = make_qkv(Spec(batch=1, tokens=tokens, head_dim=32, dtype=dtype)).abs().permute(2, 0, 3, 1, 4)
     query[..., 1, 3] = -torch.inf
     value.requires_grad_()
-    output = register_attention(query, key, value, backend="native")
+    output = register_attention(query, key, value, backend="cpu")
     upstream = torch.randn(query.shape).to(dtype)
 
     def gradient(of_it):
@@ -99,7 +99,7 @@ def test_gradients_of_keys_and_values_beside_one_at_minus_infinity(dtype, tokens
 
     def gradients(key, attn_mask=None):
         inputs = key.requires_grad_(), value.detach().requires_grad_()
-        output = register_attention(query, *inputs, attn_mask=attn_mask, backend="native")
+        output = register_attention(query, *inputs, attn_mask=attn_mask, backend="cpu")
         return torch.autograd.grad(output, inputs, upstream)
 
     expected = gradients(key.detach().clone(), looked_at)
@@ -129,9 +129,9 @@ def test_gradients_beside_a_key_at_minus_infinity_are_accurate(dtype, tokens, co
     eager = gradients("reference", dtype, key, looked_at)
     key = key.clone()
     key[..., ~looked_at[0, 0, 0], 3] = -torch.inf
-    for actual, expected, yardstick in zip(gradients("native", dtype, key), exact, eager, strict=True):
+    for actual, expected, rounded in zip(gradients("cpu", dtype, key), exact, eager, strict=True):
         assert (actual[..., ~looked_at[0, 0, 0], :].abs() <= 2.0**-90).all()  # 0, or what exp2.h makes of -inf
-        accuracy = compare(actual, expected, yardstick, terms=tokens)
+        accuracy = compare(actual, expected, rounded, terms=tokens)
         assert accuracy.passed, accuracy
 
 
@@ -143,7 +143,7 @@ def test_an_infinite_gradient_of_the_output(dtype, tokens):
     value.requires_grad_()
     upstream = torch.randn(query.shape).to(dtype)
     upstream[..., 1, 3] = -torch.inf
-    output = register_attention(query, key, value, scale=0.01, backend="native")
+    output = register_attention(query, key, value, scale=0.01, backend="cpu")
     (gradient,) = torch.autograd.grad(output, value, upstream)
     assert (kinds(gradient) == torch.tensor([0, 0, 0, 2, *[0] * 28])).all()
 
@@ -155,7 +155,7 @@ def test_a_key_that_its_rotation_takes_beyond_fp16(tokens):
     query[..., 35], key[..., 20, 3], key[..., 20, 35] = 0.0, -50000.0, 50000.0
     eighth = torch.full((tokens, 64), 0.5**0.5)
     leaves = [x.clone().requires_grad_() for x in (key, value)]
-    output = register_attention(query, *leaves, rope=Rope(eighth, eighth), backend="native")
+    output = register_attention(query, *leaves, rope=Rope(eighth, eighth), backend="cpu")
     of_key, of_value = torch.autograd.grad(output, leaves, torch.randn(query.shape).half())
     assert not of_key[..., 20, :].any()
     assert not of_value[..., 20, :].any()

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from vitreg_kernels._runtime import native
+from vitreg_kernels._native import library
 
 ROOT = Path(__file__).parents[2]
 ALL = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 # Those below the one that this process runs, in which the suites run anyway.
-OTHERS = ALL[: ALL.index(native.isa())] if native.isa() else ()
+OTHERS = ALL[: ALL.index(library.isa())] if library.isa() else ()
 SUITES = [
     ROOT / "tests" / "contract",
     *(
@@ -40,24 +40,24 @@ def python(*arguments, **environment):
 
 @pytest.mark.parametrize("isa", OTHERS)
 def test_contract(isa):
-    chosen = ["-k", "native and not Compile"]  # a graph does not change with the instruction set
+    chosen = ["-k", "(cpu or native) and not Compile"]  # a graph does not change with the instruction set
     done = python("-m", "pytest", *SUITES, *chosen, VITREG_CPU_ISA=isa)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    shown = python("-c", "from vitreg_kernels._runtime import native; print(native.isa())", VITREG_CPU_ISA=isa)
+    shown = python("-c", "from vitreg_kernels._native import library; print(library.isa())", VITREG_CPU_ISA=isa)
     assert shown.stdout.strip() == isa, "the run above was of another one"
 
 
-@pytest.mark.skipif(not native.isa(), reason="; ".join(native.faults()))
+@pytest.mark.skipif(not library.isa(), reason="; ".join(library.faults()))
 def test_a_name_that_is_none():
     call = (
         "import torch; from vitreg_kernels.functional import residual_layer_norm as f; "
-        "f(torch.ones(1, 1, 4), weight=torch.ones(4), backend='native')"
+        "f(torch.ones(1, 1, 4), weight=torch.ones(4), backend='cpu')"
     )
     done = python("-c", call, VITREG_CPU_ISA="sse9")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "VITREG_CPU_ISA must be baseline, avx2, avx512, avx512bf16 or amx, got sse9" in last
-    assert last.startswith("vitreg_kernels._runtime.dispatch.UnsupportedError")
+    assert last.startswith("vitreg_kernels.UnsupportedError")
 
 
 def test_code_of_an_instruction_set_brings_nothing_in_from_the_standard_library():

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitreg_kernels._runtime import native
+from vitreg_kernels._native import library
 from vitreg_kernels.functional import residual_layer_norm
 
-pytestmark = pytest.mark.skipif(bool(native.faults()), reason="; ".join(native.faults()))
+pytestmark = pytest.mark.skipif(bool(library.faults()), reason="; ".join(library.faults()))
 
 ROOT = Path(__file__).parents[2]
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -24,7 +24,7 @@ def normalize(x, branch, channels):
     """Outputs, and gradients of the tokens."""
     leaves = [t.detach().requires_grad_() for t in (x, branch)]
     weight = torch.linspace(0.5, 1.5, channels, dtype=x.dtype)
-    result = residual_layer_norm(*leaves, layer_scale=weight, weight=weight, bias=weight, backend="native")
+    result = residual_layer_norm(*leaves, layer_scale=weight, weight=weight, bias=weight, backend="cpu")
     gradients = torch.autograd.grad([result.residual, result.normalized], leaves, [x, branch])
     return [*(t.detach() for t in result), *gradients]
 
@@ -57,8 +57,8 @@ def huge_bytes(x):
     return found
 
 x = torch.ones(1, 20480, 512)
-normalized = residual_layer_norm(x, x, weight=torch.ones(512), backend="native").normalized
-attended = register_attention(*torch.ones(3, 40, 16, 256, 64), backend="native")
+normalized = residual_layer_norm(x, x, weight=torch.ones(512), backend="cpu").normalized
+attended = register_attention(*torch.ones(3, 40, 16, 256, 64), backend="cpu")
 asked = torch.from_numpy(numpy.ones(40 * 2**17))  # NumPy asks for them too
 print(*(f"{result.nbytes} {huge_bytes(result)}" for result in (normalized, attended, x, asked)), sep="\\n")
 """

@@ -11,16 +11,16 @@ import torch
 from cases import Spec, assert_parity, make_qkv, views
 from hypothesis import given, settings
 
-from vitreg_kernels._runtime import native
+from vitreg_kernels._native import library
 from vitreg_kernels.functional import register_attention
 from vitreg_kernels.ops.attention.backends import BACKENDS
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
-pytestmark = pytest.mark.skipif(bool(native.faults()), reason="; ".join(native.faults()))
+pytestmark = pytest.mark.skipif(bool(library.faults()), reason="; ".join(library.faults()))
 
 TOKENS, HEAD_DIM = 192, 32
 DTYPES = (torch.float32, torch.float16)
-SERVED = next(backend.REQUIREMENTS for backend in BACKENDS if backend.NAME == "native")
+SERVED = next(backend.requirements for backend in BACKENDS if backend.name == "cpu")
 
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -34,14 +34,14 @@ def longer(spec: Spec) -> Spec:
 @settings(max_examples=50)
 @given(spec=cases.specs(SERVED._replace(dtypes=DTYPES), degenerate=False).map(longer))
 def test_any_longer_call_is_accurate(spec):
-    assert_parity(spec, "native", draws=2)
+    assert_parity(spec, "cpu", draws=2)
 
 
 def run(query, key, value, upstream):
     """The output, all statistics and the gradients, heads second."""
     leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
     output, statistics = register_attention(
-        *leaves, num_prefix_tokens=5, outputs=OUTPUT_NAMES[:-1], backend="native", scale=0.125
+        *leaves, num_prefix_tokens=5, outputs=OUTPUT_NAMES[:-1], backend="cpu", scale=0.125
     )
     return output.detach(), *statistics[: len(OUTPUT_NAMES) - 1], *torch.autograd.grad(output, leaves, upstream)
 
@@ -68,10 +68,10 @@ def test_a_head_that_is_not_finite_leaves_the_others_alone(dtype, number, which)
 def test_a_query_that_is_not_finite_leaves_those_far_from_it_alone(dtype):
     """Queries are worked on by 96, and those after it find the keys packed as those before it did."""
     query, key, value = views(make_qkv(Spec(tokens=300, head_dim=64, dtype=dtype)))
-    expected = register_attention(query, key, value, backend="native")
+    expected = register_attention(query, key, value, backend="cpu")
     query = query.clone()
     query[..., 100, 7] = torch.inf
-    output = register_attention(query, key, value, backend="native")
+    output = register_attention(query, key, value, backend="cpu")
     assert output[..., 100, :].isnan().all()
     assert torch.equal(output[..., :96, :], expected[..., :96, :])
     assert torch.equal(output[..., 192:, :], expected[..., 192:, :])

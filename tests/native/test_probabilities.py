@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitreg_kernels._runtime import native
+from vitreg_kernels._native import library
 from vitreg_kernels.functional import register_attention
 
-pytestmark = pytest.mark.skipif(bool(native.faults()), reason="; ".join(native.faults()))
+pytestmark = pytest.mark.skipif(bool(library.faults()), reason="; ".join(library.faults()))
 
 
 def gradients(query, key, value, upstream, **options):
     leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
-    output = register_attention(*leaves, backend="native", **options)
+    output = register_attention(*leaves, backend="cpu", **options)
     return torch.autograd.grad(output, leaves, upstream)
 
 

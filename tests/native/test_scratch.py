@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from vitreg_kernels._runtime import native
+from vitreg_kernels._native import library
 
 pytestmark = [
-    pytest.mark.skipif(bool(native.faults()), reason="; ".join(native.faults())),
+    pytest.mark.skipif(bool(library.faults()), reason="; ".join(library.faults())),
     pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit and count of a process's memory"),
 ]
 
@@ -29,7 +29,7 @@ from vitreg_kernels.functional import register_attention
 def attend(tokens):
     query, key, value = torch.ones(3, 1, 2, 1, 128).expand(3, 1, 2, tokens, 128)
     mask = (torch.arange(tokens) == 0).view(1, 1, 1, tokens)
-    output = register_attention(query, key, value, attn_mask=mask, backend="native")
+    output = register_attention(query, key, value, attn_mask=mask, backend="cpu")
     assert torch.equal(output, torch.ones_like(output))
 
 def held():

@@ -6,15 +6,14 @@ import assemble_cases
 import pytest
 import token_norms_cases
 import torch
-from cases import Spec, make_options, make_qkv
+from cases import Spec, make_options, make_qkv, oracle
 from residual_norm_cases import Spec as NormSpec
 from residual_norm_cases import make_call, make_upstream, run
 
-from vitreg_kernels._runtime import native
-from vitreg_kernels.check import Yardstick
+from vitreg_kernels._native import library
 from vitreg_kernels.functional import register_attention
 
-pytestmark = pytest.mark.skipif(bool(native.faults()), reason="; ".join(native.faults()))
+pytestmark = pytest.mark.skipif(bool(library.faults()), reason="; ".join(library.faults()))
 
 THREADS = (1, 2, 3, 7)
 
@@ -46,14 +45,14 @@ def test_residual_norm(dtype, tokens):
     """261 tokens of three images are thirteen blocks of partial sums."""
     spec = NormSpec(batch=3, tokens=tokens, channels=200, dtype=dtype)
     call, upstream = make_call(spec), make_upstream(spec)
-    assert_the_same(lambda: run("native", call, upstream))
+    assert_the_same(lambda: run("cpu", call, upstream))
 
 
 @pytest.mark.usefixtures("_threads")
 @every_dtype
 def test_token_norms_and_their_counts(dtype):
     call = token_norms_cases.make_call(token_norms_cases.Spec(batch=3, tokens=261, channels=200, dtype=dtype))
-    assert_the_same(lambda: token_norms_cases.run("native", call))
+    assert_the_same(lambda: token_norms_cases.run("cpu", call))
 
 
 @pytest.mark.usefixtures("_threads")
@@ -62,7 +61,7 @@ def test_token_norms_and_their_counts(dtype):
 def test_assemble(dtype, layout):
     spec = assemble_cases.Spec(batch=5, patches=300, channels=200, position="cls", dtype=dtype, layout=layout)
     call, upstream = assemble_cases.make_call(spec), assemble_cases.make_upstream(spec)
-    assert_the_same(lambda: assemble_cases.run("native", call, upstream))
+    assert_the_same(lambda: assemble_cases.run("cpu", call, upstream))
 
 
 @pytest.mark.usefixtures("_threads")
@@ -78,8 +77,8 @@ def test_assemble(dtype, layout):
 )
 def test_attention(dtype, spec):
     spec = spec._replace(dtype=dtype)
-    yardstick = Yardstick(make_qkv(spec), **make_options(spec))
-    assert_the_same(lambda: yardstick.run("native"))
+    judge = oracle(make_qkv(spec), **make_options(spec))
+    assert_the_same(lambda: judge.run("cpu"))
 
 
 @pytest.mark.usefixtures("_threads")
@@ -92,7 +91,7 @@ def test_attention_beside_a_key_at_minus_infinity(heads):
 
     def gradients():
         leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
-        output = register_attention(*leaves, backend="native")
+        output = register_attention(*leaves, backend="cpu")
         return dict(zip(("query", "key", "value"), torch.autograd.grad(output, leaves, upstream), strict=True))
 
     of_queries = gradients()["query"]

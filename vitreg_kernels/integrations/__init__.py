@@ -1,6 +1,10 @@
-"""Other libraries' Vision Transformers: their checkpoints as a RegisterViT, and where their residual stream passes."""
+"""Other libraries' Vision Transformers: their checkpoints as a RegisterViT, and where their residual stream passes.
 
-from .checkpoint import load_vit
-from .stream import ResidualStream, residual_stream
+Not here: modules of our own (``nn``), or statistics of what passes (``monitor``).
+"""
+
+from .library import ResidualStream
+from .load import load_vit
+from .residual_stream import residual_stream
 
 __all__ = ["ResidualStream", "load_vit", "residual_stream"]

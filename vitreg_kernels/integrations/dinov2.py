@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from ..nn.config import ViTConfig
-from .layers import ResidualStream, derives_from, named
-from .weights import backbone, described, renamed
+from .library import Library, ResidualStream, derives_from, named
+from .state_dict import backbone, infer_config, renamed
 
 _RULES = (
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # chunks for FSDP, within which the numbers of blocks run on
@@ -38,7 +38,7 @@ def convert(
         return None
     names = renamed(vit.without(("head",), unused=("mask_token",)), _RULES)
     registers = "register_tokens" in names
-    return described(
+    return infer_config(
         names,
         num_heads=num_heads,
         head_dims={},
@@ -62,3 +62,6 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
             if not isinstance(block, nn.Identity)
         ]
     return ResidualStream(layers, TokenLayout(num_registers=model.num_register_tokens))
+
+
+LIBRARY = Library("dinov2", residual_stream, convert)

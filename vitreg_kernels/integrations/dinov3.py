@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from ..nn.config import ViTConfig
-from .layers import ResidualStream, derives_from, named
-from .weights import backbone, described, renamed
+from .library import Library, ResidualStream, derives_from, named
+from .state_dict import backbone, infer_config, renamed
 
 _RULES = (
     (r"^storage_tokens$", "register_tokens"),
@@ -51,7 +51,7 @@ def convert(
     head_dim = 4 * len(periods)
     if num_heads not in (None, dim // head_dim):
         raise ValueError(f"num_heads={num_heads} disagrees with {_PERIODS}, which is of {dim // head_dim} heads")
-    return described(
+    return infer_config(
         renamed(names, _RULES), num_heads=num_heads, head_dims={dim: head_dim}, eps=1e-5, rope_base=_base_of(periods)
     )
 
@@ -75,3 +75,6 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     if not (derives_from(model, None, "DinoVisionTransformer") and hasattr(model, "n_storage_tokens")):
         return None
     return ResidualStream(named("blocks", model.blocks), TokenLayout(num_registers=model.n_storage_tokens))
+
+
+LIBRARY = Library("dinov3", residual_stream, convert)

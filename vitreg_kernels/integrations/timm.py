@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from ..nn.config import ViTConfig
-from .layers import ResidualStream, derives_from, named
-from .weights import backbone, described, renamed
+from .library import Library, ResidualStream, derives_from, named
+from .state_dict import backbone, infer_config, renamed
 
 _RULES = ((r"^reg_token$", "register_tokens"),)
 _EVA_RULES = (
@@ -59,10 +59,10 @@ def convert(
     if "dist_token" in names:
         names["cls_token"] = torch.cat((names["cls_token"], names.pop("dist_token")), dim=1)
     if "blocks.0.gamma_1" in names and "reg_token" in names and "pos_embed" not in names:
-        return described(
+        return infer_config(
             renamed(names, _EVA_RULES), num_heads=num_heads, head_dims=_DINOV3_HEAD_DIMS, rope_base=100.0, eps=1e-5
         )
-    return described(renamed(names, _RULES), num_heads=num_heads, head_dims=_HEAD_DIMS, eps=1e-6)
+    return infer_config(renamed(names, _RULES), num_heads=num_heads, head_dims=_HEAD_DIMS, eps=1e-6)
 
 
 def residual_stream(model: nn.Module) -> ResidualStream | None:
@@ -72,3 +72,6 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     registers = 0 if model.reg_token is None else model.reg_token.shape[1]
     layout = TokenLayout(num_registers=registers, num_cls_tokens=model.num_prefix_tokens - registers)
     return ResidualStream(named("blocks", model.blocks), layout)
+
+
+LIBRARY = Library("timm", residual_stream, convert)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..layout import TokenLayout
-from .layers import ResidualStream, derives_from, named
+from .library import Library, ResidualStream, derives_from, named
 
 
 def residual_stream(model: nn.Module) -> ResidualStream | None:
@@ -13,3 +13,6 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     if not derives_from(model, "torchvision", "VisionTransformer"):
         return None
     return ResidualStream(named("encoder.layers", model.encoder.layers), TokenLayout(num_registers=0))
+
+
+LIBRARY = Library("torchvision", residual_stream)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from ..nn.config import ViTConfig
-from .layers import ResidualStream, derives_from, named
-from .weights import backbone, described, renamed
+from .library import Library, ResidualStream, derives_from, named
+from .state_dict import backbone, infer_config, renamed
 
 _RULES = (
     (r"^embeddings\.patch_embeddings(\.projection)?\.", "patch_embed.proj."),
@@ -64,11 +64,11 @@ def convert(
     gated = any(".gate_proj." in name for name in names)
     names = renamed(names, _GATED_RULES if gated else _PLAIN_RULES)
     if dinov3:
-        return described(names, num_heads=num_heads, head_dims={4096: 128}, rope_base=100.0, eps=1e-5)
+        return infer_config(names, num_heads=num_heads, head_dims={4096: 128}, rope_base=100.0, eps=1e-5)
     antialias = "register_tokens" in names
     if plain_vit:
-        return described(names, num_heads=num_heads, head_dims={1280: 80}, antialias=antialias, eps=1e-12)
-    return described(names, num_heads=num_heads, head_dims={}, antialias=antialias, eps=1e-6)
+        return infer_config(names, num_heads=num_heads, head_dims={1280: 80}, antialias=antialias, eps=1e-12)
+    return infer_config(names, num_heads=num_heads, head_dims={}, antialias=antialias, eps=1e-6)
 
 
 def residual_stream(model: nn.Module) -> ResidualStream | None:
@@ -81,3 +81,6 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     # As of version 5 or 4: encoder.layer is kept or is layers, layer is model.layer.
     path = next(path for path in ("layers", "encoder.layer", "model.layer", "layer") if path in modules)
     return ResidualStream(named(path, modules[path]), layout)
+
+
+LIBRARY = Library("transformers", residual_stream, convert)

@@ -1,4 +1,7 @@
-"""Token norms of a model while it trains: counted by layer and group, reported, written down and drawn."""
+"""Token norms of a model while it trains: counted by layer and group, reported, written down and drawn.
+
+Not here: the counting itself (``ops/token_norms``), or where a model's stream passes (``integrations``).
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import functional
-from ..integrations.stream import ResidualStream, residual_stream, unwrapped
+from ..integrations.library import ResidualStream
+from ..integrations.residual_stream import residual_stream, unwrapped
 from ..layout import TokenLayout
 from ..nn.block import Residual
 from ..ops.token_norms.api import accumulate

@@ -1,4 +1,7 @@
-"""Torch modules built on the fused ops."""
+"""Torch modules built on the fused ops.
+
+Not here: other libraries' models and checkpoints (``integrations``), or any choice between backends (``dispatch``).
+"""
 
 from .attention import RegisterAttention
 from .block import RegisterBlock

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._runtime import dispatch
 from ..layout import TokenLayout
-from ..ops.attention.backends import BACKENDS
+from ..ops.catalogue import backend_by_op
 
 if TYPE_CHECKING:
     from ..ops.attention.types import AttentionOutputs, Rope
@@ -33,7 +32,7 @@ class RegisterAttention(nn.Module):
         attn_drop: dropout of attention weights, in training mode only.
         proj_drop: dropout of the output, in training mode only.
         norm_layer: called ``norm_layer(head_dim, device=, dtype=)``.
-        backend: attention backend; ``None`` takes the fastest that supports the call.
+        backend: attention's, or a mapping with one for ``"attention"``; ``None`` takes the fastest that serves a call.
         device, dtype: of the parameters.
 
     Raises:
@@ -54,7 +53,7 @@ class RegisterAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-        backend: str | None = None,
+        backend: str | Mapping[str, str | None] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -66,14 +65,12 @@ class RegisterAttention(nn.Module):
             raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
         if not 0.0 <= attn_drop < 1.0:
             raise ValueError(f"attn_drop must be at least 0 and below 1, not {attn_drop}")
-        if backend is not None:
-            dispatch.find(BACKENDS, backend)  # a misspelt name fails here and not in the middle of a training step
+        self.backend = backend_by_op(backend, ("attention",))["attention"]
         factory = {"device": device, "dtype": dtype}
         self.dim = dim
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.layout = TokenLayout(num_registers=num_registers, num_cls_tokens=num_cls_tokens)
-        self.backend = backend
         self.qk_norm = qk_norm
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)

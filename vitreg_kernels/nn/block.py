@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..ops.residual_norm.backends import BACKENDS
+from ..ops.catalogue import backend_by_op
 from ..ops.residual_norm.types import ResidualNorm
 from .attention import RegisterAttention
 from .mlp import Mlp, SwiGLU
@@ -54,7 +54,7 @@ class ResidualLayerNorm(nn.LayerNorm):
     Args:
         dim: C, channels of a token.
         eps: added to the variance.
-        backend: of the op; one that the op lacks, because it is attention's alone, leaves the op its default.
+        backend: the op's, or a mapping with one for ``"residual_norm"``; ``None`` takes the fastest.
         device, dtype: of the parameters.
     """
 
@@ -63,12 +63,12 @@ class ResidualLayerNorm(nn.LayerNorm):
         dim: int,
         *,
         eps: float = 1e-6,
-        backend: str | None = None,
+        backend: str | Mapping[str, str | None] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, eps=eps, device=device, dtype=dtype)
-        self.backend = backend if backend in {b.NAME for b in BACKENDS} else None
+        self.backend = backend_by_op(backend, ("residual_norm",))["residual_norm"]
 
     def forward(self, stream: Residual) -> ResidualNorm:
         """The stream with its branch added, its LayerNorm, and the norm of each token."""
@@ -131,8 +131,8 @@ class RegisterBlock(nn.Module):
         attn_drop, proj_drop: dropout of attention weights, and after attention's projection and both linear layers of
             the MLP; in training only.
         eps: of the LayerNorms.
-        backend: of attention, as in ``RegisterAttention``, and of the norms where they have one of that name
-            (``"triton"``, ``"reference"``); ``None`` takes the fastest of each.
+        backend: a name, for attention and for the norms if they have one of that name, or a mapping with one for
+            ``"attention"``, ``"residual_norm"`` or both; ``None`` takes the fastest of each.
         device, dtype: of the parameters.
 
     Raises:
@@ -156,7 +156,7 @@ class RegisterBlock(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         eps: float = 1e-6,
-        backend: str | None = None,
+        backend: str | Mapping[str, str | None] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -166,6 +166,7 @@ class RegisterBlock(nn.Module):
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path must be at least 0 and below 1, not {drop_path}")
         factory = {"device": device, "dtype": dtype}
+        backend = backend_by_op(backend, ("attention", "residual_norm"))
         norm = partial(ResidualLayerNorm, dim, eps=eps, backend=backend, **factory)
         self.drop_path = drop_path
 

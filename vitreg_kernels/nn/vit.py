@@ -12,15 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import functional
 from ..layout import TokenGroups
-from ..ops.assemble.backends import BACKENDS as ASSEMBLE_BACKENDS
+from ..ops.catalogue import backend_by_op
 from .block import LayerScale, RegisterBlock, Residual, ResidualLayerNorm
 from .config import PRESETS, ViTConfig
 from .position import resample_positions
 from .rope import PatchRope
 
 if TYPE_CHECKING:
-    from os import PathLike
-
     from ..ops.attention.types import AttentionOutputs, Rope
 
 
@@ -67,8 +65,8 @@ class RegisterViT(nn.Module):
 
     Args:
         config: sizes and choices.
-        backend: of every op that has one of that name: ``"triton"`` and ``"reference"`` serve all of them, attention's
-            other backends attention alone; ``None`` takes the fastest of each.
+        backend: a name, for every op that has a backend of it, or a mapping by op, such as ``{"attention": "sdpa",
+            "residual_norm": "composite", "assemble": "composite"}``; ``None`` takes the fastest of each.
         device, dtype: of the parameters.
 
     Attributes:
@@ -81,14 +79,14 @@ class RegisterViT(nn.Module):
             see the norms at no cost.
 
     Raises:
-        ValueError: if no attention backend has the name.
+        ValueError: if no op has a backend of the name.
     """
 
     def __init__(
         self,
         config: ViTConfig,
         *,
-        backend: str | None = None,
+        backend: str | Mapping[str, str | None] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -97,7 +95,8 @@ class RegisterViT(nn.Module):
         self.config = config
         self.layout = config.layout
         self.checkpointing = False
-        self._assemble_backend = backend if backend in {b.NAME for b in ASSEMBLE_BACKENDS} else None
+        backend = backend_by_op(backend, ("attention", "residual_norm", "assemble"))
+        self._assemble_backend = backend["assemble"]
 
         def rows(count: int) -> nn.Parameter | None:
             # No parameter rather than an empty one, which would never receive a gradient: DDP objects to that.
@@ -139,7 +138,7 @@ class RegisterViT(nn.Module):
         cls,
         name: str,
         *,
-        backend: str | None = None,
+        backend: str | Mapping[str, str | None] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **changes: Any,
@@ -158,16 +157,6 @@ class RegisterViT(nn.Module):
         if name not in PRESETS:
             raise ValueError(f"no preset is named {name!r}; there are {', '.join(PRESETS)}")
         return cls(replace(PRESETS[name], **changes), backend=backend, device=device, dtype=dtype)
-
-    @classmethod
-    def from_checkpoint(cls, source: str | PathLike[str] | Mapping[str, Tensor], **options: Any) -> RegisterViT:
-        """A model with the weights of a checkpoint of timm, DINOv2, DINOv3 or Hugging Face.
-
-        Args and errors are those of ``vitreg_kernels.integrations.checkpoint.load_vit``.
-        """
-        from ..integrations.checkpoint import load_vit
-
-        return load_vit(source, **options)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

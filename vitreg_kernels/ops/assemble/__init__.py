@@ -1,0 +1,1 @@
+"""The sequence ``[CLS | registers | patches]`` with its positions, written once."""

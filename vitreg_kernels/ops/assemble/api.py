@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..._runtime import dispatch
-from . import autograd, features
-from .backends import BACKENDS
+from ... import dispatch
+from . import autograd, backends, features
 from .validation import validated
 
 
@@ -43,5 +42,5 @@ def assemble_tokens(
         UnsupportedError: if the named backend, or every backend, cannot serve the call.
     """
     inputs = validated(patches, cls_token, register_tokens, pos_embed)
-    chosen = dispatch.select(BACKENDS, features.request_of(inputs), backend)
-    return autograd.assemble(inputs, chosen.NAME) if chosen.OPAQUE else chosen.forward(inputs)
+    chosen = dispatch.select(backends.BACKENDS, features.request_of(inputs), backend)
+    return autograd.assemble(inputs, chosen.name) if chosen.opaque else chosen.forward(inputs)

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..._runtime import dispatch
-from ..._runtime.autograd import forward_of, refuse_unseen_derivatives
-from . import schema
-from .backends import BACKENDS
+from ... import dispatch
+from .._shared.autograd import differentiable, op_or_implementation, refuse_unseen_derivatives
+from . import backends, schema
 from .types import AssembleInputs, Sizes, num_prefix, sizes_of
 
 
@@ -23,51 +21,51 @@ def assemble(inputs: AssembleInputs, backend: str) -> Tensor:
     """The op by a named backend; differentiable in all its tensors."""
     tensors = [t for t in inputs[:4] if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _Assemble.apply(*inputs, backend)
+        return _assemble(*inputs, backend)
     refuse_unseen_derivatives(tensors, backend, instead="composite")
-    return torch.ops.vitreg.assemble_forward(*inputs, backend)
-
-
-class _Assemble(torch.autograd.Function):
-    """Saves no tensor: all that the gradients depend on is sizes."""
-
-    forward = forward_of(torch.ops.vitreg.assemble_forward)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *call, ctx.backend = inputs
-        ctx.sizes = sizes_of(*call)
-        ctx.parameter_dtypes = tuple(
-            t.dtype if wanted else None for t, wanted in zip(call[1:4], ctx.needs_input_grad[1:4], strict=True)
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
-        of_patches, of_parameters = None, (None, None, None)
-        if ctx.needs_input_grad[0]:
-            # A view, as cat's own backward gives: autograd adds into no gradient whose memory another tensor holds, and
-            # copies it where the patches are of another dtype.
-            of_patches = grad_tokens[:, num_prefix(ctx.sizes) :]
-        wanted = [dtype is not None for dtype in ctx.parameter_dtypes]
-        if any(wanted):
-            computed = torch.ops.vitreg.assemble_backward(grad_tokens, *ctx.sizes, *ctx.parameter_dtypes, ctx.backend)
-            of_parameters = (gradient if asked else None for gradient, asked in zip(computed, wanted, strict=True))
-        return of_patches, *of_parameters, None, None
+    return _forward(*inputs, backend)
 
 
 def _forward_impl(*arguments: Any) -> Tensor:
     *call, backend = arguments
-    return dispatch.find(BACKENDS, backend).forward(AssembleInputs(*call))
+    return dispatch.find(backends.BACKENDS, backend).forward(AssembleInputs(*call))
 
 
 def _backward_impl(grad_tokens: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *sizes, cls_token, register_tokens, pos_embed, backend = arguments
     sizes = Sizes(*sizes)
     gradients = schema.empty_gradients(grad_tokens, sizes, cls_token, register_tokens, pos_embed)
-    dispatch.find(BACKENDS, backend).backward(grad_tokens, sizes, gradients)
+    dispatch.find(backends.BACKENDS, backend).backward(grad_tokens, sizes, gradients)
     return tuple(schema.without_elements(grad_tokens) if x is None else x for x in gradients)
 
+
+_forward = op_or_implementation(torch.ops.vitreg.assemble_forward, _forward_impl)
+_gradients = op_or_implementation(torch.ops.vitreg.assemble_backward, _backward_impl)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    """No tensor: all that the gradients depend on is sizes."""
+    *call, ctx.backend = inputs
+    ctx.sizes = sizes_of(*call)
+    ctx.parameter_dtypes = tuple(
+        t.dtype if wanted else None for t, wanted in zip(call[1:4], ctx.needs_input_grad[1:4], strict=True)
+    )
+
+
+def _backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
+    of_patches, of_parameters = None, (None, None, None)
+    if ctx.needs_input_grad[0]:
+        # A view, as cat's own backward gives: autograd adds into no gradient whose memory another tensor holds, and
+        # copies it where the patches are of another dtype.
+        of_patches = grad_tokens[:, num_prefix(ctx.sizes) :]
+    wanted = [dtype is not None for dtype in ctx.parameter_dtypes]
+    if any(wanted):
+        computed = _gradients(grad_tokens, *ctx.sizes, *ctx.parameter_dtypes, ctx.backend)
+        of_parameters = (gradient if asked else None for gradient, asked in zip(computed, wanted, strict=True))
+    return of_patches, *of_parameters, None, None
+
+
+_assemble = differentiable("AssembleTokens", _forward, _save, _backward, tensors=4)
 
 for _name, _impl in (("assemble_forward", _forward_impl), ("assemble_backward", _backward_impl)):
     schema.LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")

@@ -1,7 +1,7 @@
 """The specification of the op: what every backend must compute, in plain torch, readable in one sitting.
 
-Differentiable by autograd. Run in fp64 it is the yardstick of the accuracy rule; run in the inputs' own dtype it is the
-eager formula a backend's error is held against.
+Differentiable by autograd. Run in fp64 it gives what the accuracy rule takes for exact; run in the inputs' own dtype
+it is the eager formula a backend's error is held against.
 """
 
 from __future__ import annotations

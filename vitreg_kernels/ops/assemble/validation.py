@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..._runtime.arguments import DTYPES, described
+from .._shared.arguments import DTYPES, described
 from .types import AssembleInputs, Sizes, num_prefix, num_tokens, sizes_of
 
 

@@ -1,0 +1,1 @@
+"""Attention over ``[CLS | registers | patches]``, with statistics from the same pass."""

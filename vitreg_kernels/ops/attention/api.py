@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..._runtime import dispatch
-from ..._runtime.arguments import described
-from . import autograd, features
-from .backends import BACKENDS
-from .types import AttentionOutputs, Rope
+from ... import dispatch
+from .._shared.arguments import described
+from . import autograd, backends, features
+from .types import AttentionOutputs, Rope, unpack_qkv
 from .validation import autocast, validated
 
 
@@ -77,8 +76,8 @@ def register_attention(
         max_seqlen=max_seqlen,
         outputs=outputs,
     )
-    taken = dispatch.select(BACKENDS, features.request_of(inputs), backend)
-    output, statistics = autograd.attend(inputs, taken.NAME) if taken.OPAQUE else taken.forward(inputs)
+    chosen = dispatch.select(backends.BACKENDS, features.request_of(inputs), backend)
+    output, statistics = autograd.attend(inputs, chosen.name) if chosen.opaque else chosen.forward(inputs)
     return (output, statistics) if inputs.outputs else output
 
 
@@ -111,11 +110,11 @@ def register_attention_qkv(
     if not isinstance(qkv, Tensor) or qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be a [B, N, 3, H, D] tensor, got {described(qkv)}")
     (qkv,) = autocast(qkv)
-    query, key, value = autograd.unpack(qkv.detach())  # opaque ops take qkv whole; for them views need no graph
+    query = qkv.detach().select(2, 0).transpose(1, 2)  # key and value are alike in all that is checked
     inputs = validated(
         query,
-        key,
-        value,
+        query,
+        query,
         num_prefix_tokens=num_prefix_tokens,
         attn_mask=attn_mask,
         dropout_p=dropout_p,
@@ -125,12 +124,12 @@ def register_attention_qkv(
         max_seqlen=max_seqlen,
         outputs=outputs,
     )
-    taken = dispatch.select(BACKENDS, features.request_of(inputs), backend)
-    if taken.OPAQUE:
-        output, statistics = autograd.attend_qkv(qkv, inputs, taken.NAME)
+    chosen = dispatch.select(backends.BACKENDS, features.request_of(inputs), backend)
+    if chosen.opaque:
+        output, statistics = autograd.attend_qkv(qkv, inputs, chosen.name)
     else:
-        query, key, value = autograd.unpack(qkv)
-        of_heads, statistics = taken.forward(inputs._replace(query=query, key=key, value=value))
+        query, key, value = unpack_qkv(qkv)
+        of_heads, statistics = chosen.forward(inputs._replace(query=query, key=key, value=value))
         output = of_heads.transpose(1, 2).flatten(2)
     return (output, statistics) if inputs.outputs else output
 
@@ -170,4 +169,4 @@ def explain(
         max_seqlen=max_seqlen,
         outputs=outputs,
     )
-    return dispatch.explain(BACKENDS, features.request_of(inputs), backend)
+    return dispatch.explain(backends.BACKENDS, features.request_of(inputs), backend)

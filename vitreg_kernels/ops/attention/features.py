@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..._runtime import tuning
-from ..._runtime.dispatch import Request
+from ...dispatch import Request, preferences
+from .._shared.capability import capability
 from .types import AttentionInputs, mask_kind
 
 KEY_PADDING_MASK = "key-padding masks"
@@ -18,6 +18,10 @@ PACKING = "cu_seqlens"
 PACKING_COMPILED = "cu_seqlens under torch.compile"
 
 ALL = (KEY_PADDING_MASK, BOOL_MASK, ADDITIVE_MASK, MASK_GRADIENT, DROPOUT, ROPE, PACKING, PACKING_COMPILED)
+
+# What this library's own kernels serve, and what torch code does, which reads ``cu_seqlens`` on the host.
+OF_OUR_KERNELS = (KEY_PADDING_MASK, ROPE, PACKING, PACKING_COMPILED)
+OF_TORCH = tuple(feature for feature in ALL if feature != PACKING_COMPILED)
 
 _OF_MASK = {"key_padding": KEY_PADDING_MASK, "bool": BOOL_MASK, "additive": ADDITIVE_MASK}
 
@@ -36,9 +40,10 @@ def request_of(inputs: AttentionInputs) -> Request:
         features.append(ROPE)
     if inputs.cu_seqlens is not None:
         features.append(PACKING_COMPILED if torch.compiler.is_compiling() else PACKING)
-    capability, bucket = (0, 0), "any"
-    if query.is_cuda:
-        capability = torch.cuda.get_device_capability(query.device)
-        # Compiled for any length, the graph is bound to this bucket. Off a GPU no choice hangs on the length.
-        bucket = tuning.length_bucket(query.shape[2] if inputs.cu_seqlens is None else inputs.max_seqlen)
-    return Request(query.device.type, capability, query.dtype, query.shape[-1], tuple(features), bucket)
+    batch, heads, tokens, head_dim = query.shape
+    images = batch
+    if inputs.cu_seqlens is not None:
+        images, tokens = inputs.cu_seqlens.shape[0] - 1, inputs.max_seqlen
+    device, of_gpu = query.device.type, capability(query.device)
+    size = preferences.size("attention", device, of_gpu, tokens, images * heads)
+    return Request("attention", device, of_gpu, query.dtype, head_dim, None, tuple(features), size)

@@ -1,7 +1,8 @@
 """The specification of the op: what every backend must compute, in plain torch, readable in one sitting.
 
-It holds whole N x N matrices, loops over packed images, and is differentiable by autograd. Run in fp64 it is the
-yardstick of the accuracy rule; run in the inputs' own dtype it is the eager formula a backend's error is held against.
+It holds whole N x N matrices, loops over packed images, and is differentiable by autograd. Run in fp64 it gives what
+the accuracy rule takes for exact; run in the inputs' own dtype it is the eager formula a backend's error is held
+against.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def attention(inputs: AttentionInputs) -> AttentionResult:
         output, statistics = _attend(inputs)
     else:
         output, statistics = _attend_packed(inputs)
-    return AttentionResult(_token_major(output), AttentionOutputs(**{k: statistics[k] for k in inputs.outputs}))
+    return AttentionResult(_in_bnhd_memory(output), AttentionOutputs(**{k: statistics[k] for k in inputs.outputs}))
 
 
 def _attend(inputs: AttentionInputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -89,5 +90,5 @@ def _rotate_patches(x: Tensor, rope: Rope, prefix: int) -> Tensor:
     return torch.cat((x[:, :, :prefix], (patches * cos + partner * sin).to(x.dtype)), 2)
 
 
-def _token_major(output: Tensor) -> Tensor:
+def _in_bnhd_memory(output: Tensor) -> Tensor:
     return output.transpose(1, 2).contiguous().transpose(1, 2)

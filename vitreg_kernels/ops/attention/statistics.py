@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from .packing import as_batch, runs_of_equal_length
-from .types import AttentionInputs, AttentionOutputs
+from .types import NO_STATISTICS, AttentionInputs, AttentionOutputs
 
 LOGIT_STATISTICS = ("lse", "prefix_attention", "received_attention", "max_logit")
-
-_NONE_ASKED_FOR = AttentionOutputs()
 
 # Logits held at once: 2**22 fp32 values are 16 MiB, near a CPU's last-level cache and enough rows to fill a GPU.
 _LOGITS_AT_ONCE = 2**22
@@ -22,7 +20,7 @@ _LOGITS_AT_ONCE = 2**22
 def of_output(inputs: AttentionInputs, output: Tensor) -> AttentionOutputs:
     """Statistics of a call whose rotation is already carried out (``inputs.rope`` is None) and of its output."""
     if not inputs.outputs:
-        return _NONE_ASKED_FOR
+        return NO_STATISTICS
     asked = dict.fromkeys(inputs.outputs)
     if "token_norms" in asked:
         dtype = torch.promote_types(output.dtype, torch.float32)

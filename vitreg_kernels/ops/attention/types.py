@@ -61,6 +61,9 @@ class AttentionOutputs(NamedTuple):
     token_norms: Tensor | None = None
 
 
+NO_STATISTICS = AttentionOutputs()
+
+
 class AttentionInputs(NamedTuple):
     """A validated call. Every backend takes exactly this.
 
@@ -105,6 +108,11 @@ def empty_output(query: Tensor) -> Tensor:
     """Uninitialised output for a ``[B, H, N, D]`` query: such a view of contiguous ``[B, N, H, D]`` memory."""
     _, heads, tokens, head_dim = query.shape
     return query.new_empty_strided(query.shape, (tokens * heads * head_dim, head_dim, heads * head_dim, 1))
+
+
+def unpack_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``[B, N, 3, H, D]`` -> query, key and value as ``[B, H, N, D]`` views."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def mask_kind(attn_mask: Tensor | None) -> MaskKind | None:

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..._runtime.arguments import DTYPES, autocast_dtype, described
+from .._shared.arguments import DTYPES, autocast_dtype, described
 from .packing import lengths
 from .types import OUTPUT_NAMES, AttentionInputs, Rope
 

@@ -1,0 +1,1 @@
+"""Residual add, LayerNorm or RMSNorm, and the norm of each token, in one pass."""

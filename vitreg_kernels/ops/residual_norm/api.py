@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..._runtime import dispatch
-from . import autograd, features
-from .backends import BACKENDS
+from ... import dispatch
+from . import autograd, backends, features
 from .types import ResidualNorm
 from .validation import validated
 
@@ -55,5 +54,5 @@ def residual_layer_norm(
     inputs = validated(
         x, branch, layer_scale=layer_scale, drop_path=drop_path, weight=weight, bias=bias, eps=eps, rms=rms
     )
-    chosen = dispatch.select(BACKENDS, features.request_of(inputs), backend)
-    return autograd.normalize(inputs, chosen.NAME) if chosen.OPAQUE else chosen.forward(inputs)
+    chosen = dispatch.select(backends.BACKENDS, features.request_of(inputs), backend)
+    return autograd.normalize(inputs, chosen.name) if chosen.opaque else chosen.forward(inputs)

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..._runtime.arguments import DTYPES, autocast_dtype, described
+from .._shared.arguments import DTYPES, autocast_dtype, described
 from .types import NormInputs
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..._runtime import dispatch
+from ... import dispatch
 from ...layout import TokenLayout
-from . import features, registration  # noqa: F401  (the implementations of the ops)
-from .backends import BACKENDS
+from . import backends, features, registration
 from .types import GROUPS, NormDistribution, TokenNormStats
 from .validation import check_into, check_layout, validated_norms, validated_tokens
 
@@ -31,8 +29,8 @@ def token_norms(x: Tensor, *, backend: str | None = None) -> Tensor:
         UnsupportedError: if the named backend, or every backend, cannot serve the call.
     """
     x = validated_tokens(x)
-    chosen = dispatch.select(BACKENDS, features.norms_request(x), backend)
-    return torch.ops.vitreg.token_norms(x, chosen.NAME) if chosen.OPAQUE else chosen.forward(x)
+    chosen = dispatch.select(backends.BACKENDS, features.norms_request(x), backend)
+    return registration.token_norms(x, chosen.name) if chosen.opaque else chosen.forward(x)
 
 
 def token_norm_stats(x: Tensor, layout: TokenLayout, *, backend: str | None = None) -> TokenNormStats:
@@ -86,7 +84,5 @@ def accumulate(
     """
     norms = validated_norms(norms, layout)
     check_into(into, norms)
-    chosen = dispatch.select(BACKENDS, features.statistics_request(norms), backend)
-    torch.ops.vitreg.accumulate_token_norms(
-        norms, layout.num_cls_tokens, layout.num_registers, *into, skip_in_backward, chosen.NAME
-    )
+    chosen = dispatch.select(backends.BACKENDS, features.statistics_request(norms), backend)
+    registration.accumulate(norms, layout.num_cls_tokens, layout.num_registers, *into, skip_in_backward, chosen.name)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..._runtime.dispatch import Request
+from ...dispatch import Request, preferences
+from .._shared.capability import capability
 
 STATISTICS = "statistics"
 
@@ -14,12 +14,14 @@ ALL = (STATISTICS,)
 
 def norms_request(x: Tensor) -> Request:
     """What the norms of validated tokens ``[B, N, C]`` need of a backend."""
-    return Request(x.device.type, _capability(x), x.dtype, channels=x.shape[-1])
+    images, tokens, channels = x.shape
+    return _request(x, images, tokens, channels, ())
 
 
 def statistics_request(norms: Tensor) -> Request:
     """What counting norms ``[B, N]`` needs of a backend."""
-    return Request(norms.device.type, _capability(norms), norms.dtype, features=(STATISTICS,))
+    images, tokens = norms.shape
+    return _request(norms, images, tokens, None, (STATISTICS,))
 
 
 def statistics_reasons(request: Request) -> list[str]:
@@ -28,5 +30,7 @@ def statistics_reasons(request: Request) -> list[str]:
     return ["statistics add up in fp64, which MPS does not have; move the norms to the CPU"] if no_double else []
 
 
-def _capability(x: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+def _request(x: Tensor, images: int, tokens: int, channels: int | None, features: tuple[str, ...]) -> Request:
+    device, of_gpu = x.device.type, capability(x.device)
+    size = preferences.size("token_norms", device, of_gpu, tokens, images)
+    return Request("token_norms", device, of_gpu, x.dtype, None, channels, features, size)

@@ -1,19 +1,19 @@
-"""What runs behind the ops of ``schema.py``."""
+"""What runs behind the ops of ``schema.py``, and how they are called."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..._runtime import dispatch
+from ... import dispatch
 from ...layout import TokenLayout
-from . import schema
-from .backends import BACKENDS
+from .._shared.autograd import op_or_implementation
+from . import backends, schema
 from .types import NormDistribution
 
 
 def _token_norms_impl(x: Tensor, backend: str) -> Tensor:
-    return dispatch.find(BACKENDS, backend).forward(x)
+    return dispatch.find(backends.BACKENDS, backend).forward(x)
 
 
 def _accumulate_impl(
@@ -33,8 +33,11 @@ def _accumulate_impl(
         return
     layout = TokenLayout(num_cls_tokens=num_cls_tokens, num_registers=num_registers)
     into = NormDistribution(histogram, sums, extremes, nonfinite)
-    dispatch.find(BACKENDS, backend).accumulate(norms, layout, into)
+    dispatch.find(backends.BACKENDS, backend).accumulate(norms, layout, into)
 
+
+token_norms = op_or_implementation(torch.ops.vitreg.token_norms, _token_norms_impl)
+accumulate = op_or_implementation(torch.ops.vitreg.accumulate_token_norms, _accumulate_impl)
 
 for _name, _impl in (("token_norms", _token_norms_impl), ("accumulate_token_norms", _accumulate_impl)):
     schema.LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._runtime.arguments import DTYPES, described
 from ...layout import TokenLayout
+from .._shared.arguments import DTYPES, described
 from .bins import NUM_BINS
 from .types import GROUPS, NormDistribution
 

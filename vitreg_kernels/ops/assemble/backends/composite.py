@@ -5,22 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...._runtime.arguments import DTYPES
-from ...._runtime.dispatch import Request, Requirements, unmet
+from ....dispatch import Backend
+from ..._shared import requirements
 from .. import features
 from ..types import AssembleInputs, sizes_of
-
-NAME = "composite"
-OPAQUE = False
-REQUIREMENTS = Requirements(devices=("cpu", "cuda", "mps", "xpu"), dtypes=DTYPES, features=features.ALL)
-
-
-def not_supported_reasons(request: Request) -> list[str]:
-    return unmet(REQUIREMENTS, request)
-
-
-def not_default_reasons(request: Request) -> list[str]:
-    return []
 
 
 def forward(inputs: AssembleInputs) -> Tensor:
@@ -43,3 +31,10 @@ def _with_rows(prefix: list[Tensor], rows: Tensor) -> list[Tensor]:
         found.append(tokens + rows[:, first:last] if last <= rows.shape[1] else tokens)
         first = last
     return found
+
+
+BACKEND = Backend(
+    name="composite",
+    requirements=requirements.anywhere(features.ALL),
+    forward=forward,
+)

@@ -10,28 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...._runtime.dispatch import Request, Requirements, unmet
+from ....dispatch import Backend
+from ..._shared import requirements
 from .. import features, statistics
 from ..packing import as_batch, runs_of_equal_length
 from ..rope import rotate_query_and_key
 from ..types import AttentionInputs, AttentionResult
-
-NAME = "sdpa"
-OPAQUE = False
-REQUIREMENTS = Requirements(
-    devices=("cpu", "cuda", "mps", "xpu"),
-    dtypes=(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    head_dims=(1, 2**31 - 1),
-    features=tuple(f for f in features.ALL if f != features.PACKING_COMPILED),
-)
-
-
-def not_supported_reasons(request: Request) -> list[str]:
-    return unmet(REQUIREMENTS, request)
-
-
-def not_default_reasons(request: Request) -> list[str]:
-    return []
 
 
 def forward(inputs: AttentionInputs) -> AttentionResult:
@@ -43,7 +27,7 @@ def forward(inputs: AttentionInputs) -> AttentionResult:
         output = _masked(inputs)
     else:
         output = _attend(inputs.query, inputs.key, inputs.value, None, inputs)
-    output = _token_major(output)
+    output = _in_bnhd_memory(output)
     return AttentionResult(output, statistics.of_output(inputs, output))
 
 
@@ -58,9 +42,9 @@ def _masked(inputs: AttentionInputs) -> Tensor:
     """
     mask = inputs.attn_mask
     is_bool = mask.dtype == torch.bool
-    lonely = ~mask.any(-1, keepdim=True) if is_bool else (mask == -torch.inf).all(-1, keepdim=True)
-    mask = mask | lonely if is_bool else mask.masked_fill(lonely, 0.0)
-    return _attend(inputs.query, inputs.key, inputs.value, mask, inputs).masked_fill(lonely, 0.0)
+    fully_masked = ~mask.any(-1, keepdim=True) if is_bool else (mask == -torch.inf).all(-1, keepdim=True)
+    mask = mask | fully_masked if is_bool else mask.masked_fill(fully_masked, 0.0)
+    return _attend(inputs.query, inputs.key, inputs.value, mask, inputs).masked_fill(fully_masked, 0.0)
 
 
 def _packed(inputs: AttentionInputs) -> Tensor:
@@ -72,7 +56,7 @@ def _packed(inputs: AttentionInputs) -> Tensor:
     return torch.cat(outputs).unsqueeze(0).transpose(1, 2)
 
 
-def _token_major(output: Tensor) -> Tensor:
+def _in_bnhd_memory(output: Tensor) -> Tensor:
     """The contract's layout: a ``[B, H, N, D]`` view of contiguous ``[B, N, H, D]`` memory.
 
     torch's kernels lay the output out like the query, so views of a packed projection need no copy here.
@@ -81,3 +65,10 @@ def _token_major(output: Tensor) -> Tensor:
     if output.stride()[1:] == (head_dim, heads * head_dim, 1):
         return output
     return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+BACKEND = Backend(
+    name="sdpa",
+    requirements=requirements.anywhere(features.OF_TORCH),
+    forward=forward,
+)

@@ -10,34 +10,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...._runtime.dispatch import Request, Requirements, unmet
+from ....dispatch import Backend, Request, Requirements, unmet
+from ..._shared import requirements
 from .. import features, statistics
 from ..packing import lengths
 from ..rope import rotate_query_and_key
 from ..types import AttentionInputs, AttentionResult
-
-NAME = "xformers"
-OPAQUE = False
-REQUIREMENTS = Requirements(
-    devices=("cuda",),
-    dtypes=(torch.float32, torch.float16, torch.bfloat16),
-    head_dims=(8, 128),
-    features=(features.ROPE, features.PACKING),
-    min_capability=(8, 0),
-)
-
-
-def not_supported_reasons(request: Request) -> list[str]:
-    reasons = unmet(REQUIREMENTS, request)
-    if request.head_dim % 8:
-        reasons.append(f"takes head dims divisible by 8, not {request.head_dim}")
-    if torch.compiler.is_compiling():
-        reasons.append("cannot be traced by torch.compile")
-    return reasons or _refusal(request.dtype, request.head_dim)
-
-
-def not_default_reasons(request: Request) -> list[str]:
-    return ["has not been measured against torch's own attention here; name it to use it"]
 
 
 @cache
@@ -65,13 +43,35 @@ def forward(inputs: AttentionInputs) -> AttentionResult:
         bias = fmha.BlockDiagonalMask.from_seqlens(
             lengths(inputs.cu_seqlens, inputs.query.shape[2]), device=inputs.query.device
         )
-    query, key, value = (_token_major(x) for x in (inputs.query, inputs.key, inputs.value))
+    query, key, value = (_to_bnhd(x) for x in (inputs.query, inputs.key, inputs.value))
     output = memory_efficient_attention(query, key, value, attn_bias=bias, scale=inputs.scale)
     output = output.contiguous().transpose(1, 2)
     return AttentionResult(output, statistics.of_output(inputs, output))
 
 
-def _token_major(x: Tensor) -> Tensor:
+def _to_bnhd(x: Tensor) -> Tensor:
     """``[B, N, H, D]`` with neighbouring channels side by side, which every xformers kernel asks for."""
     x = x.transpose(1, 2)
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _refuses(request: Request) -> list[str]:
+    reasons = []
+    if request.head_dim % 8:
+        reasons.append(f"takes head dims divisible by 8, not {request.head_dim}")
+    if torch.compiler.is_compiling():
+        reasons.append("cannot be traced by torch.compile")
+    if reasons or unmet(_REQUIREMENTS, request):
+        return reasons
+    return _refusal(request.dtype, request.head_dim)
+
+
+_REQUIREMENTS = Requirements(
+    devices=("cuda",),
+    dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    head_dims=(8, 128),
+    features=(features.ROPE, features.PACKING),
+    capabilities=requirements.SM_80_AND_NEWER,
+)
+
+BACKEND = Backend(name="xformers", requirements=_REQUIREMENTS, forward=forward, default="if measured", refuses=_refuses)

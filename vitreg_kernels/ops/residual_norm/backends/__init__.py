@@ -1,13 +1,13 @@
-"""Every way to compute the op, in the order of preference: the only registry.
+"""Every way to compute the op, in the order of preference where nothing was measured: the only registry.
 
-A backend is a module with ``NAME``, ``OPAQUE``, ``REQUIREMENTS``, ``not_supported_reasons``, ``not_default_reasons``
-and ``forward(inputs)``. That of an opaque one gives ``NormOutputs``, runs behind the ops of ``schema.py``, and has a
-``backward(inputs, gradients)`` beside it, which fills the gradients that are not ``None``; that of any other gives
-``ResidualNorm`` and is torch code that autograd differentiates. Autocast may be on while they run.
+One file or folder each, with one frozen ``dispatch.Backend``. ``forward(inputs)`` of an opaque one gives
+``NormOutputs`` and runs behind the ops of ``schema.py``, and ``backward(inputs, gradients)`` beside it fills the
+gradients that are not ``None``; that of any other gives ``ResidualNorm`` and is torch code that autograd
+differentiates. Autocast may be on while they run.
 """
 
 from __future__ import annotations
 
-from . import composite, native, reference, triton
+from . import composite, cpu, reference, triton
 
-BACKENDS = (triton, native, composite, reference)
+BACKENDS = (triton.BACKEND, cpu.BACKEND, composite.BACKEND, reference.BACKEND)

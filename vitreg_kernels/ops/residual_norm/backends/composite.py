@@ -11,22 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...._runtime.arguments import DTYPES
-from ...._runtime.dispatch import Request, Requirements, unmet
+from ....dispatch import Backend
+from ..._shared import requirements
 from .. import features
 from ..types import NormInputs, ResidualNorm
-
-NAME = "composite"
-OPAQUE = False
-REQUIREMENTS = Requirements(devices=("cpu", "cuda", "mps", "xpu"), dtypes=DTYPES, features=features.ALL)
-
-
-def not_supported_reasons(request: Request) -> list[str]:
-    return unmet(REQUIREMENTS, request)
-
-
-def not_default_reasons(request: Request) -> list[str]:
-    return []
 
 
 def forward(inputs: NormInputs) -> ResidualNorm:
@@ -59,3 +47,10 @@ def _normalized(residual: Tensor, inputs: NormInputs) -> Tensor:
     if inputs.rms:
         return functional.rms_norm(tokens, weight.shape, weight, inputs.eps)
     return functional.layer_norm(tokens, weight.shape, weight, bias, inputs.eps)
+
+
+BACKEND = Backend(
+    name="composite",
+    requirements=requirements.anywhere(features.ALL),
+    forward=forward,
+)

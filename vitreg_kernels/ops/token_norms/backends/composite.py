@@ -10,27 +10,15 @@ import math
 import torch
 from torch import Tensor
 
-from ...._runtime.arguments import DTYPES
-from ...._runtime.dispatch import Request, Requirements, unmet
 from ....layout import TokenLayout
+from ..._shared import requirements
 from .. import features
+from ..backend import TokenNormsBackend
 from ..bins import FIRST_BIN, NUM_BINS, SHIFT
 from ..types import GROUPS, NormDistribution
 
-NAME = "composite"
-OPAQUE = False
-REQUIREMENTS = Requirements(devices=("cpu", "cuda", "mps", "xpu"), dtypes=DTYPES, features=features.ALL)
-
 _NAN, _INF = NUM_BINS, NUM_BINS + 1
 _ALL_BINS = NUM_BINS + 2
-
-
-def not_supported_reasons(request: Request) -> list[str]:
-    return unmet(REQUIREMENTS, request) + features.statistics_reasons(request)
-
-
-def not_default_reasons(request: Request) -> list[str]:
-    return []
 
 
 def forward(x: Tensor) -> Tensor:
@@ -63,3 +51,12 @@ def accumulate(norms: Tensor, layout: TokenLayout, into: NormDistribution) -> No
         smallest, largest = into.extremes[group].unbind()
         torch.minimum(smallest, lowest[of_group].amin(), out=smallest)
         torch.maximum(largest, highest[of_group].amax(), out=largest)
+
+
+BACKEND = TokenNormsBackend(
+    name="composite",
+    requirements=requirements.anywhere(features.ALL),
+    forward=forward,
+    accumulate=accumulate,
+    refuses=features.statistics_reasons,
+)

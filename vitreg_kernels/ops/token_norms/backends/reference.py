@@ -7,23 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...._runtime.arguments import DTYPES
-from ...._runtime.dispatch import Request, Requirements, unmet
 from ....layout import TokenLayout
+from ..._shared import requirements
 from .. import features, reference
+from ..backend import TokenNormsBackend
 from ..types import NormDistribution
-
-NAME = "reference"
-OPAQUE = False
-REQUIREMENTS = Requirements(devices=("cpu", "cuda", "mps", "xpu"), dtypes=DTYPES, features=features.ALL)
-
-
-def not_supported_reasons(request: Request) -> list[str]:
-    return unmet(REQUIREMENTS, request) + features.statistics_reasons(request)
-
-
-def not_default_reasons(request: Request) -> list[str]:
-    return []
 
 
 def forward(x: Tensor) -> Tensor:
@@ -32,3 +20,12 @@ def forward(x: Tensor) -> Tensor:
 
 def accumulate(norms: Tensor, layout: TokenLayout, into: NormDistribution) -> None:
     reference.accumulate(norms, layout, into)
+
+
+BACKEND = TokenNormsBackend(
+    name="reference",
+    requirements=requirements.anywhere(features.ALL),
+    forward=forward,
+    accumulate=accumulate,
+    refuses=features.statistics_reasons,
+)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....._runtime.launch import Launch
+from ....._triton.launch import Launch, strided
 from ...types import AssembleGradients, Sizes, num_prefix
 
 # The images read at a time, by a cache line of each: 16 elements a thread.
@@ -27,9 +27,6 @@ def _assemble_bwd_kernel(
     grad_cls_token,  # [K, C] or None
     grad_register_tokens,  # [R, C] or None
     grad_pos_embed,  # [rows, C] or None
-    grad_tokens_stride_b,
-    grad_tokens_stride_n,
-    grad_tokens_stride_c,
     batch,
     num_cls_tokens,
     num_prefix,
@@ -42,12 +39,12 @@ def _assemble_bwd_kernel(
     blocks_of_token = tl.cdiv(C, BLOCK_C)
     channels = program % blocks_of_token * BLOCK_C + tl.arange(0, BLOCK_C)
     token = (program // blocks_of_token).to(tl.int64)
-    cells = token * grad_tokens_stride_n + channels.to(tl.int64) * grad_tokens_stride_c
+    cells = token * grad_tokens.strides[1] + channels.to(tl.int64) * grad_tokens.strides[2]
     of_images = tl.zeros([IMAGES, BLOCK_C], tl.float32)
     for first in range(0, batch, IMAGES):
         images = first + tl.arange(0, IMAGES)
         of_images += tl.load(
-            grad_tokens + (images.to(tl.int64) * grad_tokens_stride_b)[:, None] + cells[None, :],
+            grad_tokens.pointer + (images.to(tl.int64) * grad_tokens.strides[0])[:, None] + cells[None, :],
             mask=(images < batch)[:, None] & (channels < C)[None, :],
             other=0.0,
         ).to(tl.float32)
@@ -72,9 +69,8 @@ def backward_launch(grad_tokens: Tensor, sizes: Sizes, gradients: AssembleGradie
     """The backward as a launch, which writes every element of the gradients that are not ``None``."""
     batch, tokens, channels = grad_tokens.shape
     arguments = {
-        "grad_tokens": grad_tokens,
+        "grad_tokens": strided(grad_tokens),
         **{f"grad_{name}": gradient for name, gradient in gradients._asdict().items()},
-        **{f"grad_tokens_stride_{axis}": grad_tokens.stride(i) for i, axis in enumerate("bnc")},
         "batch": batch,
         "num_cls_tokens": sizes.cls_tokens,
         "num_prefix": num_prefix(sizes),

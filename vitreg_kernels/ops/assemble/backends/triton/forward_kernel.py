@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....._runtime.launch import Launch
+from ....._triton.launch import Launch, strided
 from ...types import AssembleInputs, num_prefix, sizes_of
 
 # 64 bytes of a 16-bit patch's row of channels-outer memory, by as many channels as divide a ViT's without a rest.
@@ -28,9 +28,6 @@ def _assemble_fwd_kernel(
     register_tokens,  # [R, C] or None
     pos_embed,  # [rows, C] or None
     tokens,  # [B, N, C]
-    patches_stride_b,
-    patches_stride_m,
-    patches_stride_c,
     num_cls_tokens,
     num_registers,
     num_patches,
@@ -63,8 +60,8 @@ def _assemble_fwd_kernel(
     else:
         patch = (tile - prefix_tiles) * ROWS + tl.arange(0, ROWS)
         exists = patch < num_patches
-        along_patches = (patches + image * patches_stride_b) + patch.to(tl.int64) * patches_stride_m
-        along_channels = channels.to(tl.int64) * patches_stride_c
+        along_patches = (patches.pointer + image * patches.strides[0]) + patch.to(tl.int64) * patches.strides[1]
+        along_channels = channels.to(tl.int64) * patches.strides[2]
         value = tl.load(
             along_patches[:, None] + along_channels[None, :], mask=exists[:, None] & (channels < C)[None, :], other=0.0
         ).to(tl.float32)
@@ -95,12 +92,11 @@ def forward_launch(inputs: AssembleInputs, tokens: Tensor) -> Launch:
     prefix_tiles = triton.cdiv(num_prefix(sizes), _ROWS)
     tiles_of_image = prefix_tiles + triton.cdiv(sizes.patches, _ROWS)
     arguments = {
-        "patches": patches,
+        "patches": strided(patches),
         "cls_token": None if cls_token is None else cls_token.contiguous(),
         "register_tokens": None if register_tokens is None else register_tokens.contiguous(),
         "pos_embed": None if pos_embed is None else pos_embed.contiguous(),
         "tokens": tokens,
-        **{f"patches_stride_{axis}": patches.stride(i) for i, axis in enumerate("bmc")},
         "num_cls_tokens": sizes.cls_tokens,
         "num_registers": sizes.registers,
         "num_patches": sizes.patches,

@@ -2,78 +2,35 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ....._runtime import triton_mode, tuning
-from ....._runtime.dispatch import Request, Requirements, unmet
-from ....._runtime.launch import Launch, run_all
+from ....._triton import mode
+from ....._triton.launch import Launch
+from ....._triton.replay import run_launches
+from .....dispatch import Backend
+from ...._shared import requirements
+from ...._shared.capability import tuned_for
 from ... import features
 from ...types import AttentionInputs, AttentionOutputs, AttentionResult, empty_output
-from . import plan
-
-NAME = "triton"
-OPAQUE = True
-REQUIREMENTS = Requirements(
-    # In Triton's interpreter the kernels run on CPU tensors; it holds bf16 as raw bits and computes garbage with it.
-    devices=("cpu",) if triton_mode.INTERPRETING else ("cuda",),
-    dtypes=(torch.float32, torch.float16)
-    if triton_mode.INTERPRETING
-    else (torch.float32, torch.float16, torch.bfloat16),
-    head_dims=(16, 128),
-    features=(features.KEY_PADDING_MASK, features.ROPE, features.PACKING, features.PACKING_COMPILED),
-    min_capability=(8, 0),
-)
-
-
-def not_supported_reasons(request: Request) -> list[str]:
-    reasons = unmet(REQUIREMENTS, request)
-    if request.device in REQUIREMENTS.devices:
-        reasons += triton_mode.faults()
-    return reasons
-
-
-def not_default_reasons(request: Request) -> list[str]:
-    if triton_mode.INTERPRETING:
-        return ["has not been measured on the interpreter, which is slow; name it to use it"]
-    major, minor = request.capability
-    fastest = tuning.fastest(10 * major + minor, request.dtype, request.head_dim, request.length_bucket)
-    if fastest == NAME:
-        return []
-    where = f"compute capability {major}.{minor}"
-    if fastest is None:
-        return [f"has not been measured on {where} yet for such a call; name it to use it"]
-    return [f"is no faster than {fastest} for such a call, as measured on {where}; name it to use it"]
-
-
-class _Buffers(NamedTuple):
-    """What a forward writes; ``None`` for what the call does not need."""
-
-    output: Tensor
-    lse: Tensor | None  # [B, H, N]
-    normalizer: Tensor | None  # [B, H, N]
-    max_logit: Tensor | None  # [images, H, tiles]
-    square_norm: Tensor | None  # [B, H, N], by head
-    received_attention: Tensor | None  # [B, H, N]
-    prefix_attention: Tensor | None  # [B, H, P, N]
+from .plan import ForwardBuffers, fp32_precision, launch_plan
 
 
 def forward(inputs: AttentionInputs) -> AttentionResult:
     """The output and the statistics asked for."""
-    arch = triton_mode.arch(inputs.query.device)
-    buffers = _allocate(inputs, arch)
-    run_all(_forward_launches(inputs, buffers, arch), inputs.query)
+    capability = tuned_for(inputs.query.device)
+    buffers = _allocate(inputs, capability)
+    run_launches(_forward_launches, inputs, buffers, capability, depends_on=fp32_precision())
     statistics = AttentionOutputs(
-        lse=buffers.lse,
+        lse=buffers.lse if "lse" in inputs.outputs else None,
         prefix_attention=buffers.prefix_attention,
         received_attention=buffers.received_attention,
         max_logit=None if buffers.max_logit is None else buffers.max_logit.amax(-1),
         token_norms=None if buffers.square_norm is None else buffers.square_norm.sum(1).sqrt(),
     )
-    asked = {name: value for name, value in statistics._asdict().items() if name in inputs.outputs}
-    return AttentionResult(buffers.output, AttentionOutputs(**asked))
+    return AttentionResult(buffers.output, statistics)
 
 
 def backward(
@@ -93,37 +50,33 @@ def backward(
         grad_output: gradient of the output, any strides.
         grad_query, grad_key, grad_value: written in full.
     """
-    from .backward_kernels import backward_launches
-
     lse = lse.contiguous()
-    gradients = (grad_query, grad_key, grad_value)
-    arch = triton_mode.arch(inputs.query.device)
     delta, normalizer = torch.empty_like(lse), torch.empty_like(lse)
-    run_all(backward_launches(inputs, output, lse, delta, normalizer, grad_output, *gradients, arch), inputs.query)
+    tensors = (output, lse, delta, normalizer, grad_output, grad_query, grad_key, grad_value)
+    capability = tuned_for(inputs.query.device)
+    run_launches(_backward_launches, inputs, *tensors, capability, depends_on=fp32_precision())
 
 
-def launches(inputs: AttentionInputs, arch: int) -> list[Launch]:
-    """Every kernel that a forward and a backward of this call would launch on an architecture, without running any.
+def launches(inputs: AttentionInputs, capability: int) -> list[Launch]:
+    """Every kernel that a forward and a backward of this call would launch on a GPU, without running any.
 
     Works on ``meta`` tensors, so kernels can be compiled for GPUs that are not there.
 
     Args:
         inputs: the call.
-        arch: compute capability times ten.
+        capability: of the GPU, ten times the version.
     """
-    from .backward_kernels import backward_launches
-
-    buffers = _allocate(inputs, arch)
+    buffers = _allocate(inputs, capability)
     shape = inputs.query.shape[:3]
     lse, delta, normalizer = (inputs.query.new_empty(shape, dtype=torch.float32) for _ in range(3))
     gradients = (empty_output(inputs.query) for _ in range(4))
     return [
-        *_forward_launches(inputs, buffers, arch),
-        *backward_launches(inputs, buffers.output, lse, delta, normalizer, *gradients, arch),
+        *_forward_launches(inputs, buffers, capability),
+        *_backward_launches(inputs, buffers.output, lse, delta, normalizer, *gradients, capability),
     ]
 
 
-def _allocate(inputs: AttentionInputs, arch: int) -> _Buffers:
+def _allocate(inputs: AttentionInputs, capability: int) -> ForwardBuffers:
     query, prefix, outputs = inputs.query, inputs.num_prefix_tokens, inputs.outputs
     batch, heads, tokens, _ = query.shape
 
@@ -131,17 +84,18 @@ def _allocate(inputs: AttentionInputs, arch: int) -> _Buffers:
         return query.new_empty(shape, dtype=torch.float32) if needed else None
 
     max_logit = None
+    second_kernel = "received_attention" in outputs
+    if "max_logit" in outputs or "prefix_attention" in outputs:
+        plan = launch_plan(inputs, "forward", capability)
+        # A program that sweeps the keys never has all logits of a query at once.
+        second_kernel = second_kernel or ("prefix_attention" in outputs and not plan.resident_widths)
     if "max_logit" in outputs:
-        work = plan.of(inputs, "forward", arch)
-        # Packed, images shorter than the longest have tiles without queries, which nobody writes.
-        max_logit = query.new_full((work.images, heads, work.num_tiles), -torch.inf, dtype=torch.float32)
-    second_look = "received_attention" in outputs or (
-        "prefix_attention" in outputs and not plan.holds_heads(inputs, arch)
-    )
-    return _Buffers(
+        # Packed, images shorter than the longest have tiles without queries, which no program writes.
+        max_logit = query.new_full((plan.images, heads, plan.num_tiles), -torch.inf, dtype=torch.float32)
+    return ForwardBuffers(
         output=empty_output(query),
-        lse=statistic(batch, heads, tokens, needed=second_look or "lse" in outputs),
-        normalizer=statistic(batch, heads, tokens, needed=second_look),
+        lse=statistic(batch, heads, tokens, needed=second_kernel or "lse" in outputs),
+        normalizer=statistic(batch, heads, tokens, needed=second_kernel),
         max_logit=max_logit,
         square_norm=statistic(batch, heads, tokens, needed="token_norms" in outputs),
         received_attention=statistic(batch, heads, tokens, needed="received_attention" in outputs),
@@ -149,15 +103,31 @@ def _allocate(inputs: AttentionInputs, arch: int) -> _Buffers:
     )
 
 
-def _forward_launches(inputs: AttentionInputs, buffers: _Buffers, arch: int) -> list[Launch]:
-    from .forward_kernel import forward_launches
-    from .statistics_kernel import statistics_launches
+def _forward_launches(inputs: AttentionInputs, buffers: ForwardBuffers, capability: int) -> list[Launch]:
+    from .forward_kernel import forward_launch
+    from .statistics_kernel import statistics_launch
 
-    output, lse, normalizer, max_logit, square_norm, received_attention, prefix_attention = buffers
-    prefix_first, prefix_second = prefix_attention, None
-    if not plan.holds_heads(inputs, arch):
-        prefix_first, prefix_second = None, prefix_attention
-    first = forward_launches(inputs, output, lse, normalizer, max_logit, square_norm, prefix_first, arch)
-    if received_attention is None and prefix_second is None:
-        return first
-    return first + statistics_launches(inputs, lse, normalizer, received_attention, prefix_second, arch)
+    plan = launch_plan(inputs, "forward", capability)
+    launches = [forward_launch(inputs, buffers, plan)]
+    if buffers.normalizer is not None:
+        second_plan = launch_plan(inputs, "statistics", capability)
+        with_prefix = not plan.resident_widths
+        launches.append(statistics_launch(inputs, buffers, second_plan, with_prefix_attention=with_prefix))
+    return launches
+
+
+def _backward_launches(inputs: AttentionInputs, *tensors_and_capability: Any) -> list[Launch]:
+    from .backward_kernels import backward_launches
+
+    return backward_launches(inputs, *tensors_and_capability)
+
+
+BACKEND = Backend(
+    name="triton",
+    requirements=requirements.on_triton(features.OF_OUR_KERNELS, head_dims=(16, 128)),
+    forward=forward,
+    backward=backward,
+    opaque=True,
+    default=requirements.TRITON_DEFAULT,
+    faults=mode.faults,
+)

@@ -1,9 +1,9 @@
 """Backward: the gradients of one owned tile, of queries or of keys and values, and of all tiles of a head.
 
 With S = scale Q K^T, P = exp(S - lse) and dP = dO V^T: dS = P * (dP - delta), delta = rowsum(dO * O), dQ = scale dS K,
-dK = scale dS^T Q, dV = P^T dO. Who owns queries computes delta, dQ and the queries' normalizers (see
-`primitives.probabilities`), and leaves delta and the normalizers in memory to who owns keys. Each gradient is summed by
-one program in a fixed order, so results are the same from run to run.
+dK = scale dS^T Q, dV = P^T dO. A program that owns queries computes delta, dQ and the queries' normalizers (see
+`primitives.probabilities`), and stores delta and the normalizers for the programs that own keys. Each gradient is
+summed by one program in a fixed order, so results are the same from run to run.
 
 Source: Dao, "FlashAttention-2" (arXiv 2307.08691), algorithm 2, split in two so that nothing is added to global memory.
 """
@@ -18,38 +18,39 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    Rope,
+    ProgramIndex,
+    RopeRows,
     Rows,
     base_2,
+    for_owned_tile,
+    for_swept_tiles,
     load_lse,
     load_rotated,
     load_tokens,
     probabilities,
     store_gradient,
     store_tokens,
-    sweep,
     takes_part,
 )
 
 
 class Backward(NamedTuple):
-    """What a program computes gradients with; None for the gradients that are not its own."""
+    """What a program computes gradients with; None for tensors that only the other kernel reads or writes."""
 
     query: Rows
     key: Rows
     value: Rows
-    output: Any
+    output: Rows | None
     grad_output: Rows
-    grad_query: Any
-    grad_key: Any
-    grad_value: Any
-    rope: Rope
-    key_mask: Any
-    mask_stride: Any
+    grad_query: Rows | None
+    grad_key: Rows | None
+    grad_value: Rows | None
     lse: Any
     delta: Any
     normalizer: Any
-    place: Any
+    key_mask: Rows | None
+    rope: RopeRows | None
+    program: ProgramIndex
     scale: Any
     D: Any
     BLOCK_D: Any
@@ -57,16 +58,18 @@ class Backward(NamedTuple):
     BLOCK_N: Any
     TAIL: Any
     PREFIX: Any
-    PACKED: Any
-    NEGATIVE: Any
+    INTERLEAVED: Any
     PRECISION: Any
+    RESIDENT_WIDTHS: Any
+    NEGATIVE: Any
+    PACKED: Any
 
 
 @triton.jit
 def _load_keys(ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     tokens = first + tl.arange(0, WIDTH)
-    key = load_rotated(ctx.key, ctx.rope, tokens, end, ctx.D, ctx.BLOCK_D, MASKED)
-    value = load_tokens(ctx.value, tokens, end, ctx.D, ctx.BLOCK_D, MASKED)
+    key = load_rotated(ctx.key, ctx, tokens, end, MASKED)
+    value = load_tokens(ctx.value, ctx, tokens, end, MASKED)
     return key, value
 
 
@@ -78,7 +81,7 @@ def _fold_keys(state, owned, ctx, swept, first, end, MASKED: tl.constexpr):
     logits = tl.dot(query, tl.trans(key), input_precision=ctx.PRECISION)  # [M, W]
     p = probabilities(logits, lse[:, None], ctx.scale)
     if MASKED or ctx.key_mask is not None:
-        valid = takes_part(ctx.key_mask, ctx.mask_stride, first + tl.arange(0, key.shape[0]), end)
+        valid = takes_part(ctx.key_mask, first + tl.arange(0, key.shape[0]), end)
         p = tl.where(valid[None, :], p, 0.0)
     grad_p = tl.dot(grad_output, tl.trans(value), input_precision=ctx.PRECISION)
     grad_logits = p * (grad_p - delta[:, None])
@@ -87,41 +90,41 @@ def _fold_keys(state, owned, ctx, swept, first, end, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _sweep_keys(state, owned, ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+def _load_and_fold_keys(state, owned, ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     return _fold_keys(state, owned, ctx, _load_keys(ctx, first, end, WIDTH, MASKED), first, end, MASKED)
 
 
 @triton.jit
-def grad_of_queries(ctx, first, end, WIDTH: tl.constexpr, held=None):
+def _grad_of_queries(ctx, first, end, WIDTH: tl.constexpr, resident=None):
     tokens = first + tl.arange(0, WIDTH)
-    query = load_rotated(ctx.query, ctx.rope, tokens, end, ctx.D, ctx.BLOCK_D, True)
-    grad_output = load_tokens(ctx.grad_output, tokens, end, ctx.D, ctx.BLOCK_D, True)
-    output = load_tokens(ctx.output, tokens, end, ctx.D, ctx.BLOCK_D, True)
+    query = load_rotated(ctx.query, ctx, tokens, end, True)
+    grad_output = load_tokens(ctx.grad_output, ctx, tokens, end, True)
+    output = load_tokens(ctx.output, ctx, tokens, end, True)
     delta = tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1)
     tl.store(ctx.delta + tokens, delta, mask=tokens < end)
     lse = load_lse(ctx.lse, tokens, end)
     owned = (-query if ctx.NEGATIVE else query, grad_output, lse, delta)
     nothing = tl.zeros([WIDTH, ctx.BLOCK_D], tl.float32), tl.zeros([WIDTH], tl.float32)
-    if held is None:
-        grad_query, total = sweep(_sweep_keys, nothing, owned, ctx)
+    if resident is None:
+        grad_query, total = for_swept_tiles(_load_and_fold_keys, nothing, owned, ctx)
     else:
-        grad_query, total = _fold_held(_fold_keys, nothing, owned, ctx, held)
+        grad_query, total = _fold_resident(_fold_keys, nothing, owned, ctx, resident)
     normalizer = 1.0 / tl.where(total > 0.0, total, 1.0)
     tl.store(ctx.normalizer + tokens, normalizer, mask=tokens < end)
-    store_gradient(ctx.grad_query, ctx.rope, grad_query * (normalizer * ctx.scale)[:, None], tokens, end, ctx.D)
+    store_gradient(ctx.grad_query, ctx, grad_query * (normalizer * ctx.scale)[:, None], tokens, end)
 
 
 @triton.jit
 def _load_queries(ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     tokens = first + tl.arange(0, WIDTH)
-    query = load_rotated(ctx.query, ctx.rope, tokens, end, ctx.D, ctx.BLOCK_D, MASKED)
-    grad_output = load_tokens(ctx.grad_output, tokens, end, ctx.D, ctx.BLOCK_D, MASKED)
+    query = load_rotated(ctx.query, ctx, tokens, end, MASKED)
+    grad_output = load_tokens(ctx.grad_output, ctx, tokens, end, MASKED)
     return query, grad_output
 
 
 @triton.jit
 def _load_statistic(statistic, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr, BEYOND: tl.constexpr):
-    # `first` moves the pointer and not the 32-bit indices, so that all addresses of a thread are one and a constant.
+    # `first` is added to the pointer, not to the indices: then all addresses of a thread are one plus a constant.
     tokens = tl.arange(0, WIDTH)
     if MASKED:
         values = tl.load(statistic + first + tokens, mask=tokens < end - first, other=BEYOND)
@@ -155,76 +158,91 @@ def _fold_queries(state, owned, ctx, swept, first, end, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _sweep_queries(state, owned, ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+def _load_and_fold_queries(state, owned, ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     return _fold_queries(state, owned, ctx, _load_queries(ctx, first, end, WIDTH, MASKED), first, end, MASKED)
 
 
 @triton.jit
-def grad_of_keys_and_values(ctx, first, end, WIDTH: tl.constexpr, held=None):
+def _grad_of_keys_and_values(ctx, first, end, WIDTH: tl.constexpr, resident=None):
     tokens = first + tl.arange(0, WIDTH)
-    key = load_rotated(ctx.key, ctx.rope, tokens, end, ctx.D, ctx.BLOCK_D, True)
-    value = load_tokens(ctx.value, tokens, end, ctx.D, ctx.BLOCK_D, True)
+    key = load_rotated(ctx.key, ctx, tokens, end, True)
+    value = load_tokens(ctx.value, ctx, tokens, end, True)
     nothing = tl.zeros([WIDTH, ctx.BLOCK_D], tl.float32), tl.zeros([WIDTH, ctx.BLOCK_D], tl.float32)
     owned = (-key if ctx.NEGATIVE else key, value)
-    if held is None:
-        grad_key, grad_value = sweep(_sweep_queries, nothing, owned, ctx)
+    if resident is None:
+        grad_key, grad_value = for_swept_tiles(_load_and_fold_queries, nothing, owned, ctx)
     else:
-        grad_key, grad_value = _fold_held(_fold_queries, nothing, owned, ctx, held)
+        grad_key, grad_value = _fold_resident(_fold_queries, nothing, owned, ctx, resident)
     grad_key *= ctx.scale
     if ctx.key_mask is not None:
-        # A masked key's row of the products above means nothing, but it is its own: it reaches no other key.
-        valid = takes_part(ctx.key_mask, ctx.mask_stride, tokens, end)[:, None]
+        # The products above did not mask keys: a masked key has a gradient of its own, which is dropped here.
+        valid = takes_part(ctx.key_mask, tokens, end)[:, None]
         grad_key = tl.where(valid, grad_key, 0.0)
         grad_value = tl.where(valid, grad_value, 0.0)
-    store_gradient(ctx.grad_key, ctx.rope, grad_key, tokens, end, ctx.D)
-    store_tokens(ctx.grad_value, grad_value, tokens, end, ctx.D)
+    store_gradient(ctx.grad_key, ctx, grad_key, tokens, end)
+    store_tokens(ctx.grad_value, ctx, grad_value, tokens, end)
 
 
 @triton.jit
-def _hold(load: tl.constexpr, ctx, WIDTHS: tl.constexpr):
+def _keep_in_smem(load: tl.constexpr, ctx, WIDTHS: tl.constexpr):
     """All tokens of the swept axis, in tiles. Products alone use them, so triton keeps them in shared memory."""
-    held = ()
+    resident = ()
     first = 0
+    end = ctx.program.num_tokens
     for i in tl.static_range(len(WIDTHS)):
         # Only the last tile can reach beyond the end, except that packed images are shorter than the longest.
-        held = held + (load(ctx, first, ctx.place.num_tokens, WIDTHS[i], ctx.PACKED or i == len(WIDTHS) - 1),)
+        resident = resident + (load(ctx, first, end, WIDTHS[i], ctx.PACKED or i == len(WIDTHS) - 1),)
         first += WIDTHS[i]
-    return held
+    return resident
 
 
 @triton.jit
-def _fold_some(fold: tl.constexpr, state, owned, ctx, held, FROM: tl.constexpr, TO: tl.constexpr):
+def _fold_some(fold: tl.constexpr, state, owned, ctx, resident, FROM: tl.constexpr, TO: tl.constexpr):
     first = FROM * ctx.BLOCK_N
+    end = ctx.program.num_tokens
     for i in tl.static_range(FROM, TO):
-        state = fold(state, owned, ctx, held[i], first, ctx.place.num_tokens, ctx.PACKED or i == len(held) - 1)
-        first += held[i][0].shape[0]
+        state = fold(state, owned, ctx, resident[i], first, end, ctx.PACKED or i == len(resident) - 1)
+        first += resident[i][0].shape[0]
     return state
 
 
 @triton.jit
-def _fold_held(fold: tl.constexpr, state, owned, ctx, held):
-    """What `sweep` does, over held tiles and without loading them."""
-    if ctx.PACKED and len(held) > 1:
-        state = _fold_some(fold, state, owned, ctx, held, 0, 1)
-        # Small crops among large ones end here. Asked tile by tile, the state would change its layout at each question.
-        if ctx.place.num_tokens > ctx.BLOCK_N:
-            state = _fold_some(fold, state, owned, ctx, held, 1, len(held))
+def _fold_resident(fold: tl.constexpr, state, owned, ctx, resident):
+    """What `for_swept_tiles` does, over resident tiles and without loading them."""
+    if ctx.PACKED and len(resident) > 1:
+        state = _fold_some(fold, state, owned, ctx, resident, 0, 1)
+        # Small crops among large ones end here. With such a condition before every tile, triton would convert the
+        # layout of the state at each of them.
+        if ctx.program.num_tokens > ctx.BLOCK_N:
+            state = _fold_some(fold, state, owned, ctx, resident, 1, len(resident))
     else:
-        state = _fold_some(fold, state, owned, ctx, held, 0, len(held))
+        state = _fold_some(fold, state, owned, ctx, resident, 0, len(resident))
     return state
 
 
 @triton.jit
-def _own_head(body: tl.constexpr, load: tl.constexpr, ctx, WIDTHS: tl.constexpr):
-    held = _hold(load, ctx, WIDTHS)
-    # What does not change from tile to tile, addresses above all, takes 60 registers if it is kept, and spills.
-    for first in tl.range(0, ctx.place.num_tokens, ctx.BLOCK_M, disable_licm=True):
-        body(ctx, first, ctx.place.num_tokens, ctx.BLOCK_M, held)
+def _for_owned_tiles_of_head(body: tl.constexpr, load: tl.constexpr, ctx):
+    resident = _keep_in_smem(load, ctx, ctx.RESIDENT_WIDTHS)
+    # Without loop-invariant code motion: kept across tiles, addresses above all take 60 registers, and spill.
+    for first in tl.range(0, ctx.program.num_tokens, ctx.BLOCK_M, disable_licm=True):
+        body(ctx, first, ctx.program.num_tokens, ctx.BLOCK_M, resident)
 
 
 @triton.jit
-def grad_of_head(ctx, WIDTHS: tl.constexpr):
-    """All gradients of a head, of which tiles of these widths hold all tokens."""
-    _own_head(grad_of_queries, _load_keys, ctx, WIDTHS)
-    tl.debug_barrier()  # who owns keys reads the delta and the normalizers that other threads wrote
-    _own_head(grad_of_keys_and_values, _load_queries, ctx, WIDTHS)
+def grad_of_query_tile(ctx):
+    """The gradient of one tile of queries; stores delta and the normalizer for the kernel that owns keys."""
+    for_owned_tile(_grad_of_queries, ctx)
+
+
+@triton.jit
+def grad_of_key_value_tile(ctx):
+    """The gradients of one tile of keys and values."""
+    for_owned_tile(_grad_of_keys_and_values, ctx)
+
+
+@triton.jit
+def grad_of_head(ctx):
+    """All gradients of a head: first its keys and values are resident in shared memory, then its queries."""
+    _for_owned_tiles_of_head(_grad_of_queries, _load_keys, ctx)
+    tl.debug_barrier()  # what follows reads the delta and the normalizers that other threads wrote
+    _for_owned_tiles_of_head(_grad_of_keys_and_values, _load_queries, ctx)

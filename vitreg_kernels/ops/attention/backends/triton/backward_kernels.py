@@ -1,84 +1,113 @@
 """Backward: one kernel where a program owns a head, two where it owns a tile; `backward_bodies` has what they compute.
 
-Of tiles, the first kernel owns queries and the second one keys. Each reads queries, keys, values and the gradient of
-the output, so 12 tensors pass between the GPU and its memory where there are 8. Of short heads, if there are enough of
-them for all multiprocessors, a program owns first all queries and then all keys, and only 8 pass.
+Of the two, the first owns tiles of queries and the second tiles of keys. Each reads queries, keys, values and the
+gradient of the output, so 12 tensors pass between the GPU and its memory where there are 8. Short heads, if there are
+enough of them for all multiprocessors, are owned whole: first all their queries, then all their keys, and only 8 pass.
 """
 
 # ruff: noqa: ANN001, ANN202  (what a kernel takes is traced, not annotated; shapes stand in comments)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....._runtime.launch import Constant, Launch
+from ....._triton.launch import Launch, strided
 from ...types import AttentionInputs
-from . import plan
-from .backward_bodies import Backward, grad_of_head, grad_of_keys_and_values, grad_of_queries
-from .primitives import Rope, locate, own, rope_offset, rows_of, statistic_of
+from .backward_bodies import Backward, grad_of_head, grad_of_key_value_tile, grad_of_query_tile
+from .plan import backward_by_heads, launch_plan
+from .primitives import mask_of, program_index, rope_of, rows_of, statistic_of
+
+
+class Tensors(NamedTuple):
+    """The tensors of all kernels here, whole; None for what a kernel does not take."""
+
+    query: Any
+    key: Any
+    value: Any
+    output: Any
+    grad_output: Any
+    grad_query: Any
+    grad_key: Any
+    grad_value: Any
+    lse: Any
+    delta: Any
+    normalizer: Any
+    key_mask: Any
+    rope: Any
+
+
+class Constants(NamedTuple):
+    """The constants of all kernels here."""
+
+    D: Any
+    BLOCK_D: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    TAIL: Any
+    PREFIX: Any
+    INTERLEAVED: Any
+    PRECISION: Any
+    NEGATIVE: Any
+    RESIDENT_WIDTHS: Any
+
+
+@triton.jit
+def _run(body: tl.constexpr, tensors, cu_seqlens, sizes, scale, constants):
+    """Run `body` on what this program needs of all tensors."""
+    program = program_index(sizes, cu_seqlens)
+    body(
+        Backward(
+            query=rows_of(tensors.query, program),
+            key=rows_of(tensors.key, program),
+            value=rows_of(tensors.value, program),
+            output=None if tensors.output is None else rows_of(tensors.output, program),
+            grad_output=rows_of(tensors.grad_output, program),
+            grad_query=None if tensors.grad_query is None else rows_of(tensors.grad_query, program),
+            grad_key=None if tensors.grad_key is None else rows_of(tensors.grad_key, program),
+            grad_value=None if tensors.grad_value is None else rows_of(tensors.grad_value, program),
+            lse=statistic_of(tensors.lse, program, sizes),
+            delta=statistic_of(tensors.delta, program, sizes),
+            normalizer=statistic_of(tensors.normalizer, program, sizes),
+            key_mask=None if tensors.key_mask is None else mask_of(tensors.key_mask, program),
+            rope=None if tensors.rope is None else rope_of(tensors.rope, program),
+            program=program,
+            scale=scale,
+            D=constants.D,
+            BLOCK_D=constants.BLOCK_D,
+            BLOCK_M=constants.BLOCK_M,
+            BLOCK_N=constants.BLOCK_N,
+            TAIL=constants.TAIL,
+            PREFIX=constants.PREFIX,
+            INTERLEAVED=constants.INTERLEAVED,
+            PRECISION=constants.PRECISION,
+            RESIDENT_WIDTHS=constants.RESIDENT_WIDTHS,
+            NEGATIVE=constants.NEGATIVE,
+            PACKED=cu_seqlens is not None,
+        )
+    )
 
 
 @triton.jit
 def _attention_bwd_kernel(
-    query,  # [B, H, N, D]
+    grad_query,  # [B, H, N, D]
+    grad_key,
+    grad_value,
+    grad_output,
+    query,
     key,
     value,
     output,
-    grad_output,
-    grad_query,
-    grad_key,
-    grad_value,
     lse,  # [B, H, N] fp32
     delta,  # [B, H, N] fp32, written and read
     normalizer,  # [B, H, N] fp32, written and read
-    key_mask,  # [B, N] uint8 or None
-    cos,  # [B, M, D] or None
-    sin,
+    key_mask,  # [B, N] bool or None
+    rope,  # cos and sin [B, M, D] or None
     cu_seqlens,  # [images + 1] int32 or None
-    query_stride_b,
-    query_stride_h,
-    query_stride_n,
-    query_stride_d,
-    key_stride_b,
-    key_stride_h,
-    key_stride_n,
-    key_stride_d,
-    value_stride_b,
-    value_stride_h,
-    value_stride_n,
-    value_stride_d,
-    output_stride_b,
-    output_stride_h,
-    output_stride_n,
-    output_stride_d,
-    grad_output_stride_b,
-    grad_output_stride_h,
-    grad_output_stride_n,
-    grad_output_stride_d,
-    grad_query_stride_b,
-    grad_query_stride_h,
-    grad_query_stride_n,
-    grad_query_stride_d,
-    grad_key_stride_b,
-    grad_key_stride_h,
-    grad_key_stride_n,
-    grad_key_stride_d,
-    grad_value_stride_b,
-    grad_value_stride_h,
-    grad_value_stride_n,
-    grad_value_stride_d,
-    mask_stride_b,
-    mask_stride_n,
-    rope_stride_b,
-    rope_stride_m,
-    num_programs,
-    num_heads,
-    num_tokens,
-    num_prefix,
+    sizes,  # plan.Sizes
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -86,108 +115,50 @@ def _attention_bwd_kernel(
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
     PREFIX: tl.constexpr,
-    NEGATIVE: tl.constexpr,  # scale
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
-    HELD: tl.constexpr,  # widths of the tiles of a held head
+    NEGATIVE: tl.constexpr,  # whether scale is
+    RESIDENT_WIDTHS: tl.constexpr,  # of the tiles that keep a head in shared memory
 ):
-    _, place = locate(num_programs, num_heads, num_tokens, num_prefix, cu_seqlens)
-    if cos is not None:
-        offset = rope_offset(place, rope_stride_b, rope_stride_m)
-        cos += offset
-        sin += offset
-    if key_mask is not None:
-        key_mask += place.batch * mask_stride_b + place.start * mask_stride_n
-    grad_of_head(
-        Backward(
-            rows_of(query, place, query_stride_b, query_stride_h, query_stride_n, query_stride_d),
-            rows_of(key, place, key_stride_b, key_stride_h, key_stride_n, key_stride_d),
-            rows_of(value, place, value_stride_b, value_stride_h, value_stride_n, value_stride_d),
-            rows_of(output, place, output_stride_b, output_stride_h, output_stride_n, output_stride_d),
-            rows_of(
-                grad_output,
-                place,
-                grad_output_stride_b,
-                grad_output_stride_h,
-                grad_output_stride_n,
-                grad_output_stride_d,
-            ),
-            rows_of(
-                grad_query, place, grad_query_stride_b, grad_query_stride_h, grad_query_stride_n, grad_query_stride_d
-            ),
-            rows_of(grad_key, place, grad_key_stride_b, grad_key_stride_h, grad_key_stride_n, grad_key_stride_d),
-            rows_of(
-                grad_value, place, grad_value_stride_b, grad_value_stride_h, grad_value_stride_n, grad_value_stride_d
-            ),
-            Rope(cos, sin, rope_stride_m, num_prefix, INTERLEAVED),
+    _run(
+        grad_of_head,
+        Tensors(
+            query,
+            key,
+            value,
+            output,
+            grad_output,
+            grad_query,
+            grad_key,
+            grad_value,
+            lse,
+            delta,
+            normalizer,
             key_mask,
-            mask_stride_n,
-            statistic_of(lse, place, num_heads, num_tokens),
-            statistic_of(delta, place, num_heads, num_tokens),
-            statistic_of(normalizer, place, num_heads, num_tokens),
-            place,
-            scale,
-            D,
-            BLOCK_D,
-            BLOCK_M,
-            BLOCK_N,
-            TAIL,
-            PREFIX,
-            cu_seqlens is not None,
-            NEGATIVE,
-            PRECISION,
+            rope,
         ),
-        HELD,
+        cu_seqlens,
+        sizes,
+        scale,
+        Constants(D, BLOCK_D, BLOCK_M, BLOCK_N, TAIL, PREFIX, INTERLEAVED, PRECISION, NEGATIVE, RESIDENT_WIDTHS),
     )
 
 
 @triton.jit
 def _attention_bwd_query_kernel(
-    query,  # [B, H, N, D]
+    grad_query,  # [B, H, N, D]
+    grad_output,
+    query,
     key,
     value,
     output,
-    grad_output,
-    grad_query,
     lse,  # [B, H, N] fp32
     delta,  # [B, H, N] fp32, written
     normalizer,  # [B, H, N] fp32, written
-    key_mask,  # [B, N] uint8 or None
-    cos,  # [B, M, D] or None
-    sin,
+    key_mask,  # [B, N] bool or None
+    rope,  # cos and sin [B, M, D] or None
     cu_seqlens,  # [images + 1] int32 or None
-    query_stride_b,
-    query_stride_h,
-    query_stride_n,
-    query_stride_d,
-    key_stride_b,
-    key_stride_h,
-    key_stride_n,
-    key_stride_d,
-    value_stride_b,
-    value_stride_h,
-    value_stride_n,
-    value_stride_d,
-    output_stride_b,
-    output_stride_h,
-    output_stride_n,
-    output_stride_d,
-    grad_output_stride_b,
-    grad_output_stride_h,
-    grad_output_stride_n,
-    grad_output_stride_d,
-    grad_query_stride_b,
-    grad_query_stride_h,
-    grad_query_stride_n,
-    grad_query_stride_d,
-    mask_stride_b,
-    mask_stride_n,
-    rope_stride_b,
-    rope_stride_m,
-    num_programs,
-    num_heads,
-    num_tokens,
-    num_prefix,
+    sizes,  # plan.Sizes
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -195,106 +166,35 @@ def _attention_bwd_query_kernel(
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
     PREFIX: tl.constexpr,
-    NEGATIVE: tl.constexpr,  # scale
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr,  # whether scale is
 ):
-    tile, place = locate(num_programs, num_heads, num_tokens, num_prefix, cu_seqlens)
-    if cos is not None:
-        offset = rope_offset(place, rope_stride_b, rope_stride_m)
-        cos += offset
-        sin += offset
-    if key_mask is not None:
-        key_mask += place.batch * mask_stride_b + place.start * mask_stride_n
-    own(
-        grad_of_queries,
-        Backward(
-            rows_of(query, place, query_stride_b, query_stride_h, query_stride_n, query_stride_d),
-            rows_of(key, place, key_stride_b, key_stride_h, key_stride_n, key_stride_d),
-            rows_of(value, place, value_stride_b, value_stride_h, value_stride_n, value_stride_d),
-            rows_of(output, place, output_stride_b, output_stride_h, output_stride_n, output_stride_d),
-            rows_of(
-                grad_output,
-                place,
-                grad_output_stride_b,
-                grad_output_stride_h,
-                grad_output_stride_n,
-                grad_output_stride_d,
-            ),
-            rows_of(
-                grad_query, place, grad_query_stride_b, grad_query_stride_h, grad_query_stride_n, grad_query_stride_d
-            ),
-            None,
-            None,
-            Rope(cos, sin, rope_stride_m, num_prefix, INTERLEAVED),
-            key_mask,
-            mask_stride_n,
-            statistic_of(lse, place, num_heads, num_tokens),
-            statistic_of(delta, place, num_heads, num_tokens),
-            statistic_of(normalizer, place, num_heads, num_tokens),
-            place,
-            scale,
-            D,
-            BLOCK_D,
-            BLOCK_M,
-            BLOCK_N,
-            TAIL,
-            PREFIX,
-            cu_seqlens is not None,
-            NEGATIVE,
-            PRECISION,
-        ),
-        tile,
+    _run(
+        grad_of_query_tile,
+        Tensors(query, key, value, output, grad_output, grad_query, None, None, lse, delta, normalizer, key_mask, rope),
+        cu_seqlens,
+        sizes,
+        scale,
+        Constants(D, BLOCK_D, BLOCK_M, BLOCK_N, TAIL, PREFIX, INTERLEAVED, PRECISION, NEGATIVE, ()),
     )
 
 
 @triton.jit
 def _attention_bwd_key_value_kernel(
-    query,  # [B, H, N, D]
+    grad_key,  # [B, H, N, D]
+    grad_value,
+    grad_output,
+    query,
     key,
     value,
-    grad_output,
-    grad_key,
-    grad_value,
     lse,  # [B, H, N] fp32
-    delta,  # [B, H, N] fp32
-    normalizer,  # [B, H, N] fp32
-    key_mask,  # [B, N] uint8 or None
-    cos,  # [B, M, D] or None
-    sin,
+    delta,
+    normalizer,
+    key_mask,  # [B, N] bool or None
+    rope,  # cos and sin [B, M, D] or None
     cu_seqlens,  # [images + 1] int32 or None
-    query_stride_b,
-    query_stride_h,
-    query_stride_n,
-    query_stride_d,
-    key_stride_b,
-    key_stride_h,
-    key_stride_n,
-    key_stride_d,
-    value_stride_b,
-    value_stride_h,
-    value_stride_n,
-    value_stride_d,
-    grad_output_stride_b,
-    grad_output_stride_h,
-    grad_output_stride_n,
-    grad_output_stride_d,
-    grad_key_stride_b,
-    grad_key_stride_h,
-    grad_key_stride_n,
-    grad_key_stride_d,
-    grad_value_stride_b,
-    grad_value_stride_h,
-    grad_value_stride_n,
-    grad_value_stride_d,
-    mask_stride_b,
-    mask_stride_n,
-    rope_stride_b,
-    rope_stride_m,
-    num_programs,
-    num_heads,
-    num_tokens,
-    num_prefix,
+    sizes,  # plan.Sizes
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -302,56 +202,19 @@ def _attention_bwd_key_value_kernel(
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
     PREFIX: tl.constexpr,
-    NEGATIVE: tl.constexpr,  # scale
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr,  # whether scale is
 ):
-    tile, place = locate(num_programs, num_heads, num_tokens, num_prefix, cu_seqlens)
-    if cos is not None:
-        offset = rope_offset(place, rope_stride_b, rope_stride_m)
-        cos += offset
-        sin += offset
-    if key_mask is not None:
-        key_mask += place.batch * mask_stride_b + place.start * mask_stride_n
-    own(
-        grad_of_keys_and_values,
-        Backward(
-            rows_of(query, place, query_stride_b, query_stride_h, query_stride_n, query_stride_d),
-            rows_of(key, place, key_stride_b, key_stride_h, key_stride_n, key_stride_d),
-            rows_of(value, place, value_stride_b, value_stride_h, value_stride_n, value_stride_d),
-            None,
-            rows_of(
-                grad_output,
-                place,
-                grad_output_stride_b,
-                grad_output_stride_h,
-                grad_output_stride_n,
-                grad_output_stride_d,
-            ),
-            None,
-            rows_of(grad_key, place, grad_key_stride_b, grad_key_stride_h, grad_key_stride_n, grad_key_stride_d),
-            rows_of(
-                grad_value, place, grad_value_stride_b, grad_value_stride_h, grad_value_stride_n, grad_value_stride_d
-            ),
-            Rope(cos, sin, rope_stride_m, num_prefix, INTERLEAVED),
-            key_mask,
-            mask_stride_n,
-            statistic_of(lse, place, num_heads, num_tokens),
-            statistic_of(delta, place, num_heads, num_tokens),
-            statistic_of(normalizer, place, num_heads, num_tokens),
-            place,
-            scale,
-            D,
-            BLOCK_D,
-            BLOCK_M,
-            BLOCK_N,
-            TAIL,
-            PREFIX,
-            cu_seqlens is not None,
-            NEGATIVE,
-            PRECISION,
+    _run(
+        grad_of_key_value_tile,
+        Tensors(
+            query, key, value, None, grad_output, None, grad_key, grad_value, lse, delta, normalizer, key_mask, rope
         ),
-        tile,
+        cu_seqlens,
+        sizes,
+        scale,
+        Constants(D, BLOCK_D, BLOCK_M, BLOCK_N, TAIL, PREFIX, INTERLEAVED, PRECISION, NEGATIVE, ()),
     )
 
 
@@ -365,46 +228,37 @@ def backward_launches(
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
-    arch: int,
+    capability: int,
 ) -> list[Launch]:
     """The backward as one launch, or two to be run in order.
 
     Args:
         inputs: the call.
         output, lse: of the forward; ``lse`` ``[B, H, N]`` fp32, contiguous.
-        delta, normalizer: ``[B, H, N]`` fp32, contiguous: room for what who owns queries leaves to who owns keys.
+        delta, normalizer: ``[B, H, N]`` fp32, contiguous; what programs that own queries compute for those that own
+            keys.
         grad_output: ``[B, H, N, D]``, any strides, zero ones included.
         grad_query, grad_key, grad_value: ``[B, H, N, D]``, any strides that do not overlap; every element is written.
-        arch: compute capability times ten.
+        capability: of the GPU, ten times the version.
     """
-    tokens = {"query": inputs.query, "key": inputs.key, "value": inputs.value, "grad_output": grad_output}
-    of_queries = {"output": output, "grad_query": grad_query}
-    of_keys = {"grad_key": grad_key, "grad_value": grad_value}
-    statistics = {"lse": lse, "delta": delta, "normalizer": normalizer}
+    tensors = {
+        "query": strided(inputs.query),
+        "key": strided(inputs.key),
+        "value": strided(inputs.value),
+        "grad_output": strided(grad_output),
+        "lse": lse,
+        "delta": delta,
+        "normalizer": normalizer,
+    }
+    of_queries = tensors | {"output": strided(output), "grad_query": strided(grad_query)}
+    of_keys = {"grad_key": strided(grad_key), "grad_value": strided(grad_value)}
     negative = {"NEGATIVE": inputs.scale < 0}
-    if plan.backward_by_heads(inputs, arch):
-        work = plan.of(inputs, "backward", arch)
-        constants = {**negative, "HELD": work.held}
-        return [_launch(_attention_bwd_kernel, work, {**tokens, **of_queries, **of_keys}, statistics, constants)]
-    by_queries, by_keys = (plan.of(inputs, kernel, arch) for kernel in ("grad_query", "grad_key_value"))
+    if backward_by_heads(inputs, capability):
+        plan = launch_plan(inputs, "backward", capability)
+        constants = negative | {"RESIDENT_WIDTHS": plan.resident_widths}
+        return [plan.launch(_attention_bwd_kernel, of_queries | of_keys, constants)]
+    by_queries, by_keys = (launch_plan(inputs, kernel, capability) for kernel in ("grad_query", "grad_key_value"))
     return [
-        _launch(_attention_bwd_query_kernel, by_queries, {**tokens, **of_queries}, statistics, negative),
-        _launch(_attention_bwd_key_value_kernel, by_keys, {**tokens, **of_keys}, statistics, negative),
+        by_queries.launch(_attention_bwd_query_kernel, of_queries, negative),
+        by_keys.launch(_attention_bwd_key_value_kernel, tensors | of_keys, negative),
     ]
-
-
-def _launch(
-    kernel: Any,
-    work: plan.Work,
-    tokens: dict[str, Tensor],
-    statistics: dict[str, Tensor],
-    constants: dict[str, Constant],
-) -> Launch:
-    return Launch(
-        kernel=kernel,
-        grid=work.grid,
-        arguments={**tokens, **statistics, **plan.strides(**tokens), **work.arguments},
-        constants={**work.constants, **constants},
-        num_warps=work.num_warps,
-        num_stages=work.num_stages,
-    )

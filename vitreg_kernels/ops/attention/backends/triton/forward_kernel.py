@@ -1,8 +1,8 @@
 """Forward: softmax(scale * Q K^T) V by an online softmax in base 2, fp32 statistics and accumulation.
 
-At the lengths of most ViTs one program takes a whole head: it *holds* all keys and values in shared memory and passes
-the queries by them tile by tile, so that each is read once. At longer ones, and where held tiles spill, a program owns
-one tile of queries and sweeps the keys and values.
+At the lengths of most ViTs one program takes a whole head: it keeps all keys and values *resident* in shared memory and
+passes the queries by them tile by tile, so that each is read once. At longer ones, and where resident tiles would make
+registers spill, a program owns one tile of queries and sweeps the keys and values.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867); tiling as in Dao,
 "FlashAttention-2" (arXiv 2307.08691), algorithm 1.
@@ -17,48 +17,48 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ....._runtime.launch import Launch
+from ....._triton.launch import Launch, strided
 from ...types import AttentionInputs
-from . import plan
+from .plan import ForwardBuffers, LaunchPlan, leaves_small_remainder, prefix_tiles
 from .primitives import (
     FLOOR,
-    Rope,
+    ProgramIndex,
+    RopeRows,
     Rows,
     base_2,
     exponent_scale,
+    for_owned_tile,
+    for_swept_tiles,
     load_rotated,
     load_tokens,
-    locate,
-    own,
-    rope_offset,
+    mask_of,
+    prefix_attention_of,
+    program_index,
+    rope_of,
     rows_of,
     signed,
     statistic_of,
     store_tokens,
-    sweep,
     takes_part,
 )
 
 
 class Forward(NamedTuple):
-    """What a program attends with."""
+    """What a program attends with; None for what the call does not need."""
 
     query: Rows
     key: Rows
     value: Rows
     output: Rows
-    rope: Rope
-    key_mask: Any
-    mask_stride: Any
     lse: Any
     normalizer: Any
     max_logit: Any
     square_norm: Any
-    prefix_attention: Any
-    prefix_stride: Any
-    place: Any
+    prefix_attention: Rows | None
+    key_mask: Rows | None
+    rope: RopeRows | None
+    program: ProgramIndex
     scale: Any
     D: Any
     BLOCK_D: Any
@@ -66,24 +66,28 @@ class Forward(NamedTuple):
     BLOCK_N: Any
     TAIL: Any
     PREFIX: Any
-    PACKED: Any
-    NEGATIVE: Any
+    INTERLEAVED: Any
     PRECISION: Any
+    RESIDENT_WIDTHS: Any
+    SMALL_REMAINDER: Any
+    PREFIX_TILES: Any
+    NEGATIVE: Any
+    PACKED: Any
 
 
 @triton.jit
 def _load_queries(ctx, first, end, WIDTH: tl.constexpr):
-    return load_rotated(ctx.query, ctx.rope, first + tl.arange(0, WIDTH), end, ctx.D, ctx.BLOCK_D, True)
+    return load_rotated(ctx.query, ctx, first + tl.arange(0, WIDTH), end, True)
 
 
 @triton.jit
 def _load_keys(ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    return load_rotated(ctx.key, ctx.rope, first + tl.arange(0, WIDTH), end, ctx.D, ctx.BLOCK_D, MASKED)
+    return load_rotated(ctx.key, ctx, first + tl.arange(0, WIDTH), end, MASKED)
 
 
 @triton.jit
 def _load_values(ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    return load_tokens(ctx.value, first + tl.arange(0, WIDTH), end, ctx.D, ctx.BLOCK_D, MASKED)
+    return load_tokens(ctx.value, ctx, first + tl.arange(0, WIDTH), end, MASKED)
 
 
 @triton.jit
@@ -93,7 +97,7 @@ def _attend(state, query, ctx, key, value, first, end, MASKED: tl.constexpr):
     scale = exponent_scale(ctx.scale)
     logits = tl.dot(query, tl.trans(key), input_precision=ctx.PRECISION)  # [M, W]
     if MASKED or ctx.key_mask is not None:
-        valid = takes_part(ctx.key_mask, ctx.mask_stride, first + tl.arange(0, key.shape[0]), end)
+        valid = takes_part(ctx.key_mask, first + tl.arange(0, key.shape[0]), end)
         logits = tl.where(valid[None, :], logits, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(logits, 1))
     p = tl.exp2(tl.fma(logits, scale, -(new_peak * scale)[:, None]))
@@ -104,7 +108,8 @@ def _attend(state, query, ctx, key, value, first, end, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _nothing(ctx, WIDTH: tl.constexpr):
+def _initial_state(ctx, WIDTH: tl.constexpr):
+    """Of the online softmax: accumulator, sum of exponentials and running maximum."""
     return (
         tl.zeros([WIDTH, ctx.BLOCK_D], tl.float32),
         tl.zeros([WIDTH], tl.float32),
@@ -119,22 +124,22 @@ def _store(state, ctx, first, end):
     WIDTH: tl.constexpr = acc.shape[0]
     tokens = first + tl.arange(0, WIDTH)
     inside = tokens < end
-    sees_a_key = total != 0.0  # NaN does see keys, and shows
+    sees_a_key = total != 0.0  # true of NaN, which is to show in the output
     acc = acc * (1.0 / tl.where(sees_a_key, total, 1.0))[:, None]
-    store_tokens(ctx.output, acc, tokens, end, ctx.D)
+    store_tokens(ctx.output, ctx, acc, tokens, end)
     if ctx.lse is not None:
         lse = tl.where(sees_a_key, peak * tl.abs(ctx.scale) + tl.log(total), float("-inf"))
         tl.store(ctx.lse + tokens, lse, mask=inside)
         if ctx.normalizer is not None:
-            # Of the probabilities that the stored, rounded lse will give: of exp2(logits - lse), not of p.
+            # See `probabilities`: it belongs to the stored, rounded lse, so it is not 1 / total.
             normalizer = tl.exp2(base_2(lse) - peak * exponent_scale(ctx.scale)) / total
             tl.store(ctx.normalizer + tokens, tl.where(sees_a_key, normalizer, 1.0), mask=inside)
     if ctx.square_norm is not None:
         tl.store(ctx.square_norm + tokens, tl.sum(acc * acc, 1), mask=inside)
     if ctx.max_logit is not None:
         logit = tl.where(inside & sees_a_key, peak * tl.abs(ctx.scale), float("-inf"))
-        # As rows of a matrix: triton 3.7 does not compile the reduction of a vector to a scalar here for sm_100. Plus
-        # 0, or NaN if a query's softmax is, which a maximum by itself passes over.
+        # Reduced as a matrix of one row: triton 3.7 does not compile the reduction of a vector to a scalar here for
+        # sm_100. A maximum passes over NaN, so 0 is added, or NaN if the softmax of a query is.
         largest = tl.max(tl.reshape(logit, (1, WIDTH)), 1)
         nothing_or_nan = 0.0 * tl.sum(tl.reshape(tl.where(inside, total, 0.0), (1, WIDTH)), 1)
         tile = tl.cdiv(first, ctx.BLOCK_M)  # where one tile is shorter than the others, it is the first
@@ -142,7 +147,7 @@ def _store(state, ctx, first, end):
 
 
 @triton.jit
-def _sweep_and_attend(state, query, ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+def _load_and_attend(state, query, ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     key = _load_keys(ctx, first, end, WIDTH, MASKED)
     value = _load_values(ctx, first, end, WIDTH, MASKED)
     return _attend(state, query, ctx, key, value, first, end, MASKED)
@@ -150,134 +155,136 @@ def _sweep_and_attend(state, query, ctx, first, end, WIDTH: tl.constexpr, MASKED
 
 @triton.jit
 def _attend_from_tile(ctx, first, end, WIDTH: tl.constexpr):
-    """The owned tile of queries, by a sweep of the keys."""
+    """The owned tile of queries attends to keys and values that are loaded tile by tile."""
     query = signed(_load_queries(ctx, first, end, WIDTH), ctx.scale)
-    _store(sweep(_sweep_and_attend, _nothing(ctx, WIDTH), query, ctx), ctx, first, end)
+    _store(for_swept_tiles(_load_and_attend, _initial_state(ctx, WIDTH), query, ctx), ctx, first, end)
 
 
 @triton.jit
-def _hold(ctx, WIDTHS: tl.constexpr):
+def _keep_in_smem(ctx, WIDTHS: tl.constexpr):
     """Tiles of all (signed) keys and values. Products alone use them, so triton keeps them in shared memory."""
-    held = ()
+    resident = ()
     first = 0
     for i in tl.static_range(len(WIDTHS)):
-        key = _load_keys(ctx, first, ctx.place.num_tokens, WIDTHS[i], ctx.PACKED or i == len(WIDTHS) - 1)
-        value = _load_values(ctx, first, ctx.place.num_tokens, WIDTHS[i], ctx.PACKED or i == len(WIDTHS) - 1)
+        key = _load_keys(ctx, first, ctx.program.num_tokens, WIDTHS[i], ctx.PACKED or i == len(WIDTHS) - 1)
+        value = _load_values(ctx, first, ctx.program.num_tokens, WIDTHS[i], ctx.PACKED or i == len(WIDTHS) - 1)
         # Not `signed`, whose choice at run time would make every product fetch the keys back into registers.
-        held = held + ((-key if ctx.NEGATIVE else key, value),)
+        resident = resident + ((-key if ctx.NEGATIVE else key, value),)
         first += WIDTHS[i]
-    return held
+    return resident
 
 
 @triton.jit
-def _attend_to_held(query, ctx, held):
-    state = _nothing(ctx, query.shape[0])
+def _attend_to_resident(query, ctx, resident):
+    state = _initial_state(ctx, query.shape[0])
     first = 0
-    for i in tl.static_range(len(held)):
-        key, value = held[i]
+    for i in tl.static_range(len(resident)):
+        key, value = resident[i]
         if not ctx.PACKED:
-            state = _attend(state, query, ctx, key, value, first, ctx.place.num_tokens, i == len(held) - 1)
-        elif first + key.shape[0] <= ctx.place.num_tokens:
-            state = _attend(state, query, ctx, key, value, first, ctx.place.num_tokens, False)
-        elif first < ctx.place.num_tokens:
-            state = _attend(state, query, ctx, key, value, first, ctx.place.num_tokens, True)
+            state = _attend(state, query, ctx, key, value, first, ctx.program.num_tokens, i == len(resident) - 1)
+        elif first + key.shape[0] <= ctx.program.num_tokens:
+            state = _attend(state, query, ctx, key, value, first, ctx.program.num_tokens, False)
+        elif first < ctx.program.num_tokens:
+            state = _attend(state, query, ctx, key, value, first, ctx.program.num_tokens, True)
         first += key.shape[0]
     return state
 
 
 @triton.jit
-def _attend_from_few(ctx, held, first, few):
-    """16 queries from `first` on: writes what the prefix among them attends to, and all of those before `few`.
+def _attend_from_16_queries(ctx, resident, first, remainder_rows):
+    """Store what the prefix tokens among queries `first` to `first + 16` attend to, and the output of the remainder.
 
-    Transposed, keys by queries: tensor cores want 64 rows or more, and of few queries that would be mostly padding.
+    The remainder are the queries before `remainder_rows`, which no full tile owns.
+
+    Transposed, keys by queries: tensor cores want 64 rows or more, and of 16 queries that would be mostly padding.
     """
-    end = ctx.place.num_tokens
+    end = ctx.program.num_tokens
     scale = exponent_scale(ctx.scale)
     query = _load_queries(ctx, first, end, 16)
     logits = ()  # of all keys, so this softmax needs no decay
     peak = tl.full([16], FLOOR, tl.float32)
     start = 0
-    for i in tl.static_range(len(held)):
-        key = held[i][0]
+    for i in tl.static_range(len(resident)):
+        key = resident[i][0]
         products = tl.dot(key, tl.trans(query), input_precision=ctx.PRECISION)  # [W, 16]
-        if ctx.PACKED or ctx.key_mask is not None or i == len(held) - 1:
-            valid = takes_part(ctx.key_mask, ctx.mask_stride, start + tl.arange(0, key.shape[0]), end)
+        if ctx.PACKED or ctx.key_mask is not None or i == len(resident) - 1:
+            valid = takes_part(ctx.key_mask, start + tl.arange(0, key.shape[0]), end)
             products = tl.where(valid[:, None], products, float("-inf"))
         peak = tl.maximum(peak, tl.max(products, 0))
         logits = logits + (products,)
         start += key.shape[0]
     total = tl.zeros([16], tl.float32)
     acc = tl.zeros([ctx.BLOCK_D, 16], tl.float32)
-    for i in tl.static_range(len(held)):
-        value = held[i][1]
+    for i in tl.static_range(len(resident)):
+        value = resident[i][1]
         p = tl.exp2(tl.fma(logits[i], scale, -(peak * scale)[None, :]))
         total += tl.sum(p, 0)
         acc = tl.dot(tl.trans(value), p.to(value.dtype), acc, input_precision=ctx.PRECISION)
     if ctx.prefix_attention is not None:
         normalizer = 1.0 / tl.where(total != 0.0, total, 1.0)
         start = 0
-        for i in tl.static_range(len(held)):
+        for i in tl.static_range(len(resident)):
             tokens = first + tl.arange(0, 16)
-            keys = start + tl.arange(0, held[i][0].shape[0])
+            keys = start + tl.arange(0, resident[i][0].shape[0])
             p = tl.exp2(tl.fma(logits[i], scale, -(peak * scale)[None, :])) * normalizer[None, :]
-            cells = tokens.to(tl.int64)[None, :] * ctx.prefix_stride + keys[:, None]
-            exists = (tokens < ctx.place.num_prefix)[None, :] & (keys < end)[:, None]
-            tl.store(ctx.prefix_attention + cells, p, mask=exists)
-            start += held[i][0].shape[0]
-    if first < few:
-        _store((tl.trans(acc), total, peak), ctx, first, few)
+            cells = tokens.to(tl.int64)[None, :] * ctx.prefix_attention.row_stride + keys[:, None]
+            exists = (tokens < ctx.program.num_prefix)[None, :] & (keys < end)[:, None]
+            tl.store(ctx.prefix_attention.pointer + cells, p, mask=exists)
+            start += resident[i][0].shape[0]
+    if first < remainder_rows:
+        _store((tl.trans(acc), total, peak), ctx, first, remainder_rows)
 
 
 @triton.jit
-def _attend_from_small_head(ctx, WIDTHS: tl.constexpr, PREFIX_TILES: tl.constexpr):
+def _attend_from_small_head(ctx, WIDTHS: tl.constexpr):
     """All queries of a head that fits one tile."""
     first = 0
-    end = ctx.place.num_tokens
+    end = ctx.program.num_tokens
     query = _load_queries(ctx, first, end, ctx.BLOCK_M)
-    held = _hold(ctx, WIDTHS)
-    for i in tl.static_range(PREFIX_TILES):
-        _attend_from_few(ctx, held, 16 * i, first)
-    _store(_attend_to_held(query, ctx, held), ctx, first, end)
+    resident = _keep_in_smem(ctx, WIDTHS)
+    for i in tl.static_range(ctx.PREFIX_TILES):
+        _attend_from_16_queries(ctx, resident, 16 * i, first)
+    _store(_attend_to_resident(query, ctx, resident), ctx, first, end)
 
 
 @triton.jit
-def _attend_from_head(ctx, WIDTHS: tl.constexpr, FEW: tl.constexpr, PREFIX_TILES: tl.constexpr):
-    """All queries of a head: first those that full tiles would leave over, if they are few, then full tiles."""
-    end = ctx.place.num_tokens
-    few = end % ctx.BLOCK_M
+def _attend_from_large_head(ctx):
+    """All queries of a head: first those that full tiles would leave over, if there are 16 or less, then full tiles."""
+    end = ctx.program.num_tokens
+    remainder_rows = end % ctx.BLOCK_M
     if ctx.PACKED:
-        few = tl.where(few <= 16, few, 0)
-    elif not FEW:
-        few = 0
-    query = _load_queries(ctx, few, end, ctx.BLOCK_M)
-    held = _hold(ctx, WIDTHS)
-    for i in tl.static_range(PREFIX_TILES):
-        _attend_from_few(ctx, held, 16 * i, few)
-    if FEW and PREFIX_TILES == 0:
-        _attend_from_few(ctx, held, 0, few)
-    for start in range(few, end, ctx.BLOCK_M):
-        if ctx.rope.cos is None:
-            # The next queries travel while these are at work. (With num_stages they would take shared memory twice
-            # over, and with it the place of a third program on the multiprocessor.)
+        remainder_rows = tl.where(remainder_rows <= 16, remainder_rows, 0)
+    elif not ctx.SMALL_REMAINDER:
+        remainder_rows = 0
+    query = _load_queries(ctx, remainder_rows, end, ctx.BLOCK_M)
+    resident = _keep_in_smem(ctx, ctx.RESIDENT_WIDTHS)
+    for i in tl.static_range(ctx.PREFIX_TILES):
+        _attend_from_16_queries(ctx, resident, 16 * i, remainder_rows)
+    if ctx.SMALL_REMAINDER and ctx.PREFIX_TILES == 0:
+        _attend_from_16_queries(ctx, resident, 0, remainder_rows)
+    for start in range(remainder_rows, end, ctx.BLOCK_M):
+        if ctx.rope is None:
+            # The next queries are on their way while these are attended from. (With num_stages they would take shared
+            # memory twice over, and with it the room of a third program on the multiprocessor.)
             next_query = _load_queries(ctx, start + ctx.BLOCK_M, end, ctx.BLOCK_M)
-            _store(_attend_to_held(query, ctx, held), ctx, start, end)
+            _store(_attend_to_resident(query, ctx, resident), ctx, start, end)
             query = next_query
-        else:  # to rotate them needs them at once, and registers
-            _store(_attend_to_held(_load_queries(ctx, start, end, ctx.BLOCK_M), ctx, held), ctx, start, end)
+        else:  # rotated queries wait for their values, and take registers
+            _store(_attend_to_resident(_load_queries(ctx, start, end, ctx.BLOCK_M), ctx, resident), ctx, start, end)
 
 
 @triton.jit
-def _attend_from_program(ctx, tile, HELD: tl.constexpr, FEW: tl.constexpr, PREFIX_TILES: tl.constexpr):
-    if len(HELD) == 0:
-        own(_attend_from_tile, ctx, tile)
-    elif len(HELD) == 1 and HELD[0] <= ctx.BLOCK_M:
-        _attend_from_small_head(ctx, HELD, PREFIX_TILES)
+def _attend_from_program(ctx):
+    if len(ctx.RESIDENT_WIDTHS) == 0:
+        for_owned_tile(_attend_from_tile, ctx)
+    elif len(ctx.RESIDENT_WIDTHS) == 1 and ctx.RESIDENT_WIDTHS[0] <= ctx.BLOCK_M:
+        _attend_from_small_head(ctx, ctx.RESIDENT_WIDTHS)
     elif not ctx.PACKED:
-        _attend_from_head(ctx, HELD, FEW, PREFIX_TILES)
-    elif ctx.place.num_tokens <= ctx.BLOCK_M:  # a small crop in a pack of large ones
-        _attend_from_small_head(ctx, (ctx.BLOCK_M,), PREFIX_TILES)
+        _attend_from_large_head(ctx)
+    elif ctx.program.num_tokens <= ctx.BLOCK_M:  # a small crop in a pack of large ones
+        _attend_from_small_head(ctx, (ctx.BLOCK_M,))
     else:
-        _attend_from_head(ctx, HELD, FEW, PREFIX_TILES)
+        _attend_from_large_head(ctx)
 
 
 @triton.jit
@@ -291,35 +298,11 @@ def _attention_fwd_kernel(
     max_logit,  # [images, H, tiles] fp32 or None
     square_norm,  # [B, H, N] fp32 or None
     prefix_attention,  # [B, H, P, N] fp32 or None
-    key_mask,  # [B, N] uint8 or None
-    cos,  # [B, M, D] or None
-    sin,
+    key_mask,  # [B, N] bool or None
+    rope,  # cos and sin [B, M, D] or None
     cu_seqlens,  # [images + 1] int32 or None
-    query_stride_b,
-    query_stride_h,
-    query_stride_n,
-    query_stride_d,
-    key_stride_b,
-    key_stride_h,
-    key_stride_n,
-    key_stride_d,
-    value_stride_b,
-    value_stride_h,
-    value_stride_n,
-    value_stride_d,
-    output_stride_b,
-    output_stride_h,
-    output_stride_n,
-    output_stride_d,
-    max_logit_stride,
-    mask_stride_b,
-    mask_stride_n,
-    rope_stride_b,
-    rope_stride_m,
-    num_programs,
-    num_heads,
-    num_tokens,
-    num_prefix,
+    sizes,  # plan.Sizes
+    num_tiles,  # an image
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -327,113 +310,74 @@ def _attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
     PREFIX: tl.constexpr,
-    HELD: tl.constexpr,  # widths of the tiles of a held head
-    FEW: tl.constexpr,  # whether tiles of BLOCK_M may leave 1 to 16 queries over
-    PREFIX_TILES: tl.constexpr,  # 16-row tiles of the prefix, if that is asked for
-    NEGATIVE: tl.constexpr,  # scale
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
+    RESIDENT_WIDTHS: tl.constexpr,  # of the tiles that keep a head in shared memory; none where programs sweep
+    SMALL_REMAINDER: tl.constexpr,  # whether tiles of BLOCK_M may leave 1 to 16 queries over
+    PREFIX_TILES: tl.constexpr,  # 16-row tiles of the prefix, if prefix_attention is asked for
+    NEGATIVE: tl.constexpr,  # whether scale is
 ):
-    tile, place = locate(num_programs, num_heads, num_tokens, num_prefix, cu_seqlens)
-    if cos is not None:
-        offset = rope_offset(place, rope_stride_b, rope_stride_m)
-        cos += offset
-        sin += offset
-    if lse is not None:
-        lse = statistic_of(lse, place, num_heads, num_tokens)
-    if normalizer is not None:
-        normalizer = statistic_of(normalizer, place, num_heads, num_tokens)
-    if square_norm is not None:
-        square_norm = statistic_of(square_norm, place, num_heads, num_tokens)
+    program = program_index(sizes, cu_seqlens)
     if max_logit is not None:
-        max_logit += (place.image * num_heads + place.head) * max_logit_stride
-    if prefix_attention is not None:
-        prefix_attention += (place.batch * num_heads + place.head) * num_prefix * num_tokens + place.start
-    if key_mask is not None:
-        key_mask += place.batch * mask_stride_b + place.start * mask_stride_n
+        max_logit += (program.image * sizes.num_heads + program.head) * num_tiles
     _attend_from_program(
         Forward(
-            rows_of(query, place, query_stride_b, query_stride_h, query_stride_n, query_stride_d),
-            rows_of(key, place, key_stride_b, key_stride_h, key_stride_n, key_stride_d),
-            rows_of(value, place, value_stride_b, value_stride_h, value_stride_n, value_stride_d),
-            rows_of(output, place, output_stride_b, output_stride_h, output_stride_n, output_stride_d),
-            Rope(cos, sin, rope_stride_m, num_prefix, INTERLEAVED),
-            key_mask,
-            mask_stride_n,
-            lse,
-            normalizer,
-            max_logit,
-            square_norm,
-            prefix_attention,
-            num_tokens,
-            place,
-            scale,
-            D,
-            BLOCK_D,
-            BLOCK_M,
-            BLOCK_N,
-            TAIL,
-            PREFIX,
-            cu_seqlens is not None,
-            NEGATIVE,
-            PRECISION,
-        ),
-        tile,
-        HELD,
-        FEW,
-        PREFIX_TILES,
+            query=rows_of(query, program),
+            key=rows_of(key, program),
+            value=rows_of(value, program),
+            output=rows_of(output, program),
+            lse=None if lse is None else statistic_of(lse, program, sizes),
+            normalizer=None if normalizer is None else statistic_of(normalizer, program, sizes),
+            max_logit=max_logit,
+            square_norm=None if square_norm is None else statistic_of(square_norm, program, sizes),
+            prefix_attention=None
+            if prefix_attention is None
+            else prefix_attention_of(prefix_attention, program, sizes),
+            key_mask=None if key_mask is None else mask_of(key_mask, program),
+            rope=None if rope is None else rope_of(rope, program),
+            program=program,
+            scale=scale,
+            D=D,
+            BLOCK_D=BLOCK_D,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            TAIL=TAIL,
+            PREFIX=PREFIX,
+            INTERLEAVED=INTERLEAVED,
+            PRECISION=PRECISION,
+            RESIDENT_WIDTHS=RESIDENT_WIDTHS,
+            SMALL_REMAINDER=SMALL_REMAINDER,
+            PREFIX_TILES=PREFIX_TILES,
+            NEGATIVE=NEGATIVE,
+            PACKED=cu_seqlens is not None,
+        )
     )
 
 
-def forward_launches(
-    inputs: AttentionInputs,
-    output: Tensor,
-    lse: Tensor | None,
-    normalizer: Tensor | None,
-    max_logit: Tensor | None,
-    square_norm: Tensor | None,
-    prefix_attention: Tensor | None,
-    arch: int,
-) -> list[Launch]:
-    """The forward as launches.
+def forward_launch(inputs: AttentionInputs, buffers: ForwardBuffers, plan: LaunchPlan) -> Launch:
+    """The forward as a launch, which writes every buffer but ``received_attention``.
 
-    Args:
-        inputs: the call.
-        output: ``[B, H, N, D]``, any strides.
-        lse: ``[B, H, N]`` fp32, contiguous, or ``None``.
-        normalizer: ``[B, H, N]`` fp32, contiguous, or ``None``; what ``statistics_launches`` needs beside the lse.
-        max_logit: ``[images, H, tiles]`` fp32, where ``tiles`` is ``plan.of(inputs, "forward", arch).num_tiles``; the
-            largest logit of each tile of queries. Tiles without queries, such as packing has, are left as they are.
-        square_norm: ``[B, H, N]`` fp32: sum of squares of each head of each output token, or ``None``.
-        prefix_attention: ``[B, H, P, N]`` fp32, contiguous, or ``None``; only of heads that are held.
-        arch: compute capability times ten.
+    ``prefix_attention`` is left to ``statistics_launch`` where no program has all keys of a head.
     """
-    work = plan.of(inputs, "forward", arch)
-    launch = Launch(
-        kernel=_attention_fwd_kernel,
-        grid=work.grid,
-        arguments={
-            "query": inputs.query,
-            "key": inputs.key,
-            "value": inputs.value,
-            "output": output,
-            "lse": lse,
-            "normalizer": normalizer,
-            "max_logit": max_logit,
-            "square_norm": square_norm,
+    prefix_attention = buffers.prefix_attention if plan.resident_widths else None
+    return plan.launch(
+        _attention_fwd_kernel,
+        {
+            "query": strided(inputs.query),
+            "key": strided(inputs.key),
+            "value": strided(inputs.value),
+            "output": strided(buffers.output),
+            "lse": buffers.lse,
+            "normalizer": buffers.normalizer,
+            "max_logit": buffers.max_logit,
+            "square_norm": buffers.square_norm,
             "prefix_attention": prefix_attention,
-            "max_logit_stride": work.num_tiles,
-            **plan.strides(query=inputs.query, key=inputs.key, value=inputs.value, output=output),
-            **work.arguments,
+            "num_tiles": plan.num_tiles,
         },
-        constants={
-            **work.constants,
-            "HELD": work.held,
-            "FEW": plan.leaves_few(inputs, work),
-            "PREFIX_TILES": 0 if prefix_attention is None else plan.prefix_tiles(inputs),
+        {
+            "RESIDENT_WIDTHS": plan.resident_widths,
+            "SMALL_REMAINDER": leaves_small_remainder(inputs, plan),
+            "PREFIX_TILES": 0 if prefix_attention is None else prefix_tiles(inputs),
             "NEGATIVE": inputs.scale < 0,
         },
-        num_warps=work.num_warps,
-        num_stages=work.num_stages,
     )
-    return [launch]

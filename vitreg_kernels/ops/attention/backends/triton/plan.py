@@ -14,104 +14,141 @@ tile of `block_n`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ....._runtime import tuning
-from ....._runtime.launch import Constant
+from ....._triton.launch import Argument, Constant, Launch, Strided
 from ...types import AttentionInputs, Rope
+from . import tiles as tuning
 
 _PREFIX_TILE = 16  # the narrowest tile tl.dot takes
 _PATCH_ALIGNMENT = 64
 
 
-class Work(NamedTuple):
-    """What all kernels launch with.
+class Sizes(NamedTuple):
+    """What every kernel needs to find its program's image and head: one kernel argument."""
+
+    num_programs: int  # a head
+    num_heads: int
+    num_tokens: int
+    num_prefix: int
+
+
+class RopeTables(NamedTuple):
+    """cos and sin ``[B, M, D]`` in common strides, of which the last is 1: one kernel argument.
+
+    Attributes:
+        cos, sin: the tables.
+        strides: of an image (0 if all images share one table) and of a patch.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    strides: tuple[int, int]
+
+
+class ForwardBuffers(NamedTuple):
+    """What a forward writes; ``None`` for what the call does not need."""
+
+    output: Tensor  # [B, H, N, D]
+    lse: Tensor | None  # [B, H, N]
+    normalizer: Tensor | None  # [B, H, N]; what the statistics kernel needs beside the lse
+    max_logit: Tensor | None  # [images, H, tiles]: the largest logit of each tile of queries
+    square_norm: Tensor | None  # [B, H, N]: sum of squares of each head of each output token
+    received_attention: Tensor | None  # [B, H, N]
+    prefix_attention: Tensor | None  # [B, H, P, N]
+
+
+class LaunchPlan(NamedTuple):
+    """What a kernel is launched with beside its own tensors.
 
     Attributes:
         num_tiles: owned tiles an image.
-        num_programs: programs a head: one for each owned tile, or one for all.
         images: number of images.
-        held: widths of the tiles that hold a whole head; none where programs sweep.
-        grid: all programs of all heads of all images.
+        resident_widths: widths of the tiles that keep a whole head in shared memory; none where programs sweep.
+        grid: one program for each owned tile of each head of each image, or one for all tiles of a head.
         arguments: the run-time arguments every kernel has.
         constants: the compile-time arguments every kernel has.
         num_warps, num_stages: compiler options.
     """
 
     num_tiles: int
-    num_programs: int
     images: int
-    held: tuple[int, ...]
+    resident_widths: tuple[int, ...]
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int | float | None]
+    arguments: dict[str, Argument]
     constants: dict[str, Constant]
     num_warps: int
     num_stages: int
 
+    def launch(self, kernel: Any, tensors: dict[str, Argument], constants: dict[str, Constant] | None = None) -> Launch:
+        """The launch of a kernel with its own tensors and constants."""
+        return Launch(
+            kernel=kernel,
+            grid=self.grid,
+            arguments=tensors | self.arguments,
+            constants=self.constants | (constants or {}),
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
 
-def of(inputs: AttentionInputs, kernel: tuning.AttentionKernel, arch: int) -> Work:
-    """The work of one kernel for a call on an architecture (compute capability times ten)."""
-    batch, heads, tokens, head_dim = inputs.query.shape
+
+def launch_plan(inputs: AttentionInputs, kernel: tuning.AttentionKernel, capability: int) -> LaunchPlan:
+    """How one kernel is launched for a call on a GPU of a compute capability (ten times the version)."""
+    _, heads, tokens, head_dim = inputs.query.shape
     packed = inputs.cu_seqlens is not None
     longest = _longest(inputs)
-    tiles = tuning.attention_tiles(kernel, arch, inputs.query.dtype, head_dim, longest)
+    tiles = tuning.attention_tiles(kernel, capability, inputs.query.dtype, head_dim, longest)
     num_tiles, prefix, tail = _cut(longest, inputs.num_prefix_tokens, tiles, packed)
     owns_heads = kernel == "backward" or (kernel == "forward" and tiles.whole_head)
-    held = _held(longest, tiles.block_n) if owns_heads else ()
-    num_programs = 1 if held else num_tiles
-    images = inputs.cu_seqlens.shape[0] - 1 if packed else batch
-    arguments = {
-        "cu_seqlens": inputs.cu_seqlens,
-        **_mask_arguments(inputs),
-        **_rope_arguments(inputs.rope),
-        "num_programs": num_programs,
-        "num_heads": heads,
-        "num_tokens": tokens,
-        "num_prefix": inputs.num_prefix_tokens,
-        "scale": inputs.scale,
-    }
-    constants = {
-        "D": head_dim,
-        "BLOCK_D": tuning.padded_head_dim(head_dim),
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": held[0] if held else tiles.block_n,  # short images are held in narrower tiles
-        "TAIL": tail,
-        "PREFIX": prefix,
-        "INTERLEAVED": inputs.rope is not None and inputs.rope.interleaved,
-        # fp32 products are exact unless the user allowed tf32 for torch's own; ignored for half precision.
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-    }
-    grid = (num_programs * heads * images,)
-    return Work(num_tiles, num_programs, images, held, grid, arguments, constants, tiles.num_warps, tiles.num_stages)
+    resident_widths = _resident_widths(longest, tiles.block_n) if owns_heads else ()
+    num_programs = 1 if owns_heads else num_tiles
+    images = _num_images(inputs)
+    return LaunchPlan(
+        num_tiles=num_tiles,
+        images=images,
+        resident_widths=resident_widths,
+        grid=(num_programs * heads * images,),
+        arguments={
+            "key_mask": _mask(inputs),
+            "rope": _rope_tables(inputs.rope),
+            "cu_seqlens": inputs.cu_seqlens,
+            "sizes": Sizes(num_programs, heads, tokens, inputs.num_prefix_tokens),
+            "scale": inputs.scale,
+        },
+        constants={
+            "D": head_dim,
+            "BLOCK_D": tuning.padded_head_dim(head_dim),
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": resident_widths[0] if owns_heads else tiles.block_n,  # short images take narrower tiles
+            "TAIL": tail,
+            "PREFIX": prefix,
+            "INTERLEAVED": inputs.rope is not None and inputs.rope.interleaved,
+            "PRECISION": fp32_precision(),
+        },
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
 
 
-def holds_heads(inputs: AttentionInputs, arch: int) -> bool:
-    """Whether a program of the forward holds all keys of a head, so that it can tell what a prefix token attends to."""
-    _, _, _, head_dim = inputs.query.shape
-    return tuning.attention_tiles("forward", arch, inputs.query.dtype, head_dim, _longest(inputs)).whole_head
+def fp32_precision() -> str:
+    """Of products: exact, unless the user allowed tf32 for torch's own. Half precision ignores it."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def backward_by_heads(inputs: AttentionInputs, arch: int) -> bool:
+def backward_by_heads(inputs: AttentionInputs, capability: int) -> bool:
     """Whether a program of the backward owns all tiles of a head."""
-    batch, heads, _, head_dim = inputs.query.shape
-    images = batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-    return tuning.backward_by_heads(arch, inputs.query.dtype, head_dim, _longest(inputs), images * heads)
+    _, heads, _, head_dim = inputs.query.shape
+    num_heads = _num_images(inputs) * heads
+    return tuning.backward_by_heads(capability, inputs.query.dtype, head_dim, _longest(inputs), num_heads)
 
 
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """Strides of ``[B, H, N, D]`` tensors as kernel arguments: ``query_stride_b``, ``query_stride_h``..."""
-    return {
-        f"{name}_stride_{axis}": s for name, x in tensors.items() for axis, s in zip("bhnd", x.stride(), strict=True)
-    }
-
-
-def leaves_few(inputs: AttentionInputs, work: Work) -> bool:
+def leaves_small_remainder(inputs: AttentionInputs, plan: LaunchPlan) -> bool:
     """Whether an image may be 1 to 16 tokens longer than a whole number of owned tiles."""
-    left_over = inputs.query.shape[2] % work.constants["BLOCK_M"]
-    return inputs.cu_seqlens is not None or 0 < left_over <= _PREFIX_TILE
+    remainder = inputs.query.shape[2] % plan.constants["BLOCK_M"]
+    return inputs.cu_seqlens is not None or 0 < remainder <= _PREFIX_TILE
 
 
 def prefix_tiles(inputs: AttentionInputs) -> int:
@@ -123,8 +160,15 @@ def _longest(inputs: AttentionInputs) -> int:
     return inputs.query.shape[2] if inputs.cu_seqlens is None else inputs.max_seqlen
 
 
-def _held(tokens: int, block_n: int) -> tuple[int, ...]:
-    """Cut like a swept axis, but each tile is a step of the online softmax, so a tail that would take three is one."""
+def _num_images(inputs: AttentionInputs) -> int:
+    return inputs.query.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+
+
+def _resident_widths(tokens: int, block_n: int) -> tuple[int, ...]:
+    """Cut like a swept axis, but into fewer tiles, since each is a step of the online softmax.
+
+    What is left after full tiles is one tile, or two where that saves three eighths of it or more.
+    """
     full, tail = divmod(_ceil_div(max(tokens, 1), 16) * 16, block_n)
     widths = [block_n] * full
     while tail:
@@ -146,24 +190,23 @@ def _cut(tokens: int, prefix_tokens: int, tiles: tuning.Tiles, packed: bool) -> 
     return _ceil_div(tokens, tiles.block_m), 0, _ceil_div(tokens % tiles.block_n, 16) * 16
 
 
-def _mask_arguments(inputs: AttentionInputs) -> dict[str, Tensor | int | None]:
-    """The key-padding mask ``[B or 1, 1, 1, N or 1]`` as bytes ``[B, N]``."""
+def _mask(inputs: AttentionInputs) -> Strided | None:
+    """The key-padding mask ``[B or 1, 1, 1, N or 1]`` in strides of ``[B, N]``."""
     if inputs.attn_mask is None:
-        return {"key_mask": None, "mask_stride_b": 0, "mask_stride_n": 0}
+        return None
     batch, _, tokens, _ = inputs.query.shape
-    mask = inputs.attn_mask[:, 0, 0].expand(batch, tokens).view(torch.uint8)
-    return {"key_mask": mask, "mask_stride_b": mask.stride(0), "mask_stride_n": mask.stride(1)}
+    return Strided(inputs.attn_mask, inputs.attn_mask[:, 0, 0].expand(batch, tokens).stride())
 
 
-def _rope_arguments(rope: Rope | None) -> dict[str, Tensor | int | None]:
-    """cos and sin ``[B, M, D]`` or ``[M, D]`` with common strides, as tables made together have anyway."""
+def _rope_tables(rope: Rope | None) -> RopeTables | None:
+    """Tables made together have common strides; others are copied."""
     if rope is None:
-        return {"cos": None, "sin": None, "rope_stride_b": 0, "rope_stride_m": 0}
+        return None
     cos, sin = rope.cos, rope.sin
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = torch.stack((cos, sin)).unbind()
     batched = cos.ndim == 3 and cos.shape[0] > 1
-    return {"cos": cos, "sin": sin, "rope_stride_b": cos.stride(0) if batched else 0, "rope_stride_m": cos.stride(-2)}
+    return RopeTables(cos, sin, (cos.stride(0) if batched else 0, cos.stride(-2)))
 
 
 def _ceil_div(a: int, b: int) -> int:

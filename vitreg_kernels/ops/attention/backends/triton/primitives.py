@@ -3,11 +3,12 @@
 A program *owns* one tile of BLOCK_M tokens of one image and head and *sweeps* all tokens of that image on the other
 axis in tiles of BLOCK_N. So a kernel states two things only: what happens to the owned tile before and after the
 sweep, and one `step` that folds a swept tile into the state. Where all tokens of a head fit, a program may own all its
-tiles in turn and *hold* the swept axis in shared memory instead. How the axes are cut is decided in `plan.py`.
+tiles in turn and keep the swept axis *resident* in shared memory instead. How the axes are cut is decided in `plan.py`.
 
-Each kernel keeps what does not change in a NamedTuple `ctx`, which has at least `place`, BLOCK_M, BLOCK_N, TAIL and
-PREFIX. It is always handed on as an argument: triton turns the constants of a tuple that is assigned to a name into
-run-time values. No function here returns None or a constant within a tuple: triton 3.6 does not compile that.
+Each kernel gathers what its functions need in one NamedTuple `ctx`. It has at least `program`, `rope`, D, BLOCK_D,
+BLOCK_M, BLOCK_N, TAIL, PREFIX and INTERLEAVED. It is always handed on as an argument: triton turns the constants of a
+tuple that is assigned to a name into run-time values. No function here returns None or a string within a tuple: triton
+3.6 does not compile that.
 
 Shapes in comments: M owned tokens, W swept tokens, BLOCK_D channels (D padded to a power of two).
 """
@@ -28,9 +29,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-1.0e30)
 
 
-class Place(NamedTuple):
-    """The image and head of a program. Packed images share batch row 0 and begin at token `start` of it."""
+class ProgramIndex(NamedTuple):
+    """The tile, image and head of a program. Packed images share batch row 0 and begin at token `start` of it."""
 
+    tile: Any
     image: Any
     head: Any
     batch: Any
@@ -47,74 +49,90 @@ class Rows(NamedTuple):
     channel_stride: Any
 
 
-class Rope(NamedTuple):
-    """Rotation of one image's patches: `cos` and `sin` point at its first patch's row; None where nothing rotates."""
+class RopeRows(NamedTuple):
+    """Rotation of one image's patches: `cos` and `sin` point at its first patch's row."""
 
     cos: Any
     sin: Any
     row_stride: Any
-    num_prefix: Any
-    INTERLEAVED: Any
 
 
 @triton.jit
-def locate(num_programs, num_heads, num_tokens, num_prefix, cu_seqlens):
-    """Tile and Place of this program. Programs of one head are neighbours, so that they meet its tokens in the L2."""
+def program_index(sizes, cu_seqlens):
+    """Where this program works. Programs of one head are neighbours, so that they meet its tokens in the L2."""
     pid = tl.program_id(0)
-    head = (pid // num_programs % num_heads).to(tl.int64)
-    image = (pid // num_programs // num_heads).to(tl.int64)
+    tile = pid % sizes.num_programs
+    head = (pid // sizes.num_programs % sizes.num_heads).to(tl.int64)
+    image = (pid // sizes.num_programs // sizes.num_heads).to(tl.int64)
     if cu_seqlens is None:
-        place = Place(image, head, image, image * 0, num_tokens, num_prefix)
+        program = ProgramIndex(tile, image, head, image, image * 0, sizes.num_tokens, sizes.num_prefix)
     else:
         start = tl.load(cu_seqlens + image)
         length = tl.load(cu_seqlens + image + 1) - start
-        place = Place(image, head, image * 0, start.to(tl.int64), length, num_prefix)
-    return pid % num_programs, place
+        program = ProgramIndex(tile, image, head, image * 0, start.to(tl.int64), length, sizes.num_prefix)
+    return program
 
 
 @triton.jit
-def rows_of(pointer, place, stride_b, stride_h, stride_n, stride_d):
-    """This program's image and head of a [B, H, N, D] tensor. `place` is 64-bit, hence so are the products."""
-    offset = place.batch * stride_b + place.head * stride_h + place.start * stride_n
-    return Rows(pointer + offset, stride_n, stride_d)
+def rows_of(x, program):
+    """This program's image and head of a [B, H, N, D] tensor. `program` is 64-bit, hence so are the products."""
+    offset = program.batch * x.strides[0] + program.head * x.strides[1] + program.start * x.strides[2]
+    return Rows(x.pointer + offset, x.strides[2], x.strides[3])
 
 
 @triton.jit
-def statistic_of(pointer, place, num_heads, total_tokens):
+def statistic_of(pointer, program, sizes):
     """Address of token 0 of this program's image and head in a contiguous [B, H, N] statistic."""
-    return pointer + (place.batch * num_heads + place.head) * total_tokens + place.start
+    return pointer + (program.batch * sizes.num_heads + program.head) * sizes.num_tokens + program.start
 
 
 @triton.jit
-def rope_offset(place, stride_b, stride_m):
-    """Of this image's first patch in [B, M, D], or in [sum of M, D], where other images' prefixes are left out."""
-    return place.batch * stride_b + tl.maximum(place.start - place.image * place.num_prefix, 0) * stride_m
+def prefix_attention_of(pointer, program, sizes):
+    """This program's image and head of contiguous [B, H, P, N] probabilities, a row a prefix token."""
+    head = program.batch * sizes.num_heads + program.head
+    return Rows(pointer + head * sizes.num_prefix * sizes.num_tokens + program.start, sizes.num_tokens, 1)
 
 
 @triton.jit
-def own(body: tl.constexpr, ctx, tile):
+def mask_of(key_mask, program):
+    """This program's image of a [B, N] mask, as rows of one byte."""
+    offset = program.batch * key_mask.strides[0] + program.start * key_mask.strides[1]
+    return Rows(key_mask.pointer + offset, key_mask.strides[1], 1)
+
+
+@triton.jit
+def rope_of(rope, program):
+    """This program's image of tables [B, M, D], or [sum of M, D], where other images' prefixes are left out."""
+    first_patch = tl.maximum(program.start - program.image * program.num_prefix, 0)
+    offset = program.batch * rope.strides[0] + first_patch * rope.strides[1]
+    return RopeRows(rope.cos + offset, rope.sin + offset, rope.strides[1])
+
+
+@triton.jit
+def for_owned_tile(body: tl.constexpr, ctx):
     """Run `body(ctx, first, end, WIDTH)` on the owned tile: tokens from first to end, in a tile of WIDTH."""
+    tile = ctx.program.tile
     if ctx.PREFIX:
         if tile == 0:
-            body(ctx, tile, ctx.place.num_prefix, ctx.PREFIX)
+            body(ctx, tile, ctx.program.num_prefix, ctx.PREFIX)
         else:
-            body(ctx, ctx.place.num_prefix + (tile - 1) * ctx.BLOCK_M, ctx.place.num_tokens, ctx.BLOCK_M)
-    elif tile * ctx.BLOCK_M < ctx.place.num_tokens:  # packed: the grid fits the longest image
-        body(ctx, tile * ctx.BLOCK_M, ctx.place.num_tokens, ctx.BLOCK_M)
+            body(ctx, ctx.program.num_prefix + (tile - 1) * ctx.BLOCK_M, ctx.program.num_tokens, ctx.BLOCK_M)
+    elif tile * ctx.BLOCK_M < ctx.program.num_tokens:  # packed: the grid fits the longest image
+        body(ctx, tile * ctx.BLOCK_M, ctx.program.num_tokens, ctx.BLOCK_M)
 
 
 @triton.jit
-def sweep(step: tl.constexpr, state, owned, ctx):
+def for_swept_tiles(step: tl.constexpr, state, owned, ctx):
     """Fold `state = step(state, owned, ctx, first, end, WIDTH, MASKED)` over all tokens of the image.
 
     The prefix comes first if it has a tile of its own, then full tiles, then the TAIL as halves, quarters... of
     BLOCK_N, of which only the last can reach beyond `end`.
     """
     first = 0
-    end = ctx.place.num_tokens
+    end = ctx.program.num_tokens
     if ctx.PREFIX:
-        state = step(state, owned, ctx, first, ctx.place.num_prefix, ctx.PREFIX, True)
-        first = ctx.place.num_prefix
+        state = step(state, owned, ctx, first, ctx.program.num_prefix, ctx.PREFIX, True)
+        first = ctx.program.num_prefix
     full_end = end
     if ctx.TAIL:
         full_end = first + (end - first - 1) // ctx.BLOCK_N * ctx.BLOCK_N
@@ -148,57 +166,52 @@ def load_channels(rows, tokens, end, channels, LIMIT: tl.constexpr, MASKED: tl.c
 
 
 @triton.jit
-def load_tokens(rows, tokens, end, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+def load_tokens(rows, ctx, tokens, end, MASKED: tl.constexpr):
     """[W, BLOCK_D] tile, channels in memory order."""
-    return load_channels(rows, tokens, end, tl.arange(0, BLOCK_D), D, MASKED)
+    return load_channels(rows, tokens, end, tl.arange(0, ctx.BLOCK_D), ctx.D, MASKED)
 
 
 @triton.jit
-def load_rotated(rows, rope, tokens, end, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+def load_rotated(rows, ctx, tokens, end, MASKED: tl.constexpr):
     """[W, BLOCK_D] tile of queries or keys, its patches rotated by fp32 arithmetic.
 
     A rotated tile has the first members of all pairs in its left half and the second ones in its right half. Logits do
     not care about the order of channels; `store_gradient` puts it back.
     """
-    if rope.cos is None:
-        tile = load_tokens(rows, tokens, end, D, BLOCK_D, MASKED)
+    if ctx.rope is None:
+        tile = load_tokens(rows, ctx, tokens, end, MASKED)
     else:
-        x1, x2 = load_pairs(rows, tokens, end, D, BLOCK_D, rope.INTERLEAVED, MASKED)
-        cos1, cos2, sin1, sin2 = load_rotation(rope, tokens, end, D, BLOCK_D)
+        x1, x2 = load_pairs(rows, ctx, tokens, end, MASKED)
+        cos1, cos2, sin1, sin2 = load_rotation(ctx, tokens, end)
         y1 = x1.to(tl.float32) * cos1 - x2.to(tl.float32) * sin1
         y2 = x2.to(tl.float32) * cos2 + x1.to(tl.float32) * sin2
         pairs = tl.join(y1.to(x1.dtype), y2.to(x1.dtype))  # [W, BLOCK_D / 2, 2]
-        tile = tl.reshape(tl.permute(pairs, (0, 2, 1)), (tokens.shape[0], BLOCK_D))
+        tile = tl.reshape(tl.permute(pairs, (0, 2, 1)), (tokens.shape[0], ctx.BLOCK_D))
     return tile
 
 
 @triton.jit
-def load_pairs(
-    rows, tokens, end, D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr
-):
+def load_pairs(rows, ctx, tokens, end, MASKED: tl.constexpr):
     """First and second members of the channel pairs, each [W, BLOCK_D / 2], read in memory order."""
-    if INTERLEAVED:
-        tile = load_tokens(rows, tokens, end, D, BLOCK_D, MASKED)
-        x1, x2 = tl.split(tl.reshape(tile, (tokens.shape[0], BLOCK_D // 2, 2)))
+    if ctx.INTERLEAVED:
+        tile = load_tokens(rows, ctx, tokens, end, MASKED)
+        x1, x2 = tl.split(tl.reshape(tile, (tokens.shape[0], ctx.BLOCK_D // 2, 2)))
     else:
-        pair = tl.arange(0, BLOCK_D // 2)
-        x1 = load_channels(rows, tokens, end, pair, D // 2, MASKED)
-        x2 = load_channels(rows, tokens, end, pair + D // 2, D // 2, MASKED)
+        pair = tl.arange(0, ctx.BLOCK_D // 2)
+        x1 = load_channels(rows, tokens, end, pair, ctx.D // 2, MASKED)
+        x2 = load_channels(rows, tokens, end, pair + ctx.D // 2, ctx.D // 2, MASKED)
     return x1, x2
 
 
 @triton.jit
-def load_rotation(rope, tokens, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rotation(ctx, tokens, end):
     """cos and sin, in fp32, of the first and second members of the pairs; 1 and 0 for the prefix."""
-    patches = tl.maximum(tokens - rope.num_prefix, 0)
-    num_patches = end - rope.num_prefix
-    cos1, cos2 = load_pairs(
-        Rows(rope.cos, rope.row_stride, 1), patches, num_patches, D, BLOCK_D, rope.INTERLEAVED, True
-    )
-    sin1, sin2 = load_pairs(
-        Rows(rope.sin, rope.row_stride, 1), patches, num_patches, D, BLOCK_D, rope.INTERLEAVED, True
-    )
-    rotates = (tokens >= rope.num_prefix)[:, None]
+    num_prefix = ctx.program.num_prefix
+    patches = tl.maximum(tokens - num_prefix, 0)
+    num_patches = end - num_prefix
+    cos1, cos2 = load_pairs(Rows(ctx.rope.cos, ctx.rope.row_stride, 1), ctx, patches, num_patches, True)
+    sin1, sin2 = load_pairs(Rows(ctx.rope.sin, ctx.rope.row_stride, 1), ctx, patches, num_patches, True)
+    rotates = (tokens >= num_prefix)[:, None]
     return (
         tl.where(rotates, cos1.to(tl.float32), 1.0),
         tl.where(rotates, cos2.to(tl.float32), 1.0),
@@ -215,37 +228,36 @@ def store_channels(rows, tile, tokens, end, channels, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def store_tokens(rows, tile, tokens, end, D: tl.constexpr):
+def store_tokens(rows, ctx, tile, tokens, end):
     """Store a [W, BLOCK_D] tile whose channels are in memory order."""
-    store_channels(rows, tile, tokens, end, tl.arange(0, tile.shape[1]), D)
+    store_channels(rows, tile, tokens, end, tl.arange(0, ctx.BLOCK_D), ctx.D)
 
 
 @triton.jit
-def store_gradient(rows, rope, gradient, tokens, end, D: tl.constexpr):
+def store_gradient(rows, ctx, gradient, tokens, end):
     """Store the gradient of a tile that `load_rotated` gave: times the transposed rotation, channels put back."""
-    if rope.cos is None:
-        store_tokens(rows, gradient, tokens, end, D)
+    if ctx.rope is None:
+        store_tokens(rows, ctx, gradient, tokens, end)
     else:
         W: tl.constexpr = gradient.shape[0]
-        BLOCK_D: tl.constexpr = gradient.shape[1]
-        dy1, dy2 = tl.split(tl.permute(tl.reshape(gradient, (W, 2, BLOCK_D // 2)), (0, 2, 1)))
-        cos1, cos2, sin1, sin2 = load_rotation(rope, tokens, end, D, BLOCK_D)
+        dy1, dy2 = tl.split(tl.permute(tl.reshape(gradient, (W, 2, ctx.BLOCK_D // 2)), (0, 2, 1)))
+        cos1, cos2, sin1, sin2 = load_rotation(ctx, tokens, end)
         dx1 = dy1 * cos1 + dy2 * sin2
         dx2 = dy2 * cos2 - dy1 * sin1
-        if rope.INTERLEAVED:
-            store_tokens(rows, tl.reshape(tl.join(dx1, dx2), (W, BLOCK_D)), tokens, end, D)
+        if ctx.INTERLEAVED:
+            store_tokens(rows, ctx, tl.reshape(tl.join(dx1, dx2), (W, ctx.BLOCK_D)), tokens, end)
         else:
-            pair = tl.arange(0, BLOCK_D // 2)
-            store_channels(rows, dx1, tokens, end, pair, D // 2)
-            store_channels(rows, dx2, tokens, end, pair + D // 2, D // 2)
+            pair = tl.arange(0, ctx.BLOCK_D // 2)
+            store_channels(rows, dx1, tokens, end, pair, ctx.D // 2)
+            store_channels(rows, dx2, tokens, end, pair + ctx.D // 2, ctx.D // 2)
 
 
 @triton.jit
-def takes_part(key_mask, mask_stride, tokens, end):
+def takes_part(key_mask, tokens, end):
     """[W] which keys exist and are not masked."""
     inside = tokens < end
     if key_mask is not None:
-        inside = inside & (tl.load(key_mask + tokens.to(tl.int64) * mask_stride, mask=inside, other=0) != 0)
+        inside = inside & tl.load(key_mask.pointer + tokens.to(tl.int64) * key_mask.row_stride, mask=inside, other=0)
     return inside
 
 

@@ -5,54 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....._runtime import triton_mode
-from ....._runtime.dispatch import Request, Requirements, unmet
-from ....._runtime.launch import Launch, run_all
+from ....._triton import mode
+from ....._triton.launch import Launch
+from ....._triton.replay import run_launches
+from .....dispatch import Backend
+from ...._shared import requirements
 from ... import features
 from ...types import NormGradients, NormGradInputs, NormInputs, NormOutputs
-
-NAME = "triton"
-OPAQUE = True
-REQUIREMENTS = Requirements(
-    # In Triton's interpreter the kernels run on CPU tensors; it holds bf16 as raw bits and computes garbage with it.
-    devices=("cpu",) if triton_mode.INTERPRETING else ("cuda",),
-    dtypes=(torch.float32, torch.float16)
-    if triton_mode.INTERPRETING
-    else (torch.float32, torch.float16, torch.bfloat16),
-    features=() if triton_mode.INTERPRETING else (features.MIXED_BF16,),
-    min_capability=(8, 0),
-    channels=(1, 4096),  # a token lies in the registers of one program
-)
-
-
-def not_supported_reasons(request: Request) -> list[str]:
-    reasons = unmet(REQUIREMENTS, request)
-    if request.device in REQUIREMENTS.devices:
-        reasons += triton_mode.faults()
-    return reasons
-
-
-def not_default_reasons(request: Request) -> list[str]:
-    if triton_mode.INTERPRETING:
-        return ["has not been measured on the interpreter, which is slow; name it to use it"]
-    major, minor = request.capability
-    return [f"has not been measured on compute capability {major}.{minor} yet; name it to use it"]
+from .plan import ParameterSums, empty_sums
 
 
 def forward(inputs: NormInputs) -> NormOutputs:
     """The residual, its norm and the statistics of its tokens."""
-    from .forward_kernel import forward_launches
-
     outputs = _allocate(inputs)
-    run_all(forward_launches(inputs, outputs), inputs.x)
+    run_launches(_forward_launches, inputs, outputs)
     return outputs
 
 
 def backward(inputs: NormGradInputs, gradients: NormGradients) -> None:
     """Fill the contiguous gradients that are not ``None``."""
-    from .backward_kernels import backward_launches
-
-    run_all(backward_launches(inputs, gradients), inputs.residual)
+    run_launches(_backward_launches, inputs, gradients, empty_sums(inputs, gradients))
 
 
 def launches(inputs: NormInputs) -> list[Launch]:
@@ -60,9 +32,6 @@ def launches(inputs: NormInputs) -> list[Launch]:
 
     Works on ``meta`` tensors, so kernels can be compiled for GPUs that are not there.
     """
-    from .backward_kernels import backward_launches
-    from .forward_kernel import forward_launches
-
     outputs = _allocate(inputs)
     residual = inputs.x if outputs.residual is None else outputs.residual
     grad_inputs = NormGradInputs(
@@ -78,7 +47,8 @@ def launches(inputs: NormInputs) -> list[Launch]:
     )
     given = (inputs.x, inputs.branch, inputs.layer_scale, inputs.weight, inputs.bias)
     gradients = NormGradients(*(None if x is None else x.new_empty(x.shape) for x in given))
-    return [*forward_launches(inputs, outputs), *backward_launches(grad_inputs, gradients)]
+    sums = empty_sums(grad_inputs, gradients)
+    return [*_forward_launches(inputs, outputs), *_backward_launches(grad_inputs, gradients, sums)]
 
 
 def _allocate(inputs: NormInputs) -> NormOutputs:
@@ -94,3 +64,26 @@ def _allocate(inputs: NormInputs) -> NormOutputs:
         None if inputs.rms else statistic(),
         statistic(),
     )
+
+
+def _forward_launches(inputs: NormInputs, outputs: NormOutputs) -> list[Launch]:
+    from .forward_kernel import forward_launches
+
+    return forward_launches(inputs, outputs)
+
+
+def _backward_launches(inputs: NormGradInputs, gradients: NormGradients, sums: ParameterSums) -> list[Launch]:
+    from .backward_kernels import backward_launches
+
+    return backward_launches(inputs, gradients, sums)
+
+
+BACKEND = Backend(
+    name="triton",
+    requirements=requirements.on_triton(features.ALL, channels=(1, 4096), not_interpreted=(features.MIXED_BF16,)),
+    forward=forward,
+    backward=backward,
+    opaque=True,
+    default=requirements.TRITON_DEFAULT,
+    faults=mode.faults,
+)

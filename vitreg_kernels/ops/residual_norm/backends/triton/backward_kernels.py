@@ -10,15 +10,16 @@ No atomics: a program adds up its tiles in a fixed order and leaves one row, so 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....._runtime.launch import Launch
+from ....._triton.launch import Launch, Strided, strided
+from ...._shared.arguments import in_rows
+from ...._shared.triton_rows import inside, load_statistic, load_tokens, locate, store_tokens
 from ...types import NormGradients, NormGradInputs
 from . import plan
-from .primitives import inside, load_channels, load_factor, load_statistic, load_tokens, locate, store_tokens
+from .primitives import load_channels, load_factor
 
 _REDUCED_AT_ONCE = 32  # partial sums, by as many channels
 
@@ -39,14 +40,6 @@ def _residual_norm_bwd_kernel(
     layer_scale_sums,  # [programs, C] fp32 or None
     weight_sums,  # [programs, C] fp32 or None
     bias_sums,  # [programs, C] fp32 or None
-    grad_residual_stride_b,
-    grad_residual_stride_n,
-    grad_normalized_stride_b,
-    grad_normalized_stride_n,
-    residual_stride_b,
-    residual_stride_n,
-    branch_stride_b,
-    branch_stride_n,
     tiles_of_image,
     num_tiles,
     num_tokens,
@@ -63,10 +56,8 @@ def _residual_norm_bwd_kernel(
         exists = inside(tokens, num_tokens, C, BLOCK_C)
         gradient = tl.zeros([ROWS, BLOCK_C], tl.float32)
         if grad_normalized is not None:
-            upstream = load_tokens(
-                grad_normalized, image, tokens, grad_normalized_stride_b, grad_normalized_stride_n, exists
-            )
-            x_hat = load_tokens(residual, image, tokens, residual_stride_b, residual_stride_n, exists)
+            upstream = load_tokens(grad_normalized, image, tokens, exists)
+            x_hat = load_tokens(residual, image, tokens, exists)
             scale = load_statistic(rstd, image, tokens, num_tokens)
             if mean is not None:
                 x_hat -= load_statistic(mean, image, tokens, num_tokens)
@@ -83,16 +74,14 @@ def _residual_norm_bwd_kernel(
                 through -= tl.sum(upstream, 1)[:, None] / C
             gradient += scale * through
         if grad_residual is not None:
-            gradient += load_tokens(
-                grad_residual, image, tokens, grad_residual_stride_b, grad_residual_stride_n, exists
-            )
+            gradient += load_tokens(grad_residual, image, tokens, exists)
         if grad_x is not None:
             store_tokens(grad_x, gradient, image, tokens, num_tokens, exists, C)
         if grad_branch is not None:
             factor = load_factor(layer_scale, drop_path, image, C, BLOCK_C)
             store_tokens(grad_branch, gradient * factor, image, tokens, num_tokens, exists, C)
         if layer_scale_sums is not None:
-            update = load_tokens(branch, image, tokens, branch_stride_b, branch_stride_n, exists)
+            update = load_tokens(branch, image, tokens, exists)
             if drop_path is not None:
                 update *= tl.load(drop_path + image).to(tl.float32)
             of_layer_scale += gradient * update
@@ -143,32 +132,23 @@ def _add_up(sums, gradient, num_rows, C: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(gradient + channels, tl.sum(total, 0).to(gradient.dtype.element_ty), mask=channels < C)
 
 
-def backward_launches(inputs: NormGradInputs, gradients: NormGradients) -> list[Launch]:
-    """The backward as launches, which write every element of the gradients that are not ``None``."""
-    residual = plan.in_rows(inputs.residual)
+def backward_launches(inputs: NormGradInputs, gradients: NormGradients, sums: plan.ParameterSums) -> list[Launch]:
+    """The backward as launches, which write every element of ``sums`` and of the gradients that are not ``None``."""
+    residual = in_rows(inputs.residual)
     _, tokens, channels = residual.shape
     tiles = plan.backward_tiles(residual)
     programs = plan.backward_programs(tiles, residual.device)
 
-    def sums(gradient: Tensor | None) -> Tensor | None:
-        return None if gradient is None else residual.new_empty((programs, channels), dtype=torch.float32)
+    partial = {f"{name}_sums": x for name, x in sums._asdict().items()}
 
-    partial = {
-        "layer_scale_sums": sums(gradients.layer_scale),
-        "weight_sums": sums(gradients.weight),
-        "bias_sums": sums(gradients.bias),
-    }
-    in_rows = {
-        name: None if x is None else plan.in_rows(x)
-        for name, x in (
-            ("grad_residual", inputs.grad_residual),
-            ("grad_normalized", inputs.grad_normalized),
-            ("residual", residual),
-            ("branch", inputs.branch if gradients.layer_scale is not None else None),
-        )
-    }
+    def rows(x: Tensor | None) -> Strided | None:
+        return None if x is None else strided(in_rows(x))
+
     arguments = {
-        **in_rows,
+        "grad_residual": rows(inputs.grad_residual),
+        "grad_normalized": rows(inputs.grad_normalized),
+        "residual": strided(residual),
+        "branch": None if gradients.layer_scale is None else rows(inputs.branch),
         "mean": inputs.mean,
         "rstd": inputs.rstd,
         "layer_scale": None if inputs.layer_scale is None else inputs.layer_scale.contiguous(),
@@ -177,7 +157,6 @@ def backward_launches(inputs: NormGradInputs, gradients: NormGradients) -> list[
         "grad_x": gradients.x,
         "grad_branch": gradients.branch,
         **partial,
-        **plan.strides(**in_rows),
         "tiles_of_image": tiles.an_image,
         "num_tiles": tiles.total,
         "num_tokens": tokens,

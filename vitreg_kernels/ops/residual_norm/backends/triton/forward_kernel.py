@@ -7,29 +7,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ....._runtime.launch import Launch
+from ....._triton.launch import Launch, strided
+from ...._shared.arguments import in_rows
+from ...._shared.row_tiles import row_tiles
+from ...._shared.triton_rows import inside, load_tokens, locate, store_statistic, store_tokens
 from ...types import NormInputs, NormOutputs
-from . import plan
-from .primitives import inside, load_channels, load_factor, load_tokens, locate, store_statistic, store_tokens
+from .primitives import load_channels, load_factor
 
 
 @triton.jit
 def _residual_norm_fwd_kernel(
+    residual,  # [B, N, C]; None without a branch
+    normalized,  # [B, N, C]
+    token_norms,  # [B, N] fp32
+    mean,  # [B, N] fp32; None for RMSNorm
+    rstd,  # [B, N] fp32
     x,  # [B, N, C]
     branch,  # [B, N, C] or None
     layer_scale,  # [C] or None
     drop_path,  # [B] or None
     weight,  # [C]
     bias,  # [C] or None
-    residual,  # [B, N, C]; None without a branch
-    normalized,  # [B, N, C]
-    token_norms,  # [B, N] fp32
-    mean,  # [B, N] fp32; None for RMSNorm
-    rstd,  # [B, N] fp32
-    x_stride_b,
-    x_stride_n,
-    branch_stride_b,
-    branch_stride_n,
     tiles_of_image,
     num_tokens,
     eps,
@@ -39,9 +37,9 @@ def _residual_norm_fwd_kernel(
 ):
     image, tokens = locate(tl.program_id(0), tiles_of_image, ROWS)
     exists = inside(tokens, num_tokens, C, BLOCK_C)
-    value = load_tokens(x, image, tokens, x_stride_b, x_stride_n, exists)
+    value = load_tokens(x, image, tokens, exists)
     if branch is not None:
-        update = load_tokens(branch, image, tokens, branch_stride_b, branch_stride_n, exists)
+        update = load_tokens(branch, image, tokens, exists)
         value += update * load_factor(layer_scale, drop_path, image, C, BLOCK_C)
         # What is normalized is what is stored: the backward has nothing else to start from.
         value = value.to(residual.dtype.element_ty).to(tl.float32)
@@ -67,18 +65,15 @@ def _residual_norm_fwd_kernel(
 
 def forward_launches(inputs: NormInputs, outputs: NormOutputs) -> list[Launch]:
     """The forward as launches, which write every element of ``outputs``."""
-    tiles = plan.forward_tiles(inputs.x)
-    x = plan.in_rows(inputs.x)
-    branch = None if inputs.branch is None else plan.in_rows(inputs.branch)
+    tiles = row_tiles(inputs.x)
     arguments = {
-        "x": x,
-        "branch": branch,
+        "x": strided(in_rows(inputs.x)),
+        "branch": None if inputs.branch is None else strided(in_rows(inputs.branch)),
         "layer_scale": None if inputs.layer_scale is None else inputs.layer_scale.contiguous(),
         "drop_path": None if inputs.drop_path is None else inputs.drop_path.contiguous(),
         "weight": inputs.weight.contiguous(),
         "bias": None if inputs.bias is None else inputs.bias.contiguous(),
         **outputs._asdict(),
-        **plan.strides(x=x, branch=branch),
         "tiles_of_image": tiles.an_image,
         "num_tokens": inputs.x.shape[1],
         "eps": inputs.eps,

@@ -1,10 +1,4 @@
-"""How a call is cut into programs; needs no triton and reads no tensor data.
-
-A tile is a few tokens of one image with all their channels, which a program holds in registers: every input is read and
-every output written once. Tiles do not cross images, so that strides and drop-path factors are those of one image.
-Nothing here was measured. A thread keeps 16 elements of each tensor in the forward and 8 in the backward, whose
-partial sums take registers too, so that a multiprocessor has room for several programs.
-"""
+"""How the backward is cut into programs; needs no triton and reads no tensor data. Nothing here was measured."""
 
 from __future__ import annotations
 
@@ -14,69 +8,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ELEMENTS_OF_A_TILE = 2048
-_FORWARD_ELEMENTS_OF_A_THREAD = 16
-_BACKWARD_ELEMENTS_OF_A_THREAD = 8
+from ...._shared.row_tiles import RowTiles, row_tiles
+from ...types import NormGradients, NormGradInputs
+
+# Half the forward's, since the partial sums of the parameters' gradients take registers too.
+_ELEMENTS_OF_A_THREAD = 8
 # Few, since each leaves a row of partial sums behind.
-_BACKWARD_PROGRAMS_OF_A_MULTIPROCESSOR = 2
+_PROGRAMS_OF_A_MULTIPROCESSOR = 2
 
 
-class Tiles(NamedTuple):
-    """Tiles of ``[B, N, C]``.
+class ParameterSums(NamedTuple):
+    """``[programs, C]`` fp32: each program's share of a parameter's gradient; ``None`` if that is not asked for."""
 
-    Attributes:
-        rows: tokens of a tile.
-        block_c: channels of a tile, the power of two from C.
-        an_image: tiles of an image.
-        total: tiles of all images.
-        num_warps: that share a tile.
-    """
-
-    rows: int
-    block_c: int
-    an_image: int
-    total: int
-    num_warps: int
+    layer_scale: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
-def forward_tiles(x: Tensor) -> Tiles:
-    """One tile a program."""
-    return _tiles(x, _FORWARD_ELEMENTS_OF_A_THREAD)
+def empty_sums(inputs: NormGradInputs, gradients: NormGradients) -> ParameterSums:
+    """Uninitialised sums, for the gradients that are asked for."""
+    residual = inputs.residual
+    shape = backward_programs(backward_tiles(residual), residual.device), residual.shape[2]
+    asked = (gradients.layer_scale, gradients.weight, gradients.bias)
+    return ParameterSums(*(None if x is None else residual.new_empty(shape, dtype=torch.float32) for x in asked))
 
 
-def backward_tiles(x: Tensor) -> Tiles:
+def backward_tiles(x: Tensor) -> RowTiles:
     """Tile after tile a program, see ``backward_programs``."""
-    return _tiles(x, _BACKWARD_ELEMENTS_OF_A_THREAD)
+    return row_tiles(x, _ELEMENTS_OF_A_THREAD)
 
 
-def backward_programs(tiles: Tiles, device: torch.device) -> int:
+def backward_programs(tiles: RowTiles, device: torch.device) -> int:
     """As many as a GPU runs at once, or as there are tiles."""
-    return min(tiles.total, _BACKWARD_PROGRAMS_OF_A_MULTIPROCESSOR * multiprocessors(device))
+    return min(tiles.total, _PROGRAMS_OF_A_MULTIPROCESSOR * multiprocessors(device))
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a CUDA device; an A100's elsewhere, where it decides nothing but the order of a sum."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
-
-
-def in_rows(x: Tensor) -> Tensor:
-    """A tensor whose channels lie side by side: itself, or a contiguous copy. Its other strides may be anything."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def strides(**tensors: Tensor | None) -> dict[str, int]:
-    """Strides of ``[B, N, C]`` tensors as kernel arguments: ``x_stride_b``, ``x_stride_n``...; 0 for an absent one."""
-    return {
-        f"{name}_stride_{axis}": 0 if x is None else x.stride(i)
-        for name, x in tensors.items()
-        for i, axis in enumerate("bn")
-    }
-
-
-def _tiles(x: Tensor, elements_of_a_thread: int) -> Tiles:
-    batch, tokens, channels = x.shape
-    block_c = max(16, 1 << (channels - 1).bit_length())
-    rows = max(1, _ELEMENTS_OF_A_TILE // block_c)
-    an_image = -(-tokens // rows)
-    return Tiles(rows, block_c, an_image, batch * an_image, rows * block_c // (32 * elements_of_a_thread))

@@ -8,20 +8,17 @@ left by each program as its row, and the rows are added up in a fixed order: the
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....._runtime.launch import Launch
+from ....._triton.launch import Launch, strided
 from .....layout import TokenLayout
 from ...bins import FIRST_BIN, NUM_BINS, SHIFT
 from ...types import NormDistribution
+from . import plan
 
-_NORMS_OF_A_PROGRAM = 1024
 _REDUCED_AT_ONCE = 32  # rows
-_GROUPS = 4  # a power of two; the last is empty
-_QUANTITIES = 4  # sum, sum of squares, minimum, maximum
 
 
 @triton.jit
@@ -30,10 +27,6 @@ def _count_norms_kernel(
     histogram,  # [3, 2048] int64
     nonfinite,  # [3, 2] int64
     partial,  # [programs, 4, 4] fp64: quantities of groups
-    histogram_stride_group,
-    histogram_stride_item,
-    nonfinite_stride_group,
-    nonfinite_stride_item,
     num_norms,
     num_tokens,
     num_cls_tokens,
@@ -59,9 +52,9 @@ def _count_norms_kernel(
     number = (norm.to(tl.int32, bitcast=True) >> SHIFT) - FIRST_BIN
     number = tl.minimum(tl.maximum(number, 0), NUM_BINS - 1).to(tl.int64)
     one = tl.full([BLOCK], 1, tl.int64)
-    counter = histogram + group * histogram_stride_group + number * histogram_stride_item
+    counter = histogram.pointer + group * histogram.strides[0] + number * histogram.strides[1]
     tl.atomic_add(counter, one, mask=finite, sem="relaxed")
-    counter = nonfinite + group * nonfinite_stride_group + is_infinite.to(tl.int64) * nonfinite_stride_item
+    counter = nonfinite.pointer + group * nonfinite.strides[0] + is_infinite.to(tl.int64) * nonfinite.strides[1]
     tl.atomic_add(counter, one, mask=exists & ~finite, sem="relaxed")
 
     groups = tl.arange(0, GROUPS)
@@ -79,10 +72,6 @@ def _add_counted_norms_kernel(
     partial,  # [programs, 4, 4] fp64
     sums,  # [3, 2] fp64
     extremes,  # [3, 2] fp32
-    sums_stride_group,
-    sums_stride_item,
-    extremes_stride_group,
-    extremes_stride_item,
     num_rows,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -102,50 +91,39 @@ def _add_counted_norms_kernel(
         highest = tl.maximum(highest, tl.load(cells + 3 * GROUPS, mask=exists, other=float("-inf")))
 
     is_group = groups < 3
-    first = sums + groups * sums_stride_group
-    second = first + sums_stride_item
+    first = sums.pointer + groups * sums.strides[0]
+    second = first + sums.strides[1]
     tl.store(first, tl.load(first, mask=is_group) + tl.sum(total, 0), mask=is_group)
     tl.store(second, tl.load(second, mask=is_group) + tl.sum(total_of_squares, 0), mask=is_group)
-    first = extremes + groups * extremes_stride_group
-    second = first + extremes_stride_item
+    first = extremes.pointer + groups * extremes.strides[0]
+    second = first + extremes.strides[1]
     smallest = tl.minimum(tl.load(first, mask=is_group), tl.min(lowest, 0).to(tl.float32))
     largest = tl.maximum(tl.load(second, mask=is_group), tl.max(highest, 0).to(tl.float32))
     tl.store(first, smallest, mask=is_group)
     tl.store(second, largest, mask=is_group)
 
 
-def counting_launches(norms: Tensor, layout: TokenLayout, into: NormDistribution) -> list[Launch]:
-    """The counting of norms ``[B, N]`` as launches, in order."""
-    norms = norms.contiguous()
-    programs = triton.cdiv(norms.numel(), _NORMS_OF_A_PROGRAM)
-    partial = norms.new_empty((programs, _QUANTITIES, _GROUPS), dtype=torch.float64)
+def counting_launches(norms: Tensor, layout: TokenLayout, into: NormDistribution, partial: Tensor) -> list[Launch]:
+    """The counting of contiguous norms ``[B, N]`` as launches, in order; ``partial`` is of ``plan.empty_partial``."""
+    programs = partial.shape[0]
     arguments = {
         "norms": norms,
-        "histogram": into.histogram,
-        "nonfinite": into.nonfinite,
+        "histogram": strided(into.histogram),
+        "nonfinite": strided(into.nonfinite),
         "partial": partial,
-        **_strides(histogram=into.histogram, nonfinite=into.nonfinite),
         "num_norms": norms.numel(),
         "num_tokens": norms.shape[1],
         "num_cls_tokens": layout.num_cls_tokens,
         "num_prefix_tokens": layout.num_prefix_tokens,
     }
     constants = {"FIRST_BIN": FIRST_BIN, "NUM_BINS": NUM_BINS, "SHIFT": SHIFT}
-    constants |= {"BLOCK": _NORMS_OF_A_PROGRAM, "GROUPS": _GROUPS}
+    constants |= {"BLOCK": plan.NORMS_OF_A_PROGRAM, "GROUPS": plan.GROUPS}
     count = Launch(_count_norms_kernel, (programs,), arguments, constants, 8, 1)
     arguments = {
         "partial": partial,
-        "sums": into.sums,
-        "extremes": into.extremes,
-        **_strides(sums=into.sums, extremes=into.extremes),
+        "sums": strided(into.sums),
+        "extremes": strided(into.extremes),
         "num_rows": programs,
     }
-    constants = {"BLOCK": _REDUCED_AT_ONCE, "GROUPS": _GROUPS}
+    constants = {"BLOCK": _REDUCED_AT_ONCE, "GROUPS": plan.GROUPS}
     return [count, Launch(_add_counted_norms_kernel, (1,), arguments, constants, 4, 1)]
-
-
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    """Strides of ``[3, ...]`` tensors as kernel arguments."""
-    return {
-        f"{name}_stride_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(("group", "item"))
-    }

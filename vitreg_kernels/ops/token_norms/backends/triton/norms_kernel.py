@@ -8,17 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....._runtime.launch import Launch
-from ....residual_norm.backends.triton import plan
-from ....residual_norm.backends.triton.primitives import inside, load_tokens, locate, store_statistic
+from ....._triton.launch import Launch, strided
+from ...._shared.arguments import in_rows
+from ...._shared.row_tiles import row_tiles
+from ...._shared.triton_rows import inside, load_tokens, locate, store_statistic
 
 
 @triton.jit
 def _token_norms_kernel(
     x,  # [B, N, C]
     norms,  # [B, N] fp32
-    x_stride_b,
-    x_stride_n,
     tiles_of_image,
     num_tokens,
     C: tl.constexpr,
@@ -26,18 +25,16 @@ def _token_norms_kernel(
     ROWS: tl.constexpr,
 ):
     image, tokens = locate(tl.program_id(0), tiles_of_image, ROWS)
-    value = load_tokens(x, image, tokens, x_stride_b, x_stride_n, inside(tokens, num_tokens, C, BLOCK_C))
+    value = load_tokens(x, image, tokens, inside(tokens, num_tokens, C, BLOCK_C))
     store_statistic(norms, tl.sqrt(tl.sum(value * value, 1)), image, tokens, num_tokens)
 
 
 def norms_launches(x: Tensor, norms: Tensor) -> list[Launch]:
     """The norms of tokens ``[B, N, C]`` as launches, which write every element of ``norms``, contiguous."""
-    tiles = plan.forward_tiles(x)
-    x = plan.in_rows(x)
+    tiles = row_tiles(x)
     arguments = {
-        "x": x,
+        "x": strided(in_rows(x)),
         "norms": norms,
-        **plan.strides(x=x),
         "tiles_of_image": tiles.an_image,
         "num_tokens": x.shape[1],
     }

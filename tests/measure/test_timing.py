@@ -1,0 +1,127 @@
+"""Interleaving really interleaves, inputs really rotate, and the budget holds."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from vitreg_kernels.measure import timing
+from vitreg_kernels.measure.timing import MIN_SAMPLES, Variant
+
+CPU = torch.device("cpu")
+log: list[str] = []
+
+
+def test_every_round_runs_every_variant_once_and_in_changing_order():
+    calls = []
+    variants = {name: Variant(lambda _, name=name: calls.append(name)) for name in "abc"}
+    timing.interleave(variants, [None], device=CPU, budget_s=0.02)
+    del calls[:3]  # the warm-up
+    rounds = [calls[i : i + 3] for i in range(0, 3 * MIN_SAMPLES, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len({tuple(calls[i : i + 3]) for i in range(0, len(calls) - 2, 3)}) > 1
+
+
+def test_inputs_are_used_in_turn_across_variants():
+    seen = []
+    variants = {name: Variant(seen.append) for name in "ab"}
+    timing.interleave(variants, [0, 1, 2], device=CPU, budget_s=0.0)
+    assert len(seen) == 2 * (1 + MIN_SAMPLES)
+    assert all(later == (earlier + 1) % 3 for earlier, later in itertools.pairwise(seen))
+
+
+def test_a_slow_variant_does_not_take_the_samples_of_a_fast_one(clock):
+    variants = {"slow": Variant(lambda _: clock.sleep(0.02)), "fast": Variant(lambda _: clock.sleep(0.0005))}
+    timings = timing.interleave(variants, [None], device=CPU, budget_s=0.12)
+    assert timings["slow"].samples == MIN_SAMPLES
+    assert timings["fast"].samples > 4 * MIN_SAMPLES
+    assert timings["slow"].median_ms >= 20
+
+
+def test_the_budget_ends_the_race(clock):
+    start = clock.perf_counter()
+    timing.interleave({"a": Variant(lambda _: clock.sleep(0.001))}, [None], device=CPU, budget_s=0.05)
+    assert 0.05 < clock.perf_counter() - start < 0.06
+
+
+def test_the_context_is_entered_for_each_call_and_stays_outside_the_clock(clock):
+    inside = False
+    ran_inside = []
+
+    @contextmanager
+    def context():
+        nonlocal inside
+        clock.sleep(0.02)
+        inside = True
+        yield
+        inside = False
+
+    variants = {"a": Variant(lambda _: ran_inside.append(inside), context)}
+    timings = timing.interleave(variants, [None], device=CPU, budget_s=0.0)
+    assert ran_inside == [True] * (1 + MIN_SAMPLES)
+    assert timings["a"].median_ms < 1
+
+
+def test_preparation_stays_outside_the_clock_and_its_result_is_what_is_called(clock):
+    called = []
+
+    def prepare(number):
+        clock.sleep(0.02)
+        return -number
+
+    variants = {"a": Variant(called.append, prepare=prepare)}
+    timings = timing.interleave(variants, [1, 2], device=CPU, budget_s=0.0)
+    assert sorted(called) == [-2, -2, -1, -1]
+    assert timings["a"].median_ms < 1
+
+
+@pytest.mark.parametrize("prepare", [None, lambda x: log.append("prepare")], ids=["plain", "prepared"])
+def test_on_a_gpu_preparation_and_flush_are_enqueued_before_the_clock_starts(monkeypatch, prepare):
+    """With stand-ins for torch.cuda that note in which order they are called."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def elapsed_time(self, end):
+            return 1.0
+
+    log.clear()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    monkeypatch.setattr(timing, "_flush_cache", lambda: log.append("flush"))
+    call = Variant(lambda x: log.append("call"), prepare=prepare)
+    assert timing._cuda_round([(call, 1)]) == [1.0]
+    before = [] if prepare is None else ["prepare", "flush"]
+    assert log == [*before, "sleep", "record", "call", "record", "synchronize"]
+
+
+def test_summary():
+    assert timing.summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0, 1.0, 6)
+
+
+@pytest.mark.parametrize("nbytes", [1000, 2**20 + 4, 2**23])
+def test_copies_are_larger_than_the_cache_together(nbytes, monkeypatch):
+    monkeypatch.setattr(timing, "last_level_cache", lambda device: 2**22)
+    copies = timing.copies_past_cache(lambda: (torch.empty(nbytes // 4, dtype=torch.int8),) * 4, CPU)
+    assert len(copies) == len({x.data_ptr() for x, *_ in copies}) >= 2
+    assert 0 <= len(copies) * nbytes - 2 * 2**22 < 2 * nbytes
+
+
+def test_the_cache_of_this_machine_is_plausible():
+    assert 2**18 <= timing.last_level_cache(CPU) <= 2**31
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_timed_by_its_own_clock():
+    x = torch.randn(4096, 4096, device="cuda")
+    variants = {"one": Variant(lambda x: x @ x), "four": Variant(lambda x: [x @ x for _ in range(4)])}
+    timings = timing.interleave(variants, [x, x.clone()], device=x.device, budget_s=0.3)
+    assert 3 < timings["four"].median_ms / timings["one"].median_ms < 5

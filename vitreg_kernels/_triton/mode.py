@@ -1,0 +1,36 @@
+"""Whether Triton kernels run on a GPU or in Triton's interpreter: decided once, when this module is first imported.
+
+``TRITON_INTERPRET=1`` chooses the interpreter, which runs kernels on CPU tensors, slowly. Triton reads the variable
+whenever ``@triton.jit`` decorates a function, in its own library first, so it must be set before the process starts;
+later changes have no effect here. Importing this module does not import triton.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# The values that triton itself takes for true.
+INTERPRETING: bool = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def faults() -> list[str]:
+    """Why Triton kernels cannot run in this process; empty if they can. Imports triton.
+
+    Not cached: ``dispatch.select`` remembers its choice anyway, and torch.compile, which traces through this function,
+    cannot trace a cache.
+    """
+    try:
+        import triton
+        from triton.runtime.interpreter import InterpretedFunction
+    except Exception as error:  # a broken install raises anything, from ImportError to OSError
+        return [f"triton cannot be imported ({type(error).__name__}: {error}); pip install triton"]
+    if isinstance(triton.language.zeros, InterpretedFunction) != INTERPRETING:
+        return [
+            "TRITON_INTERPRET changed after triton or vitreg_kernels had been imported; "
+            "set it before the process starts, or not at all"
+        ]
+    if not INTERPRETING and not torch.cuda.is_available():
+        return ["Triton kernels need a CUDA GPU, and torch sees none; TRITON_INTERPRET=1 runs them slowly on the CPU"]
+    return []

@@ -1,0 +1,31 @@
+"""The command line, ``vitreg`` or ``python -m vitreg_kernels``: one file a command, each thin.
+
+Not here: anything that Python could not call just as well; a command prints what the library tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from ..ops.catalogue import OPS
+from .check import check
+from .info import info
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0 only if all is well."""
+    parser = argparse.ArgumentParser(prog="vitreg", description="Fused attention for ViTs with register tokens.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="this machine, and what each backend supports")
+    checking = commands.add_parser("check", help="accuracy of every backend usable on this machine, against fp64")
+    checking.add_argument("--op", action="append", help=f"check this one only, of {', '.join(OPS)} (may be repeated)")
+    checking.add_argument("--backend", action="append", help="check this one only (may be repeated)")
+    checking.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "info":
+        print(info())
+        return 0
+    return check(arguments.op, arguments.backend, arguments.device)

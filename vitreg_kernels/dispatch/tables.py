@@ -1,0 +1,160 @@
+"""Tables of measurements: what a row says, how a file holds it, how a new row is put in.
+
+A file is of one device, ``sm_90.json`` or ``cpu_amx.json``. It holds lists of flat rows by section::
+
+    {
+        "fastest": [
+            {"op": "attention", "device": "sm_90", "bits": 16, "width": 64, "tokens": 272, "heads": 512, "features": [],
+             "backend": "triton", "date": "2026-12-01"}
+        ],
+        "attention_tiles": [
+            {"kernel": "forward", "bits": 16, "width": 64, "tokens": 272,
+             "block_m": 64, "block_n": 128, "num_warps": 4, "num_stages": 1, "whole_head": true}
+        ]
+    }
+
+A row of ``fastest`` decides for calls of its own op, width of the inputs, head dim or channels, size and features, and
+for no others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CONFIGS = Path(__file__).parent / "configs"
+
+TOKEN_BUCKETS = (64, 272, 2048)
+HEAD_BUCKETS = (32, 128, 512)
+
+
+class Size(NamedTuple):
+    """A size that measurements tell from others: each the upper end of a bucket, 0 for what is larger than the last.
+
+    Attributes:
+        tokens: of an image, the longest one's if they are packed.
+        heads: of all images together; of an op without heads, the images.
+    """
+
+    tokens: int
+    heads: int
+
+
+class Key(NamedTuple):
+    """What a row decides for.
+
+    Attributes:
+        op: the op's name.
+        device: ``"sm_90"``, ``"cpu_avx512"``, ...
+        bits: of a number of the inputs.
+        width: head dim of an op that has heads, channels of one that takes whole tokens; 0 where there is neither.
+        tokens, heads: as in ``Size``.
+        features: what a call uses beyond the plain one, in the order of the op's vocabulary.
+    """
+
+    op: str
+    device: str
+    bits: int
+    width: int
+    tokens: int
+    heads: int
+    features: tuple[str, ...]
+
+
+class Fastest(NamedTuple):
+    """What a row says.
+
+    Attributes:
+        backend: the fastest of those that were right.
+        date: when that was measured, ISO 8601.
+    """
+
+    backend: str
+    date: str
+
+
+def size_of(tokens: int, heads: int) -> Size:
+    """The size of a call with so many tokens an image and heads, or images, in all."""
+    return Size(token_bucket(tokens), _bucket(heads, HEAD_BUCKETS))
+
+
+def token_bucket(tokens: int) -> int:
+    """The bucket of a number of tokens."""
+    return _bucket(tokens, TOKEN_BUCKETS)
+
+
+def _bucket(count: int, ends: Sequence[int]) -> int:
+    for end in ends:
+        if count <= end:
+            return end
+    return 0
+
+
+def read(folder: Path, section: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a section by device; none if there is no such folder or no file has the section."""
+    files = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    return {device: table[section] for device, table in files.items() if section in table}
+
+
+def fastest(rows: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[Key, Fastest]:
+    """The rows of the section ``fastest``, as ``read`` gives them, by what they decide for."""
+    found = {}
+    for of_device in rows.values():
+        for row in of_device:
+            fields = {**row, "features": tuple(row["features"])}
+            found[Key(*(fields[name] for name in Key._fields))] = Fastest(*(row[name] for name in Fastest._fields))
+    return found
+
+
+def row_of(key: Key, fastest: Fastest) -> dict[str, Any]:
+    """A row of the section ``fastest`` as a device's file holds it."""
+    return {**key._asdict(), "features": list(key.features), **fastest._asdict()}
+
+
+def adopt(folder: Path, rows: Mapping[Key, Fastest]) -> list[Path]:
+    """Puts rows into the section ``fastest`` of their devices' files, as ``merge`` does; the files."""
+    devices = dict.fromkeys(key.device for key in rows)
+    return [
+        merge(folder, device, "fastest", [row_of(k, row) for k, row in rows.items() if k.device == device], Key._fields)
+        for device in devices
+    ]
+
+
+def merge(folder: Path, device: str, section: str, rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> Path:
+    """Puts rows into a section of a device's file, in place of those that are alike; all others stay.
+
+    Args:
+        folder: of the files; made if missing.
+        device: whose file.
+        section: of the file.
+        rows: flat, JSON as they are.
+        by: the fields that tell whether two rows are alike.
+
+    Returns:
+        The file. A cut leaves either the old one or the new one.
+    """
+    path = folder / f"{device}.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
+
+    def key(row: Mapping[str, Any]) -> str:
+        return json.dumps([row[name] for name in by])
+
+    merged = {key(row): row for row in (*table.get(section, ()), *rows)}
+    table[section] = [merged[name] for name in sorted(merged)]
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(_text(table))
+    os.replace(beside, path)
+    return path
+
+
+def _text(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """As JSON, a row a line."""
+    sections = []
+    for section in sorted(table):
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in table[section])
+        sections.append(f" {json.dumps(section)}: [\n{rows}\n ]")
+    return "{\n" + ",\n".join(sections) + "\n}\n"

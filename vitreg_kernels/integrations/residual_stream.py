@@ -1,0 +1,59 @@
+"""Where the residual stream of somebody's model can be seen."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..nn.vit import RegisterViT
+from .libraries import LIBRARIES
+from .library import ResidualStream
+
+__all__ = ["ResidualStream", "residual_stream", "unwrapped"]
+
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",  # torch.compile
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model under ``torch.compile``, data parallelism and FSDP."""
+    while type(model).__name__ in _WRAPPERS:
+        model = getattr(model, _WRAPPERS[type(model).__name__])
+    return model
+
+
+def residual_stream(model: nn.Module) -> ResidualStream | None:
+    """The layers of a Vision Transformer and the order of its tokens.
+
+    Known are ``RegisterViT`` and the models of timm, Hugging Face transformers, DINOv2, DINOv3 and torchvision, alone
+    or within another model (a classifier, say), wrapped or not.
+
+    Args:
+        model: the model; the layers' names are those in it without its wrappers.
+
+    Returns:
+        None if there is no such model.
+
+    Raises:
+        ValueError: if there are several.
+    """
+    model = unwrapped(model)
+    found = [(name, stream) for name, module in model.named_modules() if (stream := _stream_of(module))]
+    if len(found) > 1:
+        names = ", ".join(name for name, _ in found)
+        raise ValueError(f"{type(model).__name__} holds several Vision Transformers, {names}: give one of them")
+    for prefix, stream in found:
+        layers = [(f"{prefix}.{name}" if prefix else name, layer) for name, layer in stream.layers]
+        return ResidualStream(layers, stream.layout)
+    return None
+
+
+def _stream_of(module: nn.Module) -> ResidualStream | None:
+    if isinstance(module, RegisterViT):
+        taps = [*(block.residual_norms for block in module.blocks), module.residual_norms]
+        names = ["embedding", *(f"blocks.{i}" for i in range(len(module.blocks)))]
+        return ResidualStream(list(zip(names, taps, strict=True)), module.layout)
+    return next(filter(None, (library.residual_stream(module) for library in LIBRARIES)), None)

@@ -1,0 +1,180 @@
+"""Interleaved timing: every variant meets the same state of the machine, so their ratios can be trusted.
+
+In each round every variant runs once, in an order shuffled anew, so a change of clock, a busy neighbour or what the
+previous variant left in the cache falls on all of them alike. Each call gets another copy of the input, and the copies
+together are larger than the last-level cache, so nobody is served from it. What a variant prepares outside the clock is
+flushed out of a GPU's cache, as the layers between a forward and its backward do.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MIN_SAMPLES = 3
+# Cycles the GPU is kept busy before each call, so that the host has enqueued it before it starts: about 0.6 ms.
+_SLEEP_CYCLES = 1_000_000
+_DEFAULT_CACHE = 32 * 2**20
+
+
+class Variant(NamedTuple):
+    """One contender.
+
+    Attributes:
+        call: what is timed.
+        context: entered around each call, outside the clock.
+        prepare: makes the argument of ``call`` from an input, outside the clock.
+    """
+
+    call: Callable[[Any], object]
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    prepare: Callable[[Any], Any] | None = None
+
+    def prepared(self, argument: Any) -> Any:
+        """What ``call`` takes."""
+        return argument if self.prepare is None else self.prepare(argument)
+
+
+class Timing(NamedTuple):
+    """Milliseconds a call, over ``samples`` calls."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    min_ms: float
+    samples: int
+
+
+def interleave(
+    variants: Mapping[str, Variant], inputs: Sequence[Any], *, device: torch.device, budget_s: float
+) -> dict[str, Timing]:
+    """Times every variant in shuffled rounds until ``budget_s`` is spent.
+
+    The budget is shared out equally: a variant that has spent its share sits out the later rounds, so one slow
+    contender does not take the samples of the others. Each has at least ``MIN_SAMPLES``, whatever they cost.
+
+    Args:
+        variants: name -> contender; each gets one of ``inputs``.
+        inputs: copies of one input, see ``copies_past_cache``; used in turn, across variants.
+        device: where the variants run. The CPU is timed with ``perf_counter``, a GPU with CUDA events.
+        budget_s: seconds for all variants together, warm-up left out.
+    """
+    timed_round = _cuda_round if device.type == "cuda" else _cpu_round
+    turn = 0
+
+    def next_input() -> Any:
+        nonlocal turn
+        turn += 1
+        return inputs[turn % len(inputs)]
+
+    for variant in variants.values():
+        with variant.context():
+            variant.call(variant.prepared(next_input()))  # compiles, allocates, wakes the threads
+
+    order = random.Random(0)
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    share_ms = 1e3 * budget_s / max(len(variants), 1)
+    deadline = time.perf_counter() + budget_s
+    while active := [
+        name
+        for name, times in samples.items()
+        if len(times) < MIN_SAMPLES or (sum(times) < share_ms and time.perf_counter() < deadline)
+    ]:
+        order.shuffle(active)
+        for name, ms in zip(active, timed_round([(variants[n], next_input()) for n in active]), strict=True):
+            samples[name].append(ms)
+    return {name: summary(times) for name, times in samples.items()}
+
+
+def in_rounds(
+    variants: Mapping[str, Variant], argument: Any, *, device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """Times every variant once a round, in an order that is drawn anew for each.
+
+    Args:
+        variants: name -> contender.
+        argument: what each takes.
+        device: where they run.
+        rounds: how many, after one to warm up.
+
+    Returns:
+        Milliseconds by name and round. Two of a round were measured side by side: their ratio is worth more than that
+        of two medians.
+    """
+    timed_round = _cuda_round if device.type == "cuda" else _cpu_round
+    order = random.Random(0)
+    names = list(variants)
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(1 + rounds):
+        order.shuffle(names)
+        times = timed_round([(variants[name], argument) for name in names])
+        for name, ms in zip(names, times, strict=True):
+            if i:
+                samples[name].append(ms)
+    return samples
+
+
+def summary(times_ms: Sequence[float]) -> Timing:
+    """Median, 20th and 80th percentile, and least of some samples in milliseconds."""
+    p20, median, p80 = np.percentile(times_ms, (20, 50, 80)).tolist()
+    return Timing(median, p20, p80, min(times_ms), len(times_ms))
+
+
+def copies_past_cache(make: Callable[[], tuple[Tensor, ...]], device: torch.device) -> list[tuple[Tensor, ...]]:
+    """As many inputs from ``make``, at least 2, as take twice the last-level cache of ``device``."""
+    first = make()
+    count = max(2, math.ceil(2 * last_level_cache(device) / sum(x.nbytes for x in first)))
+    return [first, *(make() for _ in range(count - 1))]
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the largest cache of ``device``; 32 MiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=_DEFAULT_CACHE)
+
+
+def _cpu_round(calls: Sequence[tuple[Variant, Any]]) -> list[float]:
+    times = []
+    for variant, argument in calls:
+        with variant.context():
+            prepared = variant.prepared(argument)
+            start = time.perf_counter()
+            variant.call(prepared)
+            times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def _cuda_round(calls: Sequence[tuple[Variant, Any]]) -> list[float]:
+    events = []
+    for variant, argument in calls:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with variant.context():
+            prepared = variant.prepared(argument)
+            if variant.prepare is not None:
+                _flush_cache()
+            torch.cuda._sleep(_SLEEP_CYCLES)
+            start.record()
+            variant.call(prepared)
+            end.record()
+            del prepared  # or the next one would need its memory beside this one's
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _flush_cache() -> None:
+    """Reads more than the cache holds: lines that were written would be written back within the clock."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.empty(2 * last_level_cache(device) // 4, device=device).sum()

@@ -1,0 +1,52 @@
+"""What backends of one kind require, said once for all ops."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from ..._triton import mode
+from ...dispatch import ANY_CAPABILITY, ANY_SIZE, Requirements
+from .arguments import DTYPES
+
+SM_80_AND_NEWER = (80, ANY_CAPABILITY[1])
+
+# The interpreter is slow: there a kernel runs only if it is named.
+TRITON_DEFAULT: Literal["if measured", "never"] = "never" if mode.INTERPRETING else "if measured"
+
+_WITHOUT_DOUBLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def anywhere(features: tuple[str, ...]) -> Requirements:
+    """Of plain torch code: every device and dtype."""
+    return Requirements(devices=("cpu", "cuda", "mps", "xpu"), dtypes=DTYPES, features=features)
+
+
+def on_cpu(features: tuple[str, ...], *, head_dims: tuple[int, int] = ANY_SIZE) -> Requirements:
+    """Of the C++ library."""
+    return Requirements(devices=("cpu",), dtypes=_WITHOUT_DOUBLE, head_dims=head_dims, features=features)
+
+
+def on_triton(
+    features: tuple[str, ...],
+    *,
+    head_dims: tuple[int, int] = ANY_SIZE,
+    channels: tuple[int, int] = ANY_SIZE,
+    not_interpreted: tuple[str, ...] = (),
+) -> Requirements:
+    """Of Triton kernels: an A100 or newer, or, where Triton's interpreter is on, a CPU.
+
+    Args:
+        features: that the kernels serve.
+        head_dims, channels: as of ``Requirements``.
+        not_interpreted: features that the interpreter does not serve. It holds bf16 as raw bits and computes garbage
+            with it, so bf16 is none of its dtypes either.
+    """
+    if mode.INTERPRETING:
+        dtypes = (torch.float32, torch.float16)
+        served = tuple(feature for feature in features if feature not in not_interpreted)
+        return Requirements(("cpu",), dtypes, head_dims, served, channels=channels)
+    return Requirements(
+        ("cuda",), _WITHOUT_DOUBLE, head_dims, features, capabilities=SM_80_AND_NEWER, channels=channels
+    )
