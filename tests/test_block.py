@@ -215,7 +215,7 @@ class TestBackend:
         ({"num_heads": 5}, "dim=48 must be a multiple of num_heads=5"),
         ({"backend": "flash"}, "unknown backend 'flash': expected None or one of 'triton', 'cpu', 'sdpa'"),
         ({"backend": {"attention": "composite"}}, "unknown backend 'composite'"),
-        ({"backend": {"norms": "composite"}}, "unknown op 'norms': expected any of 'attention'"),
+        ({"backend": {"norms": "composite"}}, "no op 'norms' is called here: expected any of 'attention'"),
     ],
 )
 def test_bad_blocks_are_refused(options, message):

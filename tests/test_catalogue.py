@@ -18,7 +18,6 @@ ALL = tuple(OPS)
         ("sdpa", ("attention", "assemble"), {"attention": "sdpa", "assemble": None}),
         ("composite", ("attention", "assemble"), {"attention": None, "assemble": "composite"}),
         ({"attention": "sdpa", "assemble": None}, ALL, {**dict.fromkeys(ALL), "attention": "sdpa"}),
-        ({"attention": "sdpa", "assemble": "composite"}, ("assemble",), {"assemble": "composite"}),
         ({}, ("attention",), {"attention": None}),
     ],
 )
@@ -36,11 +35,11 @@ def test_resolved(backend, ops, expected):
             ALL,
             "unknown backend 'composite': expected None or one of 'triton', 'cpu', 'sdpa'",
         ),
-        ({"attention": "composite"}, ("assemble",), "unknown backend 'composite'"),
+        ({"attention": "sdpa"}, ("assemble",), "no op 'attention' is called here: expected any of 'assemble'"),
         (
             {"attn": "sdpa"},
             ALL,
-            "unknown op 'attn': expected any of 'attention', 'residual_norm', 'token_norms'",
+            "no op 'attn' is called here: expected any of 'attention', 'residual_norm', 'token_norms'",
         ),
     ],
 )
@@ -57,4 +56,11 @@ def test_a_model_takes_a_mapping():
     norms = [*(norm for block in model.blocks for norm in (block.norm1, block.norm2)), model.norm]
     assert [norm.backend for norm in norms] == ["composite"] * 5
     assert model._assemble_backend == "reference"
-    assert RegisterAttention(32, 2, backend=chosen).backend == "sdpa"
+    assert RegisterAttention(32, 2, backend={"attention": "sdpa"}).backend == "sdpa"
+    with pytest.raises(ValueError, match="no op 'assemble' is called here"):
+        RegisterAttention(32, 2, backend={"assemble": "reference"})
+
+
+def test_what_is_neither_a_name_nor_a_mapping():
+    with pytest.raises(TypeError, match="backend must be a name or a mapping by op, got a list"):
+        backend_by_op(["cpu"], ALL)

@@ -15,7 +15,7 @@ from vitreg_kernels._native import library
 from vitreg_kernels.dispatch import Backend, Request, Requirements, preferences, tables
 from vitreg_kernels.dispatch import rules as dispatch
 from vitreg_kernels.dispatch.preferences import Table
-from vitreg_kernels.dispatch.tables import Fastest, Key, Size
+from vitreg_kernels.dispatch.tables import Default, Key, Size
 from vitreg_kernels.functional import register_attention
 from vitreg_kernels.ops.attention import features
 from vitreg_kernels.ops.attention.backends import BACKENDS
@@ -33,7 +33,7 @@ ROW = Key("attention", "sm_90", 16, 64, *SIZE, ())
 
 def a_table(name, **backends):
     """A table with rows for calls of so many tokens: ``_272="triton"``."""
-    rows = {ROW._replace(tokens=int(tokens[1:])): Fastest(who, "2026-12-01") for tokens, who in backends.items()}
+    rows = {ROW._replace(tokens=int(tokens[1:])): Default(who, "2026-12-01") for tokens, who in backends.items()}
     return Table.of(name, rows)
 
 
@@ -167,7 +167,7 @@ class TestMeasurements:
             assert self.chosen().decided_by == "a table, measured 2026-12-01"
             for other in set("abc") - {name}:
                 (reason,) = self.chosen().reasons[other]
-                assert reason.startswith(f"{name} is the fastest for such a call by a table, measured 2026-12-01")
+                assert reason.startswith(f"a table names {name} for such a call")
 
     def test_the_first_table_with_a_row_decides(self, monkeypatch):
         tables = a_table("yours", _272="a"), a_table("shipped", _272="c", _2048="c")
@@ -208,6 +208,9 @@ class TestMeasurements:
         monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="a"),))
         explanation = self.chosen(backends=backends)
         assert explanation == ("b", {"a": ["too new"]}, "the declared order")
+        others = (*backends, fake("c", default="if measured"))
+        (reason,) = self.chosen(backends=others).reasons["c"]
+        assert reason == "a table names a for such a call, which cannot serve it here; name this one to use it"
 
     def test_a_named_backend_needs_no_row(self, monkeypatch):
         monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="c"),))
@@ -227,7 +230,7 @@ class TestMeasurements:
         device = preferences.device_name("cpu", 0)
         assert device == (f"cpu_{library.isa()}" if library.isa() else "cpu")
         key = Key("attention", device, 32, 16, 64, 32, ())
-        monkeypatch.setattr(preferences, "TABLES", (Table.of("mine", {key: Fastest("sdpa", "2026-12-01")}),))
+        monkeypatch.setattr(preferences, "TABLES", (Table.of("mine", {key: Default("sdpa", "2026-12-01")}),))
         query = views(make_qkv(Spec()))[0]
         explanation = explain(query)
         assert (explanation.backend, explanation.decided_by) == ("sdpa", "mine, measured 2026-12-01")
@@ -245,7 +248,7 @@ class TestMeasurements:
         key = Key(op, preferences.device_name("cpu", 0), 32, 16, 64, 32, ())
         ran = []
         for name in ("reference", "composite"):
-            monkeypatch.setattr(preferences, "TABLES", (Table.of("a table", {key: Fastest(name, "2026-12-01")}),))
+            monkeypatch.setattr(preferences, "TABLES", (Table.of("a table", {key: Default(name, "2026-12-01")}),))
             forward = dispatch.find(OPS[op].backends, name).forward
             change_backends(name, op=op, forward=lambda x, n=name, f=forward: ran.append(n) or f(x))
             calls[op]()
@@ -254,20 +257,20 @@ class TestMeasurements:
 
 class TestTables:
     def test_a_file_holds_what_was_put_in(self, tmp_path):
-        rows = {ROW: Fastest("triton", "2026-12-01"), ROW._replace(features=("rope",)): Fastest("sdpa", "2026-12-02")}
-        other = {ROW._replace(device="cpu_amx"): Fastest("cpu", "2026-12-03")}
+        rows = {ROW: Default("triton", "2026-12-01"), ROW._replace(features=("rope",)): Default("sdpa", "2026-12-02")}
+        other = {ROW._replace(device="cpu_amx"): Default("cpu", "2026-12-03")}
         assert {path.name for path in tables.adopt(tmp_path, rows | other)} == {"sm_90.json", "cpu_amx.json"}
-        assert tables.fastest(tables.read(tmp_path, "fastest")) == rows | other
+        assert tables.defaults(tables.read(tmp_path, "defaults")) == rows | other
 
     def test_a_new_row_takes_the_place_of_one_alike(self, tmp_path):
         tables.adopt(
-            tmp_path, {ROW: Fastest("sdpa", "2026-12-01"), ROW._replace(heads=0): Fastest("sdpa", "2026-12-01")}
+            tmp_path, {ROW: Default("sdpa", "2026-12-01"), ROW._replace(heads=0): Default("sdpa", "2026-12-01")}
         )
         tables.merge(tmp_path, "sm_90", "others", [{"a": 1}], ["a"])
-        tables.adopt(tmp_path, {ROW: Fastest("triton", "2026-12-02")})
-        found = tables.fastest(tables.read(tmp_path, "fastest"))
-        assert found[ROW] == Fastest("triton", "2026-12-02")
-        assert found[ROW._replace(heads=0)] == Fastest("sdpa", "2026-12-01")
+        tables.adopt(tmp_path, {ROW: Default("triton", "2026-12-02")})
+        found = tables.defaults(tables.read(tmp_path, "defaults"))
+        assert found[ROW] == Default("triton", "2026-12-02")
+        assert found[ROW._replace(heads=0)] == Default("sdpa", "2026-12-01")
         assert tables.read(tmp_path, "others") == {"sm_90": [{"a": 1}]}
 
     def test_buckets(self):
@@ -276,8 +279,13 @@ class TestTables:
         heads = {1: 32, 32: 32, 33: 128, 128: 128, 129: 512, 512: 512, 513: 0}
         assert {n: tables.size_of(1, n).heads for n in heads} == heads
 
+    def test_a_file_that_is_no_table_is_named(self, tmp_path):
+        (tmp_path / "sm_90.json").write_text("{")
+        with pytest.raises(ValueError, match=r"sm_90.json is no table of measurements \(.*\); mend it or move it away"):
+            tables.read(tmp_path, "defaults")
+
     def test_nothing_is_read_where_there_are_no_tables(self, tmp_path):
-        assert tables.read(tmp_path / "absent", "fastest") == {}
+        assert tables.read(tmp_path / "absent", "defaults") == {}
 
 
 class TestAttention:
@@ -344,7 +352,7 @@ class TestAttention:
         longer = call._replace(size=SIZE._replace(tokens=2048))
         explanation = dispatch.explain(backends, longer, None)
         assert explanation.backend == "sdpa"
-        assert "sdpa is the fastest for such a call by the shipped table" in explanation.reasons["triton"][0]
+        assert "the shipped table names sdpa for such a call" in explanation.reasons["triton"][0]
         for change in ({"capability": 80}, {"dtype": torch.float32}, {"head_dim": 65}, {"size": Size(0, 128)}):
             unmeasured = dispatch.explain(backends, call._replace(**change), None)
             assert unmeasured.backend == "sdpa"

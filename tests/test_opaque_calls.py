@@ -145,8 +145,8 @@ class TestNode:
         if (inner, outer) == ("autograd", "torch.func"):
             return  # torch.func does not differentiate torch.autograd.grad
 
-        def loss(x):
-            return scaled(x, 3.0, None)[0].square().sum()
+        def loss(x):  # whose incoming gradient is a constant, as scaled's own derivative is not taken to be
+            return scaled(x, 3.0, None)[0].sum()
 
         def gradient(x):
             if inner == "torch.func":
@@ -154,7 +154,7 @@ class TestNode:
             return torch.autograd.grad(loss(x), x, create_graph=True)[0]
 
         def total(x):
-            return (gradient(x) * x).sum()
+            return gradient(x).square().sum() + x.sum()
 
         with pytest.raises((RuntimeError, NotImplementedError), match="once_differentiable"):
             torch.func.grad(total)(x) if outer == "torch.func" else total(x.requires_grad_()).backward()

@@ -1,9 +1,9 @@
 """Makes the fastest backend of a GPU run the default there: ``python -m benchmarks.gpu.adopt RESULTS.json``.
 
 Writes into the table of the run's architecture (``dispatch/configs``) what a call that names no backend gets at each
-size that was raced. Nobody is to get slower: a backend takes the place of torch's own only where it won every race that
-counts at the size, and nothing of it broke in inputs of that many bits. Multi-crop races decide nothing: their rows do
-not say how long an image is.
+size that was raced. Nobody is to get slower: a backend takes the place of torch's own only where it was raced against
+that in every mode, won every race of the size, and nothing of it broke in inputs of that many bits. Multi-crop races
+decide nothing: their rows do not say how long an image is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.gpu.stage import load
 from benchmarks.results import Row
 from benchmarks.shapes import DTYPES
 from vitreg_kernels.dispatch import tables
-from vitreg_kernels.dispatch.tables import Fastest, Key
+from vitreg_kernels.dispatch.tables import Default, Key
 
 CHALLENGERS = ("triton",)  # backends that may be the default in the place of torch's own
 
@@ -35,7 +35,7 @@ class Race(NamedTuple):
     Attributes:
         op: the op's name.
         kind: of the rows.
-        modes: those that count; a backend has to win them all.
+        modes: a backend has to win them all.
         case: fields that tell one race from another.
         width: the field of a row that the table calls so.
         incumbent: torch's own, the default where nothing is measured.
@@ -53,7 +53,7 @@ RACES = (
     Race(
         "attention",
         "race",
-        ("forward+backward",),
+        ("forward", "forward+backward"),
         ("layout", "dtype", "batch", "heads", "tokens", "head_dim", "mode"),
         "head_dim",
         "sdpa",
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def adopt(file: Path, folder: Path) -> dict[Key, Fastest]:
+def adopt(file: Path, folder: Path) -> dict[Key, Default]:
     """Merges the winners of a result file into its architecture's table in ``folder``, and gives them.
 
     Raises:
@@ -95,25 +95,32 @@ def adopt(file: Path, folder: Path) -> dict[Key, Fastest]:
     device = rows[0]["machine"]["capability"] if rows else "nothing"
     if not device.startswith("sm_"):
         raise ValueError(f"{file} must be of a run on a GPU, not on {device}: run `make gpu` on one")
-    winners = {key: Fastest(backend, _date(file)) for key, backend in fastest(rows, device).items()}
+    winners = {key: Default(backend, _date(file)) for key, backend in defaults(rows, device).items()}
     if not winners:
         raise ValueError(f"{file} holds no race that counts: run `make gpu` with its stages accuracy, race and norms")
     tables.adopt(folder, winners)
     return winners
 
 
-def fastest(rows: Sequence[Row], device: str) -> dict[Key, str]:
+def defaults(rows: Sequence[Row], device: str) -> dict[Key, str]:
     """The default of each size that was raced on a device."""
     winners = {}
     for of_op in RACES:
         raced = [row for row in rows if _counts(row, of_op)]
-        sizes: dict[Key, list[dict[str, float]]] = {}  # milliseconds of each case by backend
-        for case in dict.fromkeys(_case(row, of_op) for row in raced):
-            its = [row for row in raced if _case(row, of_op) == case]
-            times = {_backend(row): row["median_ms"] for row in its if row["median_ms"] is not None}
-            sizes.setdefault(_key(its[0], of_op, device), []).append(times)
+        sizes: dict[Key, dict[tuple, dict[str, float]]] = {}  # milliseconds by backend, of each case
+        for row in raced:
+            times = sizes.setdefault(_key(row, of_op, device), {}).setdefault(_case(row, of_op), {})
+            if row["median_ms"] is not None:
+                times[_backend(row)] = row["median_ms"]
         for key, cases in sizes.items():
-            won = [c for c in CHALLENGERS if _passed(rows, of_op, c, key.bits) and all(_wins(c, t) for t in cases)]
+            every_mode = {case[of_op.case.index("mode")] for case in cases} == set(of_op.modes)
+            won = [
+                challenger
+                for challenger in CHALLENGERS
+                if every_mode
+                and _passed(rows, of_op, challenger, key.bits)
+                and all(_wins(challenger, of_op.incumbent, times) for times in cases.values())
+            ]
             winners[key] = won[0] if won else of_op.incumbent
     return winners
 
@@ -141,8 +148,8 @@ def _key(row: Row, of_op: Race, device: str) -> Key:
     return Key(of_op.op, device, _bits(row), row[of_op.width], *size, features=())
 
 
-def _wins(backend: str, times: dict[str, float]) -> bool:
-    return backend in times and times[backend] == min(times.values())
+def _wins(backend: str, incumbent: str, times: dict[str, float]) -> bool:
+    return {backend, incumbent} <= times.keys() and times[backend] == min(times.values())
 
 
 def _passed(rows: Sequence[Row], of_op: Race, backend: str, bits: int) -> bool:

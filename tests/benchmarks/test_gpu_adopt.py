@@ -8,7 +8,7 @@ from benchmarks import results
 from benchmarks.gpu import adopt
 from benchmarks.results import Writer
 from vitreg_kernels.dispatch import tables
-from vitreg_kernels.dispatch.tables import Fastest, Key
+from vitreg_kernels.dispatch.tables import Default, Key
 
 RIGHT = {"max": 1e-3, "mean": 1e-4, "eager_max": 2e-3, "eager_mean": 2e-4, "passed": True}
 WRONG = RIGHT | {"max": 1.0, "passed": False}
@@ -64,15 +64,20 @@ def accuracy(backend="triton", **changes):
     return fields | changes
 
 
-def both(triton_ms, sdpa_ms, **changes):
+def one(triton_ms, sdpa_ms, **changes):
     return [race("vitreg:triton", triton_ms, **changes), race("vitreg:sdpa", sdpa_ms, **changes)]
+
+
+def both(triton_ms, sdpa_ms, **changes):
+    """Races of both modes."""
+    return [row for mode in ("forward", "forward+backward") for row in one(triton_ms, sdpa_ms, mode=mode, **changes)]
 
 
 WON = [*both(1.0, 2.0), *both(1.0, 2.0, tokens=201), *both(1.0, 2.0, layout="separate"), accuracy()]
 
 
 def test_what_won_everywhere_and_passed_is_the_default():
-    assert adopt.fastest(WON, "sm_90") == {SIZE: "triton"}
+    assert adopt.defaults(WON, "sm_90") == {SIZE: "triton"}
 
 
 @pytest.mark.parametrize(
@@ -82,9 +87,11 @@ def test_what_won_everywhere_and_passed_is_the_default():
         [accuracy(dtype="fp16", errors={"output": WRONG})],
         [accuracy(case="201 tokens", errors=None, deterministic=None, crash="IndexError: out of its bounds")],
         [accuracy(case="201 tokens", deterministic=False)],
-        both(2.1, 2.0, layout="separate", tokens=201),
+        one(2.1, 2.0, layout="separate", tokens=201),
+        one(2.1, 2.0, layout="separate", tokens=201, mode="forward"),
+        [race("vitreg:triton", 1.0, layout="separate", tokens=201)],
         [race("vitreg:triton", None, layout="separate", tokens=201, reason="broke", failed=True, errors=None)],
-        [race("vitreg:triton", 1.0, mode="forward", errors={"output": WRONG})],
+        [race("vitreg:triton", 1.0, layout="multicrop", errors={"output": WRONG})],
     ],
     ids=[
         "wrong in another case",
@@ -92,12 +99,14 @@ def test_what_won_everywhere_and_passed_is_the_default():
         "crashed in another case",
         "not deterministic",
         "slower in one case",
+        "slower forward",
+        "sdpa was not raced",
         "broke in one case",
         "wrong in a race that does not count",
     ],
 )
 def test_one_blot_leaves_it_to_sdpa(rows):
-    assert adopt.fastest(WON + rows, "sm_90") == {SIZE: "sdpa"}
+    assert adopt.defaults(WON + rows, "sm_90") == {SIZE: "sdpa"}
 
 
 @pytest.mark.parametrize(
@@ -106,20 +115,25 @@ def test_one_blot_leaves_it_to_sdpa(rows):
         [accuracy(dtype="fp32", errors={"output": WRONG}), accuracy(dtype="tf32", errors={"output": WRONG})],
         [accuracy(case="additive mask", errors=None, deterministic=None, reasons=["does not support additive masks"])],
         [accuracy(backend="sdpa", errors={"output": WRONG})],
-        both(3.0, 2.0, mode="forward"),
         both(3.0, 2.0, layout="multicrop", tokens=954),
         [race("torch:cudnn", 0.5), race("vitreg:xformers", 0.5)],
     ],
-    ids=["other dtypes", "a case it does not serve", "another's errors", "forward alone", "packs", "never a default"],
+    ids=["other dtypes", "a case it does not serve", "another's errors", "packs", "never a default"],
 )
 def test_what_does_not_count(rows):
-    assert adopt.fastest(WON + rows, "sm_90") == {SIZE: "triton"}
+    assert adopt.defaults(WON + rows, "sm_90") == {SIZE: "triton"}
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+def test_a_run_that_was_cut_between_the_modes_settles_nothing(mode):
+    rows = [row for row in WON if row.get("mode", mode) == mode]
+    assert adopt.defaults(rows, "sm_90") == {SIZE: "sdpa"}
 
 
 def test_never_judged_is_not_passed():
-    assert adopt.fastest(WON[:-1], "sm_90") == {SIZE: "sdpa"}
+    assert adopt.defaults(WON[:-1], "sm_90") == {SIZE: "sdpa"}
     only_refused = accuracy(errors=None, deterministic=None, reasons=["runs on cuda, not on cpu"])
-    assert adopt.fastest([*WON[:-1], only_refused], "sm_90") == {SIZE: "sdpa"}
+    assert adopt.defaults([*WON[:-1], only_refused], "sm_90") == {SIZE: "sdpa"}
 
 
 def test_sizes_are_chosen_one_by_one():
@@ -141,7 +155,7 @@ def test_sizes_are_chosen_one_by_one():
         SIZE._replace(heads=128): "sdpa",
         SIZE._replace(tokens=0): "sdpa",
     }
-    assert adopt.fastest(rows, "sm_90") == expected
+    assert adopt.defaults(rows, "sm_90") == expected
 
 
 @pytest.fixture
@@ -163,16 +177,16 @@ def test_the_command_writes_what_dispatch_reads_and_leaves_the_rest(file, tmp_pa
     tiles = [{"kernel": "forward", "block_m": 64}]
     tables.merge(folder, "sm_90", "attention_tiles", tiles, ["kernel"])
     longer, other = SIZE._replace(tokens=2048), SIZE._replace(device="sm_80")
-    tables.adopt(folder, {key: Fastest("sdpa", "2026-01-01") for key in (SIZE, longer, other)})
+    tables.adopt(folder, {key: Default("sdpa", "2026-01-01") for key in (SIZE, longer, other)})
     monkeypatch.setattr(tables, "CONFIGS", folder)
     assert adopt.main([str(file(WON))]) == 0
     assert "attention on sm_90, 16 bits, width 64, up to 272 tokens, over 512 heads: triton" in capsys.readouterr().out
     assert tables.read(folder, "attention_tiles") == {"sm_90": tiles}
     assert sorted(f.name for f in folder.iterdir()) == ["sm_80.json", "sm_90.json"]
-    assert tables.fastest(tables.read(folder, "fastest")) == {
-        SIZE: Fastest("triton", "2026-12-01"),
-        longer: Fastest("sdpa", "2026-01-01"),
-        other: Fastest("sdpa", "2026-01-01"),
+    assert tables.defaults(tables.read(folder, "defaults")) == {
+        SIZE: Default("triton", "2026-12-01"),
+        longer: Default("sdpa", "2026-01-01"),
+        other: Default("sdpa", "2026-01-01"),
     }
 
 
@@ -180,7 +194,7 @@ def test_a_default_that_broke_since_is_taken_back(file, tmp_path):
     folder = tmp_path / "configs"
     adopt.adopt(file(WON), folder)
     adopt.adopt(file([*WON, accuracy(case="201 tokens", crash="boom", errors=None, deterministic=None)]), folder)
-    assert {k: row.backend for k, row in tables.fastest(tables.read(folder, "fastest")).items()} == {SIZE: "sdpa"}
+    assert {k: row.backend for k, row in tables.defaults(tables.read(folder, "defaults")).items()} == {SIZE: "sdpa"}
 
 
 def norm_race(variant, median_ms, **changes):
@@ -233,11 +247,13 @@ def norms(forward, backward, **judged):
         (norms((1.0, 2.0), (1.0, 2.0), errors={"grad_x": WRONG}), "composite"),
         (norms((1.0, 2.0), (1.0, 2.0), backend="token_norms:triton"), "composite"),
         (norms((None, 2.0), (1.0, 2.0)), "composite"),
+        (norms((1.0, None), (1.0, 2.0)), "composite"),
+        ([row for row in norms((1.0, 2.0), (1.0, 2.0)) if row.get("mode") != "backward"], "composite"),
     ],
-    ids=["won both", "slower backward", "wrong", "never judged", "not raced"],
+    ids=["won both", "slower backward", "wrong", "never judged", "not raced", "torch's not raced", "forward alone"],
 )
 def test_norms_have_rows_too(rows, winner):
-    assert adopt.fastest(rows, "sm_90") == {NORM: winner}
+    assert adopt.defaults(rows, "sm_90") == {NORM: winner}
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_the_fastest_tiles_are_written_beside_what_was_there(gpu, writer, tmp_pa
     only_first_piece(monkeypatch)
     key = {"device": "sm_90", "kernel": "forward", "bits": 16, "width": 64, "tokens": 272}
     others = [key | {"width": 128} | asdict(FAST), key | {"kernel": "statistics"} | asdict(FAST)]
-    tables.merge(tmp_path / "configs", "sm_90", "fastest", [{"op": "attention", "backend": "triton"}], ["op"])
+    tables.merge(tmp_path / "configs", "sm_90", "defaults", [{"op": "attention", "backend": "triton"}], ["op"])
     for section in (key | asdict(SHAPE), *others):
         tables.merge(tmp_path / "configs", "sm_90", tuning.SECTION, [section], tuning.Key._fields)
     gpu.seconds = lambda tiles, tokens: {FAST: 0.5e-3, SHAPE: 0.6e-3}.get(tiles, 1e-3)
@@ -105,7 +105,7 @@ def test_the_fastest_tiles_are_written_beside_what_was_there(gpu, writer, tmp_pa
     assert gpu.races == [25, 25, 10, 10, 2, 2]
     assert (row["timed"], row["left_out"], row["size"]) == (33, 0, "16-bit, head dim 64, up to 272 tokens")
     found = table(tmp_path)
-    assert found["fastest"] == [{"op": "attention", "backend": "triton"}]
+    assert found["defaults"] == [{"op": "attention", "backend": "triton"}]
     assert sorted(found[tuning.SECTION], key=str) == sorted([key | asdict(FAST), *others], key=str)
     monkeypatch.setattr(tuning, "_MEASURED", tuning.measured_tiles(tmp_path / "configs"))
     tuning.attention_tiles.cache_clear()

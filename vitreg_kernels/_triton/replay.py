@@ -2,7 +2,8 @@
 
 Python takes tens of microseconds to describe a launch, and triton as long again to find the compiled kernel for it. Of
 tensors, both depend on shape, strides, dtype, device and alignment only, so they are done once for all calls that agree
-in these and in every other argument.
+in these and in every other argument. Triton's own settings (``triton.knobs``) are read when a call is described: what
+changes later has no effect on calls that are known, but launch hooks are always called.
 """
 
 from __future__ import annotations

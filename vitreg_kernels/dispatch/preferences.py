@@ -1,4 +1,4 @@
-"""Which backend was measured to be the fastest for a call: the user's own table is asked first, then the shipped one.
+"""Which backend a measurement made the default for a call: the user's own table is asked first, then the shipped one.
 
 Where neither has a row for the call, the declared order of the backends decides (``rules.select``). Tables are read
 once, when this is imported: torch.compile traces through the choice of a backend, and could not trace reading a file.
@@ -13,7 +13,7 @@ import torch
 from .._native import library
 from . import tables
 from .request import Request
-from .tables import Fastest, Key, Size
+from .tables import Default, Key, Size
 
 
 class Table(NamedTuple):
@@ -26,11 +26,11 @@ class Table(NamedTuple):
     """
 
     name: str
-    rows: dict[Key, Fastest]
+    rows: dict[Key, Default]
     covers: frozenset[tuple[str, str]]
 
     @staticmethod
-    def of(name: str, rows: dict[Key, Fastest]) -> Table:
+    def of(name: str, rows: dict[Key, Default]) -> Table:
         """The table of these rows."""
         return Table(name, rows, frozenset((key.op, key.device) for key in rows))
 
@@ -39,7 +39,7 @@ class Measured(NamedTuple):
     """What a table says of a call.
 
     Attributes:
-        backend: the fastest.
+        backend: the default.
         date: when that was measured.
         table: the table's name.
     """
@@ -49,8 +49,9 @@ class Measured(NamedTuple):
     table: str
 
 
+# For what a user measures on the machine at hand. Nothing writes it yet, so it is empty.
 USER = Table.of("your calibration", {})
-SHIPPED = Table.of("the shipped table", tables.fastest(tables.read(tables.CONFIGS, "fastest")))
+SHIPPED = Table.of("the shipped table", tables.defaults(tables.read(tables.CONFIGS, "defaults")))
 
 # In the order they are asked.
 TABLES: tuple[Table, ...] = (USER, SHIPPED)

@@ -162,32 +162,38 @@ def explain(backends: tuple[Backend, ...], request: Request, name: str | None) -
         taken = select(backends, request, name).name
     except UnsupportedError:
         taken = None
-    measured = None if name else preferences.measured(request)
-    if measured is not None and measured.backend != taken:
-        measured = None  # what the table names cannot serve the call in this process
+    row = None if name else preferences.measured(request)
     if name:
         decided_by = "its name"
+    elif row is not None and row.backend == taken:
+        decided_by = f"{row.table}, measured {row.date}"
     else:
-        decided_by = "the declared order" if measured is None else f"{measured.table}, measured {measured.date}"
-    reasons = {}
-    for backend in backends:
-        if taken != backend.name:
-            reasons[backend.name] = backend.reasons_against(request) or [
-                f"{name} was named"
-                if name
-                else f"{taken} is the fastest for such a call by {decided_by}; name this one to use it"
-                if measured is not None
-                else f"{taken} comes first"
-                if backend.default == "yes"
-                else _not_by_default(backend, request)
-            ]
+        decided_by = "the declared order"
+    reasons = {b.name: _reasons_against(b, request, name, taken, row) for b in backends if b.name != taken}
     return Explanation(taken, reasons, decided_by)
+
+
+def _reasons_against(
+    backend: Backend, request: Request, name: str | None, taken: str | None, row: preferences.Measured | None
+) -> list[str]:
+    """Why a backend is not the one taken."""
+    if reasons := backend.reasons_against(request):
+        return reasons
+    if name:
+        return [f"{name} was named"]
+    if row is not None and row.backend == taken:
+        return [f"{row.table} names {taken} for such a call; name this one to use it"]
+    if backend.default == "yes":
+        return [f"{taken} comes first"]
+    return [_not_by_default(backend, request)]
 
 
 def _not_by_default(backend: Backend, request: Request) -> str:
     """Why a backend that can serve a call is not taken without having been named, or measured."""
     if backend.default == "never":
         return "is never the default; name it to use it"
+    if (row := preferences.measured(request)) is not None:
+        return f"{row.table} names {row.backend} for such a call, which cannot serve it here; name this one to use it"
     device = preferences.device_name(request.device, request.capability)
     return f"has not been measured on {device} for such a call yet; name it to use it"
 

@@ -3,7 +3,7 @@
 A file is of one device, ``sm_90.json`` or ``cpu_amx.json``. It holds lists of flat rows by section::
 
     {
-        "fastest": [
+        "defaults": [
             {"op": "attention", "device": "sm_90", "bits": 16, "width": 64, "tokens": 272, "heads": 512, "features": [],
              "backend": "triton", "date": "2026-12-01"}
         ],
@@ -13,7 +13,7 @@ A file is of one device, ``sm_90.json`` or ``cpu_amx.json``. It holds lists of f
         ]
     }
 
-A row of ``fastest`` decides for calls of its own op, width of the inputs, head dim or channels, size and features, and
+A row of ``defaults`` decides for calls of its own op, width of the inputs, head dim or channels, size and features, and
 for no others.
 """
 
@@ -64,11 +64,12 @@ class Key(NamedTuple):
     features: tuple[str, ...]
 
 
-class Fastest(NamedTuple):
+class Default(NamedTuple):
     """What a row says.
 
     Attributes:
-        backend: the fastest of those that were right.
+        backend: what such a call gets if it names none: the fastest of those that were right, or torch's own where none
+            won every race.
         date: when that was measured, ISO 8601.
     """
 
@@ -94,31 +95,44 @@ def _bucket(count: int, ends: Sequence[int]) -> int:
 
 
 def read(folder: Path, section: str) -> dict[str, list[dict[str, Any]]]:
-    """The rows of a section by device; none if there is no such folder or no file has the section."""
-    files = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
-    return {device: table[section] for device, table in files.items() if section in table}
+    """The rows of a section by device; none if there is no such folder or no file has the section.
+
+    Raises:
+        ValueError: if a file is not JSON.
+    """
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            table = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is no table of measurements ({error}); mend it or move it away") from error
+        if section in table:
+            found[file.stem] = table[section]
+    return found
 
 
-def fastest(rows: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[Key, Fastest]:
-    """The rows of the section ``fastest``, as ``read`` gives them, by what they decide for."""
+def defaults(rows: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[Key, Default]:
+    """The rows of the section ``defaults``, as ``read`` gives them, by what they decide for."""
     found = {}
     for of_device in rows.values():
         for row in of_device:
             fields = {**row, "features": tuple(row["features"])}
-            found[Key(*(fields[name] for name in Key._fields))] = Fastest(*(row[name] for name in Fastest._fields))
+            found[Key(*(fields[name] for name in Key._fields))] = Default(*(row[name] for name in Default._fields))
     return found
 
 
-def row_of(key: Key, fastest: Fastest) -> dict[str, Any]:
-    """A row of the section ``fastest`` as a device's file holds it."""
-    return {**key._asdict(), "features": list(key.features), **fastest._asdict()}
+def row_of(key: Key, default: Default) -> dict[str, Any]:
+    """A row of the section ``defaults`` as a device's file holds it."""
+    return {**key._asdict(), "features": list(key.features), **default._asdict()}
 
 
-def adopt(folder: Path, rows: Mapping[Key, Fastest]) -> list[Path]:
-    """Puts rows into the section ``fastest`` of their devices' files, as ``merge`` does; the files."""
+def adopt(folder: Path, rows: Mapping[Key, Default]) -> list[Path]:
+    """Puts rows into the section ``defaults`` of their devices' files, as ``merge`` does; the files."""
     devices = dict.fromkeys(key.device for key in rows)
     return [
-        merge(folder, device, "fastest", [row_of(k, row) for k, row in rows.items() if k.device == device], Key._fields)
+        merge(
+            folder, device, "defaults", [row_of(k, row) for k, row in rows.items() if k.device == device], Key._fields
+        )
         for device in devices
     ]
 

@@ -32,7 +32,7 @@ class RegisterAttention(nn.Module):
         attn_drop: dropout of attention weights, in training mode only.
         proj_drop: dropout of the output, in training mode only.
         norm_layer: called ``norm_layer(head_dim, device=, dtype=)``.
-        backend: attention's, or a mapping with one for ``"attention"``; ``None`` takes the fastest that serves a call.
+        backend: attention's, or a mapping with one for ``"attention"``; ``None`` takes the default for each call.
         device, dtype: of the parameters.
 
     Raises:

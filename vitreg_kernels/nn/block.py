@@ -54,7 +54,7 @@ class ResidualLayerNorm(nn.LayerNorm):
     Args:
         dim: C, channels of a token.
         eps: added to the variance.
-        backend: the op's, or a mapping with one for ``"residual_norm"``; ``None`` takes the fastest.
+        backend: the op's, or a mapping with one for ``"residual_norm"``; ``None`` takes the default.
         device, dtype: of the parameters.
     """
 
@@ -132,7 +132,7 @@ class RegisterBlock(nn.Module):
             the MLP; in training only.
         eps: of the LayerNorms.
         backend: a name, for attention and for the norms if they have one of that name, or a mapping with one for
-            ``"attention"``, ``"residual_norm"`` or both; ``None`` takes the fastest of each.
+            ``"attention"``, ``"residual_norm"`` or both; ``None`` takes the default of each.
         device, dtype: of the parameters.
 
     Raises:
@@ -167,7 +167,7 @@ class RegisterBlock(nn.Module):
             raise ValueError(f"drop_path must be at least 0 and below 1, not {drop_path}")
         factory = {"device": device, "dtype": dtype}
         backend = backend_by_op(backend, ("attention", "residual_norm"))
-        norm = partial(ResidualLayerNorm, dim, eps=eps, backend=backend, **factory)
+        norm = partial(ResidualLayerNorm, dim, eps=eps, backend=backend["residual_norm"], **factory)
         self.drop_path = drop_path
 
         self.residual_norms = nn.Identity()
@@ -183,7 +183,7 @@ class RegisterBlock(nn.Module):
             attn_drop=attn_drop,
             proj_drop=proj_drop,
             norm_layer=partial(nn.LayerNorm, eps=eps),
-            backend=backend,
+            backend=backend["attention"],
             **factory,
         )
         self.ls1 = None if layer_scale is None else LayerScale(dim, layer_scale, **factory)

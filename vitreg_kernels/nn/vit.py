@@ -66,7 +66,7 @@ class RegisterViT(nn.Module):
     Args:
         config: sizes and choices.
         backend: a name, for every op that has a backend of it, or a mapping by op, such as ``{"attention": "sdpa",
-            "residual_norm": "composite", "assemble": "composite"}``; ``None`` takes the fastest of each.
+            "residual_norm": "composite", "assemble": "composite"}``; ``None`` takes the default of each.
         device, dtype: of the parameters.
 
     Attributes:
@@ -96,7 +96,7 @@ class RegisterViT(nn.Module):
         self.layout = config.layout
         self.checkpointing = False
         backend = backend_by_op(backend, ("attention", "residual_norm", "assemble"))
-        self._assemble_backend = backend["assemble"]
+        self._assemble_backend = backend.pop("assemble")
 
         def rows(count: int) -> nn.Parameter | None:
             # No parameter rather than an empty one, which would never receive a gradient: DDP objects to that.
@@ -130,7 +130,7 @@ class RegisterViT(nn.Module):
             for i in range(config.depth)
         )
         self.residual_norms = nn.Identity()
-        self.norm = ResidualLayerNorm(config.dim, eps=config.eps, backend=backend, **factory)
+        self.norm = ResidualLayerNorm(config.dim, eps=config.eps, backend=backend["residual_norm"], **factory)
         self.reset_parameters()
 
     @classmethod

@@ -54,14 +54,15 @@ def backend_by_op(backend: str | Mapping[str, str | None] | None, ops: tuple[str
 
     Args:
         backend: a name, which goes to every one of the ops that has a backend of it and leaves the others their
-            default; or names by op, which leave out the ops that are to take their default.
+            default; or names by op, of which those left out take their default.
         ops: those that the module calls.
 
     Returns:
         A name, or ``None`` for the default, for each of ``ops``.
 
     Raises:
-        ValueError: if no op has the backend that is named, or there is no op of a name.
+        TypeError: if it is neither a name nor a mapping.
+        ValueError: if no op has the backend that is named, or the module calls no op of a name.
     """
     if backend is None:
         return dict.fromkeys(ops)
@@ -71,9 +72,11 @@ def backend_by_op(backend: str | Mapping[str, str | None] | None, ops: tuple[str
             names = dict.fromkeys(b.name for op in ops for b in OPS[op].backends)
             raise ValueError(f"unknown backend {backend!r}: expected None or one of {', '.join(map(repr, names))}")
         return {op: backend if op in having else None for op in ops}
+    if not isinstance(backend, Mapping):
+        raise TypeError(f"backend must be a name or a mapping by op, got a {type(backend).__name__}")
     for op, name in backend.items():
-        if op not in OPS:
-            raise ValueError(f"unknown op {op!r}: expected any of {', '.join(map(repr, OPS))}")
+        if op not in ops:
+            raise ValueError(f"no op {op!r} is called here: expected any of {', '.join(map(repr, ops))}")
         if name is not None:
             find(OPS[op].backends, name)
     return {op: backend.get(op) for op in ops}

@@ -28,10 +28,11 @@ def refuse_unseen_derivatives(tensors: Iterable[Tensor], backend: str, *, instea
 
 
 def op_or_implementation(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """An opaque op for calls by position: its implementation itself wherever nobody could tell the difference.
+    """An opaque op for calls by position: its implementation itself in plain eager calls.
 
     torch's way from an op to an implementation in Python takes longer than a small kernel. It is taken where something
-    transforms or watches ops: torch.compile, torch.func, modes, tensor subclasses.
+    transforms or intercepts ops: torch.compile, torch.func, modes, tensor subclasses. A profiler of plain eager calls
+    shows what the implementation calls.
 
     Args:
         op: of torch.library, with one kernel for all dispatch keys.
@@ -68,7 +69,6 @@ def differentiable(
             derivative of its own.
         tensors: how many of the arguments, the first ones, can have a gradient.
     """
-    once = once_differentiable(backward)
 
     # torch looks at each argument of a node, one by one. Those without a gradient travel as one.
     def eager_forward(ctx: Any, *bundled: Any) -> Any:
@@ -79,14 +79,16 @@ def differentiable(
         return output
 
     def eager_backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        return (*once(ctx, *gradients)[:tensors], None)
+        # Grad mode is on in a backward only where its result may be differentiated: with create_graph.
+        found = _underivable(backward, ctx, gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+        return (*found[:tensors], None)
+
+    traced_backward = once_differentiable(backward)
 
     def transformed_backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         if torch.compiler.is_compiling():
-            return once(ctx, *gradients)
-        with torch.no_grad():
-            found = backward(ctx, *gradients)
-        return _without_derivative(found, (*gradients, *ctx.saved_tensors))
+            return traced_backward(ctx, *gradients)
+        return _underivable(backward, ctx, gradients)
 
     node, bases = type(torch.autograd.Function), (torch.autograd.Function,)
     eager = node(name, bases, {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)})
@@ -101,14 +103,30 @@ def differentiable(
     return apply
 
 
-def _without_derivative(found: tuple[Tensor | None, ...], made_of: Iterable[Any]) -> tuple[Tensor | None, ...]:
-    """Gradients that raise if they are differentiated in turn, at any level of torch.func.
+def _underivable(backward: Callable[..., Any], ctx: Any, gradients: tuple) -> tuple[Tensor | None, ...]:
+    """The gradients of a backward, which raise if they are differentiated in turn, at any level of torch.func.
 
-    ``once_differentiable`` says so to the innermost level alone; the gradients would be constants to all others.
+    torch's ``once_differentiable`` looks at the incoming gradients alone, which are constants where a plain sum was
+    differentiated, and tells the innermost level alone. To all others the result would be a constant.
     """
+    unpacked = _Unpacked(ctx)
+    with torch.no_grad():
+        found = backward(unpacked, *gradients)
     tensors = [x for x in found if x is not None]
-    marked = iter(_Underivable.apply(len(tensors), *tensors, *(x for x in made_of if isinstance(x, Tensor))))
+    made_of = [x for x in (*gradients, *unpacked.saved_tensors) if isinstance(x, Tensor)]
+    marked = iter(_Underivable.apply(len(tensors), *tensors, *made_of))
     return tuple(None if x is None else next(marked) for x in found)
+
+
+class _Unpacked:
+    """A node's context whose saved tensors have been taken out: activation checkpointing lets that be done once."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 class _Underivable(torch.autograd.Function):

@@ -31,7 +31,7 @@ def assemble_tokens(
         cls_token: ``[1, K, C]``.
         register_tokens: ``[1, R, C]``.
         pos_embed: ``[1, M, C]``, ``[1, K + M, C]`` or ``[1, K + R + M, C]``, at the resolution of the patches.
-        backend: a backend's name, which then runs or raises; ``None`` takes the first that may be a default.
+        backend: a backend's name, which then runs or raises; ``None`` takes the default for such a call.
 
     Returns:
         ``[B, K + R + M, C]``, contiguous and no view of an argument, in the dtype that torch promotes all arguments

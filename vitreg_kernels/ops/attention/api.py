@@ -53,7 +53,7 @@ def register_attention(
             (Backends other than ``triton`` read it there anyway.)
         outputs: any of ``"lse"``, ``"prefix_attention"``, ``"received_attention"``, ``"max_logit"``,
             ``"token_norms"``; see ``AttentionOutputs``.
-        backend: a backend's name, which then runs or raises; ``None`` takes the first that may be a default.
+        backend: a backend's name, which then runs or raises; ``None`` takes the default for such a call.
 
     Returns:
         ``[B, H, N, D]``, a view of contiguous ``[B, N, H, D]`` memory; with ``outputs``, that and an

@@ -42,7 +42,7 @@ def residual_layer_norm(
         weight, bias: ``[C]``, scale and shift of the normalized tokens; RMSNorm has no bias.
         eps: added to the variance (the mean square for RMSNorm).
         rms: RMSNorm instead of LayerNorm.
-        backend: a backend's name, which then runs or raises; ``None`` takes the first that may be a default.
+        backend: a backend's name, which then runs or raises; ``None`` takes the default for such a call.
 
     Returns:
         ``ResidualNorm(residual, normalized, token_norms)``, contiguous; without a branch the residual is x itself.

@@ -19,7 +19,7 @@ def token_norms(x: Tensor, *, backend: str | None = None) -> Tensor:
     Args:
         x: ``[B, N, C]``; fp32, fp16, bf16 or fp64, any strides. Rows of C numbers side by side are read in place by
             every backend; others may be copied.
-        backend: a backend's name, which then runs or raises; ``None`` takes the first that may be a default.
+        backend: a backend's name, which then runs or raises; ``None`` takes the default for such a call.
 
     Returns:
         ``[B, N]`` fp32 (fp64 for fp64).
@@ -43,7 +43,7 @@ def token_norm_stats(x: Tensor, layout: TokenLayout, *, backend: str | None = No
         x: tokens ``[B, N, C]``, or their norms ``[B, N]`` where they have been taken already, as
             ``residual_layer_norm`` gives them; fp32, fp16, bf16 or fp64, any strides.
         layout: which tokens are which.
-        backend: a backend's name, which then runs or raises; ``None`` takes the first that may be a default.
+        backend: a backend's name, which then runs or raises; ``None`` takes the default for such a call.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit together; nothing has run then.
@@ -76,7 +76,7 @@ def accumulate(
             ``[L, 3, ...]`` tensors for a model of L layers.
         skip_in_backward: do nothing where this runs as part of a backward pass, where activation checkpointing runs a
             forward again whose tokens have been counted.
-        backend: a backend's name, which then runs or raises; ``None`` takes the first that may be a default.
+        backend: a backend's name, which then runs or raises; ``None`` takes the default for such a call.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit together; nothing has been counted then.
