@@ -10,8 +10,9 @@ READY := $(VENV)/.ready
 # A Python that was named, on the command line or in the environment, is taken as it is: no install step, no network.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 
-# What the native library is made of. Installing the package builds it; afterwards only a change does, in a folder too: a
-# file less is one. A library that is older than these does not run, see vitreg_kernels/_native/library.py.
+# What the native library is made of. Installing the package builds it; afterwards only a change to these does. The
+# folders are named so that a deleted file counts as a change. A library that is older than these does not run, see
+# vitreg_kernels/_native/library.py.
 NATIVE_SOURCES := csrc csrc/cpu $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h) vitreg_kernels/_native/sources.py
 NATIVE := vitreg_kernels/_native/cpu.json
 # Suites that a sanitizer watches, of what is native; and where the library is that was built for it.

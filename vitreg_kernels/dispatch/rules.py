@@ -39,7 +39,7 @@ class Backend:
             where there is nothing to differentiate.
         opaque: whether it runs behind the op's torch.library ops, because ``forward`` is no torch code.
         default: what a call that names no backend makes of it: ``"yes"`` takes it in its turn, ``"if measured"`` only
-            where a table says that it is the fastest, ``"never"`` not at all.
+            where a table names it, ``"never"`` not at all.
         faults: why it cannot run in this process at all; empty if it can. Does not change within a process.
         refuses: what it has against a request beyond its requirements; empty if nothing.
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 _ELEMENTS_OF_A_TILE = 2048
 
 # A thread keeps so many elements of each tensor where it only reads and writes them.
-FORWARD_ELEMENTS_OF_A_THREAD = 16
+_FORWARD_ELEMENTS_OF_A_THREAD = 16
 
 
 class RowTiles(NamedTuple):
@@ -35,7 +35,7 @@ class RowTiles(NamedTuple):
     num_warps: int
 
 
-def row_tiles(x: Tensor, elements_of_a_thread: int = FORWARD_ELEMENTS_OF_A_THREAD) -> RowTiles:
+def row_tiles(x: Tensor, elements_of_a_thread: int = _FORWARD_ELEMENTS_OF_A_THREAD) -> RowTiles:
     """The tiles of ``[B, N, C]``, their warps so many that a thread keeps that number of elements."""
     batch, tokens, channels = x.shape
     block_c = max(16, 1 << (channels - 1).bit_length())

@@ -1,4 +1,4 @@
-"""What a call can ask of a backend beyond plain inputs: the vocabulary of ``REQUIREMENTS`` and of error messages."""
+"""What a call can ask of a backend beyond plain inputs: the vocabulary of ``Requirements`` and of error messages."""
 
 from __future__ import annotations
 
