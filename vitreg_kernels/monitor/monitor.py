@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from ..layout import TokenLayout
 from ..nn.block import Residual
 from ..ops.token_norms.api import accumulate
 from ..ops.token_norms.types import GROUPS, NormDistribution, TokenNormStats
+from .recompile import mark, unmark
 from .report import NormReport
 
 
@@ -38,13 +40,16 @@ class TokenNormMonitor:
     wrapping, each rank counts its own tokens. A copy or a pickle of the model is not monitored.
 
     Under ``torch.compile`` the counting is part of the graph, without a break, and blocks compiled one by one still
-    share theirs. Attach before the first call: a graph that is compiled already does not count until
-    ``torch.compiler.reset()``.
+    share theirs. A graph that was compiled before the monitor was attached is compiled anew, and serves again once it
+    is removed.
+
+    The counts of a layer are kept where its norms are: a model may be moved after it is attached, or be built on the
+    meta device and get its weights later. Under ``torch.compile`` a move must come before the first call that counts.
 
     Args:
         model: a ``RegisterViT``, whose norms are at hand and cost nothing, or a ViT of a library that
             ``integrations.residual_stream`` knows, whose layers' outputs are read once more; wrapped or within another
-            model. On the device where it will run.
+            model.
         layers: names and modules, instead of all of the model's layers. What a module gives is tokens ``[B, N, C]`` of
             the residual stream, a tuple that begins with them, a list of such tensors, their norms ``[B, N]``, or the
             ``Residual`` of a ``RegisterBlock``, which is added up to be measured.
@@ -74,13 +79,16 @@ class TokenNormMonitor:
         device = next((p.device for p in model.parameters()), None)
         if device is None:
             raise ValueError("the model has no parameters, which would say on which device to count")
+        if device.type == "meta":  # which holds no counts; the first forward brings them to its device
+            device = torch.device("cpu")
         self.layers = tuple(name for name, _ in stream.layers)
         self.layout = stream.layout
-        self._counted = NormDistribution.zeros((len(self.layers), len(GROUPS)), device)
-        self._handles = [
-            module.register_forward_hook(_Tap(self.layout, NormDistribution(*(x[i] for x in self._counted))))
-            for i, (_, module) in enumerate(stream.layers)
-        ]
+        self._taps = [_Tap(self.layout, NormDistribution.zeros((len(GROUPS),), device)) for _ in stream.layers]
+        self._modules = [module for _, module in stream.layers]
+        self._handles = [m.register_forward_hook(tap) for m, tap in zip(self._modules, self._taps, strict=True)]
+        for module in self._modules:
+            if len(_taps_on(module)) == 1:
+                mark(module)
 
     def compute(self, *, all_reduce: bool = False, process_group: dist.ProcessGroup | None = None) -> NormReport:
         """What has been counted since the start or the last reset. Waits for the device and copies to the host.
@@ -95,7 +103,7 @@ class TokenNormMonitor:
         """
         if process_group is not None and not all_reduce:
             raise ValueError("process_group was given without all_reduce=True, which adds up its ranks")
-        counted = self._counted
+        counted = self._counted()
         if all_reduce:
             if not dist.is_initialized():
                 raise RuntimeError("all_reduce=True needs torch.distributed.init_process_group to have been called")
@@ -105,12 +113,11 @@ class TokenNormMonitor:
 
     def reset(self) -> None:
         """Forget what has been counted."""
-        sums = self._counted.sums
-        self._copy(NormDistribution.zeros(sums.shape[:-1], sums.device)._asdict())
+        self._copy(NormDistribution.zeros((len(self.layers), len(GROUPS)), self._taps[0].into.sums.device)._asdict())
 
     def state_dict(self) -> dict[str, Any]:
         """The layers' names and a copy of what this rank has counted, for ``torch.save`` and ``weights_only=True``."""
-        return {"layers": list(self.layers), **{name: x.clone() for name, x in self._counted._asdict().items()}}
+        return {"layers": list(self.layers), **self._counted()._asdict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, whatever device it was saved from.
@@ -124,7 +131,7 @@ class TokenNormMonitor:
         if tuple(state["layers"]) != self.layers:
             theirs, ours = _some(state["layers"]), _some(self.layers)
             raise ValueError(f"the state is of the layers {theirs}, where the monitor's are {ours}")
-        for name, x in self._counted._asdict().items():
+        for name, x in self._counted()._asdict().items():
             if state[name].shape != x.shape:
                 raise ValueError(f"the state's {name} must be {list(x.shape)}, got {list(state[name].shape)}")
         self._copy(state)
@@ -133,6 +140,9 @@ class TokenNormMonitor:
         """Stop counting and leave the model as it was; what has been counted stays."""
         for handle in self._handles:
             handle.remove()
+        for module in self._modules:
+            if not _taps_on(module):
+                unmark(module)
 
     def __enter__(self) -> TokenNormMonitor:
         return self
@@ -140,17 +150,23 @@ class TokenNormMonitor:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def _counted(self) -> NormDistribution:
+        """A copy of all layers' counts, on the device of the first's."""
+        device = self._taps[0].into.sums.device
+        by_field = zip(*(tap.into for tap in self._taps), strict=True)
+        return NormDistribution(*(torch.stack([x.to(device) for x in layers]) for layers in by_field))
+
     def _copy(self, state: Mapping[str, Tensor]) -> None:
-        # In place: the hooks, and graphs that were compiled, hold views.
-        for name, x in self._counted._asdict().items():
-            x.copy_(state[name])
+        for name in NormDistribution._fields:
+            for tap, layer in zip(self._taps, state[name], strict=True):
+                getattr(tap.into, name).copy_(layer)
 
 
 class _Tap:
     """A forward hook that counts a module's output.
 
-    It holds views of its layer alone, not the layer's number: a number would make every block a graph of its own where
-    blocks are compiled one by one.
+    It holds the counts of its layer alone, not the layer's number: a number would make every block a graph of its own
+    where blocks are compiled one by one.
     """
 
     def __init__(self, layout: TokenLayout, into: NormDistribution | None) -> None:
@@ -163,12 +179,30 @@ class _Tap:
         if isinstance(output, Residual):
             output = output.added()
         for x in output if isinstance(output, list) else [output[0] if isinstance(output, tuple) else output]:
+            if x.is_meta:  # shapes are tried out; there is nothing to count
+                continue
             norms = x if x.ndim == 2 else functional.token_norms(x)
+            if norms.device != self.into.sums.device:
+                self._move(norms.device, module)
             accumulate(norms, self.layout, self.into, skip_in_backward=True)
+
+    def _move(self, device: torch.device, module: nn.Module) -> None:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError("the copies that DataParallel runs cannot be monitored; use DistributedDataParallel")
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"the monitor was attached while the model was on another device than {device}, where it is compiled "
+                f"now; attach it after the move, or run the model once without torch.compile first"
+            )
+        self.into = NormDistribution(*(x.to(device) for x in self.into))
 
     def __reduce__(self) -> tuple:
         # A copy of the model, a teacher say, would count its tokens among the model's, or carry a state nobody reads.
         return _Tap, (self.layout, None)
+
+
+def _taps_on(module: nn.Module) -> list[_Tap]:
+    return [hook for hook in module._forward_hooks.values() if isinstance(hook, _Tap)]
 
 
 def _stream_of(

@@ -238,13 +238,14 @@ class RegisterViT(nn.Module):
         if not wanted or not all(0 <= i < depth for i in wanted):
             raise ValueError(f"layers must be 1 to {depth} last ones, or indices of the {depth} blocks, not {layers!r}")
         stream, rope = self._embed(images)
-        found = {}
-        for i in range(max(wanted) + 1):
+        found, last = {}, max(wanted)
+        for i in range(last + 1):
             stream = self._run(self.blocks[i], stream, rope)
             if i in wanted:
                 residual, normalized, token_norms = self.norm(stream)
-                if i == depth - 1:
-                    self.residual_norms(token_norms)
+                if i == last:  # no block follows, whose first norm would show these
+                    after = self if i == depth - 1 else self.blocks[i + 1]
+                    after.residual_norms(token_norms)
                 found[i] = normalized if norm else residual
                 stream = Residual(residual)
         return [self.layout.split(found[i]) for i in wanted]
