@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .._version import __version__
 from ..ops.catalogue import OPS
 from .check import check
 from .info import info
@@ -18,6 +19,7 @@ from .info import info
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0 only if all is well."""
     parser = argparse.ArgumentParser(prog="vitreg", description="Fused attention for ViTs with register tokens.")
+    parser.add_argument("--version", action="version", version=f"vitreg_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="this machine, and what each backend supports")
     checking = commands.add_parser("check", help="accuracy of every backend usable on this machine, against fp64")

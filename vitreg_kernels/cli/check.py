@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..measure.accuracy import Accuracy
-from ..measure.check import Result, usable_backends
+from ..measure.check import Result, reasons_against, usable_backends
 from ..measure.check import check as measure
 from ..ops.catalogue import OPS
 from .table import short
@@ -47,7 +47,7 @@ def _backends(ops: list[str], names: Sequence[str] | None, device: str) -> dict[
     """The backends to check by op.
 
     Raises:
-        ValueError: if there is no such op, backend or device.
+        ValueError: if there is no such op, backend or device, or a backend that was named does not run there.
     """
     for op in ops:
         if op not in OPS:
@@ -63,7 +63,12 @@ def _backends(ops: list[str], names: Sequence[str] | None, device: str) -> dict[
         raise ValueError(f"cannot check on device {device!r}: {str(error).splitlines()[0]}") from error
     if names is None:
         return {op: usable_backends(op, torch.device(device)) for op in ops}
-    return {op: tuple(name for name in dict.fromkeys(names) if name in its) for op, its in having.items()}
+    chosen = {op: tuple(name for name in dict.fromkeys(names) if name in its) for op, its in having.items()}
+    for name in names:
+        why = [reasons_against(op, name, torch.device(device)) for op, its in chosen.items() if name in its]
+        if all(why):
+            raise ValueError(f"backend {name!r} cannot be checked on {device}: {'; '.join(dict.fromkeys(sum(why, [])))}")
+    return chosen
 
 
 def _line(result: Result) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..dispatch import Request
+from ..dispatch import Request, find
 from ..ops._shared.capability import capability
 from ..ops.catalogue import OPS
 from .accuracy import Accuracy
@@ -67,5 +67,10 @@ def check(backends: Mapping[str, Sequence[str]], device: torch.device) -> Iterat
 
 def usable_backends(op: str, device: torch.device) -> tuple[str, ...]:
     """Backends of an op that can serve a plain fp32 call on a device, in the order of preference."""
+    return tuple(b.name for b in OPS[op].backends if not reasons_against(op, b.name, device))
+
+
+def reasons_against(op: str, backend: str, device: torch.device) -> list[str]:
+    """Why a backend cannot serve even a plain fp32 call on a device, as sentences; empty if it can."""
     plain = Request(op, device.type, capability(device), torch.float32, head_dim=64, channels=64)
-    return tuple(b.name for b in OPS[op].backends if not b.reasons_against(plain))
+    return find(OPS[op].backends, backend).reasons_against(plain)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
 from ..layout import TokenLayout
-from ..ops.catalogue import backend_by_op
+from ..ops.attention import reference
+from ..ops.attention.features import DROPOUT
+from ..ops.attention.types import unpack_qkv
+from ..ops.attention.validation import validated
+from ..ops.catalogue import backend_by_op, check_serves
+from .hooks import hooked
+from .inputs import check_meets
+from .tracing import as_leaf, traced
 
 if TYPE_CHECKING:
     from ..ops.attention.types import AttentionOutputs, Rope
@@ -21,6 +28,11 @@ class RegisterAttention(nn.Module):
 
     Their state dicts load with no renaming; give ``qkv_bias``, ``qk_norm`` and ``proj_bias`` as the model has them
     (timm and DINOv2 models mostly set ``qkv_bias=True``, the default here).
+
+    Hooks, forward and backward, see what those on timm's modules see. One on ``attn_drop`` asks for the attention
+    probabilities ``[B, H, N, N]``, which no fused kernel has: for as long as it is there, attention is computed by the
+    formula, whatever the backend, and needs that memory; ``outputs=("prefix_attention",)`` gives those of the prefix
+    tokens without. ``torch.fx`` takes the module as a leaf.
 
     Args:
         dim: C, channels in and out; a multiple of ``num_heads``.
@@ -38,6 +50,7 @@ class RegisterAttention(nn.Module):
     Raises:
         ValueError: if ``dim`` or ``num_heads`` is not a positive int, ``dim`` is no multiple of ``num_heads``,
             ``attn_drop`` is not a probability below 1, or no backend has the name.
+        UnsupportedError: if ``attn_drop`` is not 0 and the backend that is named has no dropout.
     """
 
     def __init__(
@@ -66,6 +79,8 @@ class RegisterAttention(nn.Module):
         if not 0.0 <= attn_drop < 1.0:
             raise ValueError(f"attn_drop must be at least 0 and below 1, not {attn_drop}")
         self.backend = backend_by_op(backend, ("attention",))["attention"]
+        if attn_drop:
+            check_serves("attention", self.backend, DROPOUT, f"attn_drop={attn_drop}")
         factory = {"device": device, "dtype": dtype}
         self.dim = dim
         self.num_heads = num_heads
@@ -104,10 +119,15 @@ class RegisterAttention(nn.Module):
             ``[B, N, C]``, or ``(that, AttentionOutputs)`` if ``outputs`` names any.
 
         Raises:
-            ValueError: if ``x`` has another rank, other channels or fewer tokens than the prefix, or ``is_causal``.
+            ValueError: if ``x`` has another rank, other channels, fewer tokens than the prefix or another device than
+                the weights, or ``is_causal``.
+            TypeError: if ``x`` has another dtype than the weights, without autocast.
         """
+        if traced(x):
+            return as_leaf(self, x, attn_mask, rope, outputs=outputs, is_causal=is_causal)
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise ValueError(f"x must be [B, N, {self.dim}], not of shape {tuple(x.shape)}")
+        check_meets("x", x, self.qkv)
         prefix = self.layout.num_prefix_tokens
         if x.shape[1] < prefix:
             raise ValueError(
@@ -126,21 +146,32 @@ class RegisterAttention(nn.Module):
             "dropout_p": self.attn_drop.p if self.training else 0.0,
             "rope": rope,
             "outputs": outputs,
-            "backend": self.backend,
         }
-        if self.qk_norm:
-            query, key, value = qkv.unbind(2)
+        explicit = hooked(self.attn_drop)
+        if explicit or self.qk_norm or hooked(self.q_norm) or hooked(self.k_norm):
+            query, key, value = unpack_qkv(qkv)
             # A norm may answer in another dtype than its input's, as under autocast.
             query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
-            query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-            result = functional.register_attention(query, key, value, **options)
+            if explicit:
+                result = self._by_formula(query, key, value, **options)
+            else:
+                result = functional.register_attention(query, key, value, **options, backend=self.backend)
             attended, statistics = result if outputs else (result, None)
             attended = attended.transpose(1, 2).flatten(2)
         else:
-            result = functional.register_attention_qkv(qkv, **options)
+            result = functional.register_attention_qkv(qkv, **options, backend=self.backend)
             attended, statistics = result if outputs else (result, None)
         attended = self.proj_drop(self.proj(attended))
         return (attended, statistics) if outputs else attended
+
+    def _by_formula(
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor | tuple[Tensor, AttentionOutputs]:
+        """The attention of a module whose ``attn_drop`` is hooked, which is called with the probabilities."""
+        inputs = validated(query, key, value, scale=None, cu_seqlens=None, max_seqlen=None, **options)
+        with torch.autocast(query.device.type, enabled=False):  # the inputs have been cast
+            output, statistics = reference.attention(inputs, self.attn_drop)
+        return (output, statistics) if inputs.outputs else output
 
     def extra_repr(self) -> str:
         return (

@@ -13,7 +13,9 @@ from .. import functional
 from ..ops.catalogue import backend_by_op
 from ..ops.residual_norm.types import ResidualNorm
 from .attention import RegisterAttention
+from .hooks import hooked
 from .mlp import Mlp, SwiGLU
+from .tracing import as_leaf, traced
 
 if TYPE_CHECKING:
     from ..ops.attention.types import AttentionOutputs, Rope
@@ -51,6 +53,8 @@ class Residual(NamedTuple):
 class ResidualLayerNorm(nn.LayerNorm):
     """LayerNorm that first adds what a ``Residual`` carries: one ``functional.residual_layer_norm``.
 
+    Called with a tensor, it is a plain LayerNorm; see ``normed``. ``torch.fx`` takes it as a leaf.
+
     Args:
         dim: C, channels of a token.
         eps: added to the variance.
@@ -70,15 +74,34 @@ class ResidualLayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=eps, device=device, dtype=dtype)
         self.backend = backend_by_op(backend, ("residual_norm",))["residual_norm"]
 
-    def forward(self, stream: Residual) -> ResidualNorm:
-        """The stream with its branch added, its LayerNorm, and the norm of each token."""
-        return functional.residual_layer_norm(
-            **stream._asdict(), weight=self.weight, bias=self.bias, eps=self.eps, backend=self.backend
+    def forward(self, stream: Tensor | Residual) -> Tensor | ResidualNorm:
+        """The stream with its branch added, its LayerNorm, and the norm of each token; of a tensor its LayerNorm."""
+        if traced(stream):
+            return as_leaf(self, stream)
+        given = stream if isinstance(stream, Residual) else Residual(stream)
+        result = functional.residual_layer_norm(
+            **given._asdict(), weight=self.weight, bias=self.bias, eps=self.eps, backend=self.backend
         )
+        return result if isinstance(stream, Residual) else result.normalized
+
+
+def normed(norm: ResidualLayerNorm, stream: Residual) -> ResidualNorm:
+    """``norm(stream)``; or, if ``norm`` is hooked or traced, the same with ``norm`` called with and giving a tensor."""
+    if not (hooked(norm) or traced(stream)):
+        return norm(stream)
+    x = stream.added()
+    return ResidualNorm(x, norm(x), _token_norms(x))
+
+
+@torch.fx.wrap  # it reads the shape of its input, and so is a leaf of torch.fx
+def _token_norms(x: Tensor) -> Tensor:
+    return functional.token_norms(x)
 
 
 class LayerScale(nn.Module):
-    """A learnt factor a channel on a branch (Touvron et al., arXiv 2103.17239); whoever adds the branch applies it.
+    """A learnt factor a channel on a branch (Touvron et al., arXiv 2103.17239).
+
+    Whoever adds the branch applies it, and calls this module only if it is hooked.
 
     Args:
         dim: C.
@@ -103,6 +126,10 @@ class LayerScale(nn.Module):
         """Set every factor to its initial value."""
         nn.init.constant_(self.gamma, self.initial)
 
+    def forward(self, branch: Tensor) -> Tensor:
+        """``branch * gamma`` in the dtype of the branch ``[..., C]``."""
+        return (branch * self.gamma).to(branch.dtype)
+
     def extra_repr(self) -> str:
         return f"{self.gamma.numel()}, initial={self.initial}"
 
@@ -116,6 +143,11 @@ class RegisterBlock(nn.Module):
 
     ``residual_norms`` is called with the L2 norms ``[B, N]`` of the tokens the block receives, before ``norm1``: a
     forward hook on it sees them at no cost.
+
+    Hooks, forward and backward, see what those on timm's modules see. ``norm1``, ``norm2``, ``ls1`` and ``ls2``, fused
+    into that one call otherwise, are called with plain tensors for as long as they have a hook; attention's own are
+    told of at ``RegisterAttention``. A hook on the block itself sees what the block is called with and gives, which a
+    ``RegisterViT`` makes the stream ``[B, N, C]``. ``torch.fx`` takes the block as a leaf.
 
     Args:
         dim: C, channels in and out; a multiple of ``num_heads``.
@@ -208,12 +240,14 @@ class RegisterBlock(nn.Module):
         Raises:
             ValueError: if x has another rank, other channels or fewer tokens than the prefix.
         """
+        if traced(x):
+            return as_leaf(self, x, rope, outputs=outputs)
         fused = isinstance(x, Residual)
-        residual, normalized, token_norms = self.norm1(x if fused else Residual(x))
+        residual, normalized, token_norms = normed(self.norm1, x if fused else Residual(x))
         self.residual_norms(token_norms)
         attended = self.attn(normalized, rope=rope, outputs=outputs)
         attended, statistics = attended if outputs else (attended, None)
-        residual, normalized, _ = self.norm2(self._adding(residual, attended, self.ls1))
+        residual, normalized, _ = normed(self.norm2, self._adding(residual, attended, self.ls1))
         stream = self._adding(residual, self.mlp(normalized), self.ls2)
         if not fused:
             result = stream.added()
@@ -229,6 +263,8 @@ class RegisterBlock(nn.Module):
             keep = 1.0 - self.drop_path
             dtype = torch.promote_types(x.dtype, torch.float32)  # 1 / keep unrounded
             drop_path = torch.empty(len(x), device=x.device, dtype=dtype).bernoulli_(keep) / keep
+        if hooked(scale):
+            branch, scale = scale(branch), None
         return Residual(x, branch, None if scale is None else scale.gamma, drop_path)
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.attention.types import Rope
+from .tracing import as_leaf, traced
 
 _CACHED_GRIDS = 8  # the crops of a training run, with room to spare
 
@@ -58,6 +59,8 @@ class PatchRope(nn.Module):
 
     def forward(self, grid: tuple[int, int], x: Tensor) -> Rope:
         """The rotation of a grid of patches, on the device of ``x`` and in its dtype, or fp32 if that is narrower."""
+        if traced(x):
+            return as_leaf(self, grid, x)
         options = {"base": self.base, "device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
         if torch.compiler.is_compiling():  # the graph computes it: a cache of tensors would be baked into it
             return patch_rope(grid, self.head_dim, **options)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
+from .tracing import as_leaf, traced
 
 
 class RegisterTokens(nn.Module):
@@ -15,7 +16,8 @@ class RegisterTokens(nn.Module):
     Registers carry no position embedding: call this after it is added, and ``remove`` after the last block. They start
     as normal noise of standard deviation 1e-6, as CLS and register tokens do in DINOv2 and timm: unequal, so that they
     can learn different things. The LayerNorm of the first block blows such noise up, so a model trained without
-    registers moves at once when given these; those of ``patch_like_registers`` move it far less.
+    registers moves at once when given these; those of ``patch_like_registers`` move it far less. ``torch.fx`` takes the
+    module as a leaf.
 
     Args:
         dim: C, channels of a token.
@@ -68,7 +70,9 @@ class RegisterTokens(nn.Module):
         Raises:
             ValueError: if ``x`` has another rank, other channels, or fewer tokens than CLS tokens.
         """
-        self._check(x)
+        if traced(x):
+            return as_leaf(self, x)
+        _check(x, self.dim)
         cls_tokens = self.layout.num_cls_tokens
         if x.shape[1] < cls_tokens:
             raise ValueError(f"x has {x.shape[1]} tokens, fewer than the {cls_tokens} CLS tokens registers go behind")
@@ -83,15 +87,21 @@ class RegisterTokens(nn.Module):
         Raises:
             ValueError: if ``x`` has another rank, other channels, or fewer tokens than the prefix.
         """
-        self._check(x)
-        return self.layout.strip_registers(x)
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be [B, N, {self.dim}], not of shape {tuple(x.shape)}")
+        return _removed(x, self.dim, self.layout)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, num_registers={self.layout.num_registers}, num_cls_tokens={self.layout.num_cls_tokens}"
+
+
+@torch.fx.wrap  # it reads the shape of its input, and so is a leaf of torch.fx, as the module is
+def _removed(x: Tensor, dim: int, layout: TokenLayout) -> Tensor:
+    _check(x, dim)
+    return layout.strip_registers(x)
+
+
+def _check(x: Tensor, dim: int) -> None:
+    if x.dim() != 3 or x.shape[2] != dim:
+        raise ValueError(f"x must be [B, N, {dim}], not of shape {tuple(x.shape)}")
 
 
 def patch_like_registers(pos_embed: Tensor, patch_bias: Tensor, num_registers: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import functional
-from ..layout import TokenGroups
+from ..layout import TokenGroups, TokenLayout
 from ..ops.catalogue import backend_by_op
-from .block import LayerScale, RegisterBlock, Residual, ResidualLayerNorm
+from .block import LayerScale, RegisterBlock, Residual, ResidualLayerNorm, normed
 from .config import PRESETS, ViTConfig
+from .hooks import hooked
+from .inputs import check_meets
 from .position import resample_positions
 from .rope import PatchRope
+from .tracing import as_leaf, traced
 
 if TYPE_CHECKING:
     from ..ops.attention.types import AttentionOutputs, Rope
@@ -37,12 +41,16 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size, device=device, dtype=dtype)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """``[B, channels, height, width]`` to ``[B, M, C]``, patches row by row, and their number of rows and columns.
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, channels, height, width]`` to ``[B, M, C]``, patches row by row.
 
         Raises:
-            ValueError: if the images have another rank, other channels, or sides that are no multiple of a patch's.
+            ValueError: if the images have another rank, other channels, sides that are no multiple of a patch's, or
+                another device than the weights.
+            TypeError: if they have another dtype than the weights, without autocast.
         """
+        if traced(images):
+            return as_leaf(self, images)
         channels, patch = self.proj.in_channels, self.proj.kernel_size[0]
         if images.dim() != 4 or images.shape[1] != channels:
             raise ValueError(f"images must be [B, {channels}, height, width], not of shape {tuple(images.shape)}")
@@ -52,8 +60,8 @@ class PatchEmbed(nn.Module):
                 f"the sides of an image must be multiples of the patch size {patch}, not {height} x {width}; resize, "
                 f"pad or crop it"
             )
-        patches = self.proj(images)
-        return patches.flatten(2).transpose(1, 2), (patches.shape[2], patches.shape[3])
+        check_meets("images", images, self.proj)
+        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class RegisterViT(nn.Module):
@@ -62,6 +70,9 @@ class RegisterViT(nn.Module):
     Parameters have timm's names, registers apart: ``cls_token`` ``[1, K, C]``, ``register_tokens`` ``[1, R, C]``,
     ``pos_embed`` ``[1, rows, C]``, ``patch_embed.proj``, ``blocks.i``, ``norm``; what would be empty is absent.
     The adds and norms are fused from block to block, see ``RegisterBlock``.
+
+    Hooks, forward and backward, see what those on timm's modules see: tensors, ``[B, N, C]`` on a block, which is then
+    not fused with its neighbours. ``torch.fx`` traces the model with its modules as leaves.
 
     Args:
         config: sizes and choices.
@@ -188,9 +199,9 @@ class RegisterViT(nn.Module):
             CLS tokens, registers and patches after the final LayerNorm: views of one ``[B, N, C]``.
 
         Raises:
-            ValueError: if the images have another rank, other channels or other sides.
+            ValueError, TypeError: if the images have another rank, channels, sides, device or dtype.
         """
-        return self.layout.split(self.forward_features(images))
+        return _split(self.forward_features(images), self.layout)
 
     def forward_features(
         self, images: Tensor, *, outputs: Sequence[str] = ()
@@ -205,7 +216,7 @@ class RegisterViT(nn.Module):
             ``[B, N, C]`` after the final LayerNorm, or ``(that, AttentionOutputs)`` if ``outputs`` names any.
 
         Raises:
-            ValueError: if the images have another rank, other channels or other sides.
+            ValueError, TypeError: if the images have another rank, channels, sides, device or dtype.
         """
         stream, rope = self._embed(images)
         *blocks, last = self.blocks
@@ -213,7 +224,7 @@ class RegisterViT(nn.Module):
             stream = self._run(block, stream, rope)
         stream = self._run(last, stream, rope, outputs)
         stream, statistics = stream if outputs else (stream, None)
-        _, normalized, token_norms = self.norm(stream)
+        _, normalized, token_norms = normed(self.norm, stream)
         self.residual_norms(token_norms)
         return (normalized, statistics) if outputs else normalized
 
@@ -242,35 +253,64 @@ class RegisterViT(nn.Module):
         for i in range(last + 1):
             stream = self._run(self.blocks[i], stream, rope)
             if i in wanted:
-                residual, normalized, token_norms = self.norm(stream)
+                residual, normalized, token_norms = normed(self.norm, stream)
                 if i == last:  # no block follows, whose first norm would show these
                     after = self if i == depth - 1 else self.blocks[i + 1]
                     after.residual_norms(token_norms)
                 found[i] = normalized if norm else residual
                 stream = Residual(residual)
-        return [self.layout.split(found[i]) for i in wanted]
+        return [_split(found[i], self.layout) for i in wanted]
 
     def _embed(self, images: Tensor) -> tuple[Residual, Rope | None]:
         """The sequence before the first block, and the rotation of its patches."""
+        if hooked(self.blocks):
+            warnings.warn(
+                "blocks has a hook but is a list, which is never called: to see the stream after all of them, hook "
+                "the last, blocks[-1]",
+                stacklevel=2,
+            )
         config, positions = self.config, self.pos_embed
-        patches, grid = self.patch_embed(images)
+        patches = self.patch_embed(images)
+        grid = (images.shape[2] // config.patch_size, images.shape[3] // config.patch_size)
         if positions is not None:
-            positions = resample_positions(
+            positions = _resampled(
                 positions,
                 grid,
                 num_prefix_rows=config.num_prefix_rows,
                 antialias=config.antialias,
                 offset=config.interpolate_offset,
             )
-        x = functional.assemble_tokens(
-            patches, self.cls_token, self.register_tokens, positions, backend=self._assemble_backend
-        )
+        x = _assembled(patches, self.cls_token, self.register_tokens, positions, backend=self._assemble_backend)
         return Residual(x), None if self.rope is None else self.rope(grid, x)
 
     def _run(
         self, block: RegisterBlock, stream: Residual, rope: Rope | None, outputs: Sequence[str] = ()
     ) -> Residual | tuple[Residual, AttentionOutputs]:
         # Always by calling the block as a module: FSDP2 gathers its parameters in hooks of that call.
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, stream, rope, outputs=outputs, use_reentrant=False)
-        return block(stream, rope, outputs=outputs)
+        plain = hooked(block) or traced(stream)
+        given = stream.added() if plain else stream
+        if self.checkpointing and torch.is_grad_enabled() and not traced(stream):
+            result = checkpoint(block, given, rope, outputs=outputs, use_reentrant=False)
+        else:
+            result = block(given, rope, outputs=outputs)
+        if not plain:
+            return result
+        return (Residual(result[0]), result[1]) if outputs else Residual(result)
+
+
+# What reads the shapes of its inputs, and so is a leaf of torch.fx, as the modules are.
+
+
+@torch.fx.wrap
+def _resampled(pos_embed: Tensor, grid: tuple[int, int], **options: Any) -> Tensor:
+    return resample_positions(pos_embed, grid, **options)
+
+
+@torch.fx.wrap
+def _assembled(*tokens: Tensor | None, backend: str | None) -> Tensor:
+    return functional.assemble_tokens(*tokens, backend=backend)
+
+
+@torch.fx.wrap
+def _split(x: Tensor, layout: TokenLayout) -> TokenGroups:
+    return layout.split(x)

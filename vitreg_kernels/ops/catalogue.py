@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Literal, NamedTuple
 
 from ..dispatch import Backend, find
+from ..errors import UnsupportedError
 from .assemble import backends as assemble_backends
 from .assemble import features as assemble_features
 from .attention import backends as attention_backends
@@ -80,3 +81,24 @@ def backend_by_op(backend: str | Mapping[str, str | None] | None, ops: tuple[str
         if name is not None:
             find(OPS[op].backends, name)
     return {op: backend.get(op) for op in ops}
+
+
+def check_serves(op: str, backend: str | None, feature: str, setting: str) -> None:
+    """Refuse a setting of a module that the backend named for one of its ops cannot serve, when the module is made.
+
+    Args:
+        op: the op.
+        backend: a name that it has a backend of, or ``None`` for the default, which is one that can.
+        feature: what the setting asks of the backend.
+        setting: the setting in words, ``"attn_drop=0.1"``.
+
+    Raises:
+        UnsupportedError: if the backend does not declare the feature.
+    """
+    if backend is None or feature in find(OPS[op].backends, backend).requirements.features:
+        return
+    able = [b.name for b in OPS[op].backends if feature in b.requirements.features]
+    raise UnsupportedError(
+        f"backend {backend!r} does not support {feature}, which {setting} asks for; leave backend=None or name one of "
+        f"{', '.join(able)}"
+    )

@@ -7,6 +7,8 @@ against.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -15,24 +17,32 @@ from torch import Tensor
 from .types import AttentionInputs, AttentionOutputs, AttentionResult, Rope
 
 
-def attention(inputs: AttentionInputs) -> AttentionResult:
+def attention(inputs: AttentionInputs, dropout: Callable[[Tensor], Tensor] | None = None) -> AttentionResult:
     """Scaled dot-product attention (Vaswani et al., arXiv 1706.03762, eq. 1) and its statistics.
 
     Matrix products and the softmax run in the inputs' dtype; the rotation and the statistics in fp32 (fp64 for fp64).
+
+    Args:
+        inputs: the call.
+        dropout: called with the probabilities ``[B, H, N, N]`` of a call that is not packed, in place of dropping
+            ``inputs.dropout_p`` of them: for whoever wants to see them.
     """
     if inputs.cu_seqlens is None:
-        output, statistics = _attend(inputs)
+        output, statistics = _attend(inputs, dropout)
     else:
         output, statistics = _attend_packed(inputs)
     return AttentionResult(_in_bnhd_memory(output), AttentionOutputs(**{k: statistics[k] for k in inputs.outputs}))
 
 
-def _attend(inputs: AttentionInputs) -> tuple[Tensor, dict[str, Tensor]]:
+def _attend(
+    inputs: AttentionInputs, dropout: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     query, key, value = inputs.query, inputs.key, inputs.value
     if inputs.rope is not None:
         query, key = (_rotate_patches(x, inputs.rope, inputs.num_prefix_tokens) for x in (query, key))
     _, probabilities = _softmax(query, key, inputs)
-    output = torch.dropout(probabilities, inputs.dropout_p, train=True) @ value
+    drop = dropout or partial(torch.dropout, p=inputs.dropout_p, train=True)
+    output = drop(probabilities) @ value
     return output, _statistics(query, key, output, inputs) if inputs.outputs else {}
 
 
