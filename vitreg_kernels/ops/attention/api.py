@@ -42,7 +42,8 @@ def register_attention(
             ``"prefix_attention"``.
         attn_mask: bool (True takes part) or of the query's dtype (added to the logits), broadcastable to
             ``[B, H, N, N]``; a key-padding mask is bool ``[B, 1, 1, N]``. A query all of whose keys are masked gives
-            zeros.
+            zeros. A key that is masked (False or -inf) for every query is as good as absent, even where its key or
+            value is NaN or infinite: it changes no output, statistic or gradient, and its own gradients are zero.
         dropout_p: probability of dropping an attention weight, in [0, 1). Applies whenever it is not 0.
         scale: factor on the logits; 1 / sqrt(D) by default.
         rope: rotation of the patch tokens of query and key.

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .masks import without_hidden_keys
 from .types import AttentionInputs, AttentionOutputs, AttentionResult, Rope
 
 
@@ -37,9 +38,10 @@ def attention(inputs: AttentionInputs, dropout: Callable[[Tensor], Tensor] | Non
 def _attend(
     inputs: AttentionInputs, dropout: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    query, key, value = inputs.query, inputs.key, inputs.value
     if inputs.rope is not None:
-        query, key = (_rotate_patches(x, inputs.rope, inputs.num_prefix_tokens) for x in (query, key))
+        query, key = (_rotate_patches(x, inputs.rope, inputs.num_prefix_tokens) for x in (inputs.query, inputs.key))
+        inputs = inputs._replace(query=query, key=key)
+    query, key, value, *_ = inputs = without_hidden_keys(inputs)
     _, probabilities = _softmax(query, key, inputs)
     drop = dropout or partial(torch.dropout, p=inputs.dropout_p, train=True)
     output = drop(probabilities) @ value

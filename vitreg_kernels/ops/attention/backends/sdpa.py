@@ -13,6 +13,7 @@ from torch.nn import functional
 from ....dispatch import Backend
 from ..._shared import requirements
 from .. import features, statistics
+from ..masks import without_hidden_keys
 from ..packing import as_batch, runs_of_equal_length
 from ..rope import rotate_query_and_key
 from ..types import AttentionInputs, AttentionResult
@@ -21,6 +22,7 @@ from ..types import AttentionInputs, AttentionResult
 def forward(inputs: AttentionInputs) -> AttentionResult:
     if inputs.rope is not None:
         inputs = rotate_query_and_key(inputs)
+    inputs = without_hidden_keys(inputs)
     if inputs.cu_seqlens is not None:
         output = _packed(inputs)
     elif inputs.attn_mask is not None:

@@ -68,8 +68,8 @@ class Backward(NamedTuple):
 @triton.jit
 def _load_keys(ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     tokens = first + tl.arange(0, WIDTH)
-    key = load_rotated(ctx.key, ctx, tokens, end, MASKED)
-    value = load_tokens(ctx.value, ctx, tokens, end, MASKED)
+    key = load_rotated(ctx.key, ctx, tokens, end, MASKED, ctx.key_mask)
+    value = load_tokens(ctx.value, ctx, tokens, end, MASKED, ctx.key_mask)
     return key, value
 
 

@@ -87,7 +87,7 @@ def _load_keys(ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def _load_values(ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    return load_tokens(ctx.value, ctx, first + tl.arange(0, WIDTH), end, MASKED)
+    return load_tokens(ctx.value, ctx, first + tl.arange(0, WIDTH), end, MASKED, ctx.key_mask)
 
 
 @triton.jit

@@ -155,10 +155,13 @@ def addresses(rows: Rows, tokens, channels):
 
 
 @triton.jit
-def load_channels(rows, tokens, end, channels, LIMIT: tl.constexpr, MASKED: tl.constexpr):
-    """[W, C] tile of the given channels; zero for tokens beyond `end` and in the padding of the channels."""
-    if MASKED or channels.shape[0] > LIMIT:
-        inside = (tokens < end)[:, None] & (tl.arange(0, channels.shape[0]) < LIMIT)[None, :]
+def load_channels(rows, tokens, end, channels, LIMIT: tl.constexpr, MASKED: tl.constexpr, key_mask=None):
+    """[W, C] tile of the given channels; zero for tokens beyond `end` and in the padding of the channels.
+
+    With a `key_mask` it is zero for masked keys too, and a NaN in one meets no product: 0 * NaN would be NaN.
+    """
+    if MASKED or channels.shape[0] > LIMIT or key_mask is not None:
+        inside = takes_part(key_mask, tokens, end)[:, None] & (tl.arange(0, channels.shape[0]) < LIMIT)[None, :]
         tile = tl.load(addresses(rows, tokens, channels), mask=inside, other=0.0)
     else:
         tile = tl.load(addresses(rows, tokens, channels))
@@ -166,22 +169,22 @@ def load_channels(rows, tokens, end, channels, LIMIT: tl.constexpr, MASKED: tl.c
 
 
 @triton.jit
-def load_tokens(rows, ctx, tokens, end, MASKED: tl.constexpr):
+def load_tokens(rows, ctx, tokens, end, MASKED: tl.constexpr, key_mask=None):
     """[W, BLOCK_D] tile, channels in memory order."""
-    return load_channels(rows, tokens, end, tl.arange(0, ctx.BLOCK_D), ctx.D, MASKED)
+    return load_channels(rows, tokens, end, tl.arange(0, ctx.BLOCK_D), ctx.D, MASKED, key_mask)
 
 
 @triton.jit
-def load_rotated(rows, ctx, tokens, end, MASKED: tl.constexpr):
+def load_rotated(rows, ctx, tokens, end, MASKED: tl.constexpr, key_mask=None):
     """[W, BLOCK_D] tile of queries or keys, its patches rotated by fp32 arithmetic.
 
     A rotated tile has the first members of all pairs in its left half and the second ones in its right half. Logits do
     not care about the order of channels; `store_gradient` puts it back.
     """
     if ctx.rope is None:
-        tile = load_tokens(rows, ctx, tokens, end, MASKED)
+        tile = load_tokens(rows, ctx, tokens, end, MASKED, key_mask)
     else:
-        x1, x2 = load_pairs(rows, ctx, tokens, end, MASKED)
+        x1, x2 = load_pairs(rows, ctx, tokens, end, MASKED, key_mask)
         cos1, cos2, sin1, sin2 = load_rotation(ctx, tokens, end)
         y1 = x1.to(tl.float32) * cos1 - x2.to(tl.float32) * sin1
         y2 = x2.to(tl.float32) * cos2 + x1.to(tl.float32) * sin2
@@ -191,15 +194,15 @@ def load_rotated(rows, ctx, tokens, end, MASKED: tl.constexpr):
 
 
 @triton.jit
-def load_pairs(rows, ctx, tokens, end, MASKED: tl.constexpr):
+def load_pairs(rows, ctx, tokens, end, MASKED: tl.constexpr, key_mask=None):
     """First and second members of the channel pairs, each [W, BLOCK_D / 2], read in memory order."""
     if ctx.INTERLEAVED:
-        tile = load_tokens(rows, ctx, tokens, end, MASKED)
+        tile = load_tokens(rows, ctx, tokens, end, MASKED, key_mask)
         x1, x2 = tl.split(tl.reshape(tile, (tokens.shape[0], ctx.BLOCK_D // 2, 2)))
     else:
         pair = tl.arange(0, ctx.BLOCK_D // 2)
-        x1 = load_channels(rows, tokens, end, pair, ctx.D // 2, MASKED)
-        x2 = load_channels(rows, tokens, end, pair + ctx.D // 2, ctx.D // 2, MASKED)
+        x1 = load_channels(rows, tokens, end, pair, ctx.D // 2, MASKED, key_mask)
+        x2 = load_channels(rows, tokens, end, pair + ctx.D // 2, ctx.D // 2, MASKED, key_mask)
     return x1, x2
 
 
