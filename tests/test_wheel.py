@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 import re
 import shutil
@@ -15,20 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import timm_vits
-
 ROOT = Path(__file__).parents[1]
-
-# The example's timm needs torchvision, which this machine's torch may not be able to load.
-IMPORT_TIMM = f"""
-import importlib.util, torch
-from pathlib import Path
-from types import ModuleType
-{inspect.getsource(timm_vits.import_timm)}
-{inspect.getsource(timm_vits._loaded)}
-import_timm()
-"""
-
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
     """What the command prints. It sees no variable of the tests, such as ``PYTHONPATH``, that leads back here."""
@@ -105,12 +91,31 @@ def test_vitreg_check(installed, tmp_path):
     assert re.search(r"^[1-9]\d* passed, 0 failed$", shown, flags=re.MULTILINE)
 
 
-def test_the_readme_starts_with_code_that_runs(installed, tmp_path):
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
+def first_block() -> tuple[str, str]:
+    """The README's first code, and what it says that it prints."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    code, printed = re.search(r"^```python\n(.*?)^```\n```\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL).groups()
-    shown = run(installed / "python", "-c", IMPORT_TIMM + code, cwd=tmp_path)
-    assert shown.splitlines()[1:] == printed.splitlines()[1:]  # the first line is a difference by rounding
+    return re.search(r"^```python\n(.*?)^```\n```\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL).groups()
+
+
+def assert_prints_as_promised(shown: str) -> None:
+    assert shown.splitlines()[1:] == first_block()[1].splitlines()[1:]  # the first line is a difference by rounding
     difference = float(re.fullmatch(r"tensor\((.*)\)", shown.splitlines()[0]).group(1))
     assert difference < 1e-6
+
+
+needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+
+
+@needs_timm
+def test_the_readme_starts_with_code_that_runs(installed, tmp_path):
+    """Where the wheel is installed and torchvision can be imported, by the step that `make` does for it."""
+    run(installed / "python", "-m", "benchmarks.torchvision_beside_torch", cwd=ROOT)
+    assert_prints_as_promised(run(installed / "python", "-c", first_block()[0], cwd=tmp_path))
+    at_start = "import sys; print([name for name in ('torch', 'torchvision') if name in sys.modules])"
+    assert run(installed / "python", "-c", at_start, cwd=tmp_path).strip() == "[]"
+
+
+@needs_timm
+def test_the_readme_starts_with_code_that_runs_in_this_very_environment(tmp_path):
+    """As a new user tries it after `make`: nothing stands between the block and the environment's Python."""
+    assert_prints_as_promised(run(sys.executable, "-c", first_block()[0], cwd=tmp_path))

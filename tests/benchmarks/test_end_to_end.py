@@ -7,7 +7,7 @@ import builtins
 import pytest
 import torch
 
-from benchmarks import end_to_end, results, timm_vits
+from benchmarks import end_to_end, results, timm_vits, torchvision_beside_torch
 from benchmarks.end_to_end import OWN, Piece
 from benchmarks.results import Writer
 from benchmarks.timm_vits import Model
@@ -112,7 +112,7 @@ def test_timm_is_imported_where_torchvision_cannot_load_its_operators(timm, monk
     assert timm_vits.import_timm() is timm
     assert declared == []
     monkeypatch.setattr(torch.ops, "torchvision", object())
-    monkeypatch.setattr(timm_vits, "_loaded", lambda folder: False)
+    monkeypatch.setattr(torchvision_beside_torch, "_brings_them", lambda folder: False)
     assert timm_vits.import_timm() is timm
     assert declared == ["torchvision::nms", "torchvision::qnms"]
 
