@@ -1,4 +1,4 @@
-"""Lets torchvision, which timm needs, be imported beside a torch that its wheel was not built against: a CPU build, say.
+"""Lets torchvision, which timm needs, be imported beside a torch that its wheel was not built against (a CPU build).
 
 Importing it ends there at the fake kernels it registers for two operators that its C++ library failed to bring, so
 their bare schemas are declared first. No ViT calls them.

@@ -65,9 +65,10 @@ def _backends(ops: list[str], names: Sequence[str] | None, device: str) -> dict[
         return {op: usable_backends(op, torch.device(device)) for op in ops}
     chosen = {op: tuple(name for name in dict.fromkeys(names) if name in its) for op, its in having.items()}
     for name in names:
-        why = [reasons_against(op, name, torch.device(device)) for op, its in chosen.items() if name in its]
-        if all(why):
-            raise ValueError(f"backend {name!r} cannot be checked on {device}: {'; '.join(dict.fromkeys(sum(why, [])))}")
+        against = [reasons_against(op, name, torch.device(device)) for op, its in chosen.items() if name in its]
+        if all(against):
+            reasons = dict.fromkeys(reason for of_op in against for reason in of_op)
+            raise ValueError(f"backend {name!r} cannot be checked on {device}: {'; '.join(reasons)}")
     return chosen
 
 
