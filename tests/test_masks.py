@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import MASKS, PLAIN_BACKENDS, Spec, make_mask, make_qkv, needs, serving, views, widest
+from cases import MASKS, PLAIN_BACKENDS, Spec, make_mask, make_qkv, make_rope, needs, serving, views, widest
 
 from vitreg_kernels.functional import register_attention
 from vitreg_kernels.ops.attention import features
@@ -38,6 +38,46 @@ def test_masked_keys_are_as_good_as_absent(backend):
     torch.testing.assert_close(padded, logits.softmax(-1) @ value[:, :, keep])
     torch.testing.assert_close(padded_statistics.lse, logits.logsumexp(-1))
     assert (padded_statistics.received_attention[..., ~keep] == 0).all()
+
+
+HIDING = {
+    "key_padding": (3, 1, 1, 21),
+    "key_padding_of_all": (1, 1, 1, 21),
+    "bool": (3, 1, 21, 21),
+    "bool_of_heads": (1, 2, 1, 21),
+    "additive": (3, 2, 21, 21),
+    "additive_2d": (21, 21),
+}
+
+
+@every_backend
+@pytest.mark.parametrize("rope", [None, "halves"])
+@pytest.mark.parametrize("held", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("kind", HIDING)
+def test_a_key_that_no_query_sees_may_hold_anything(backend, kind, held, rope):
+    """To the last bit what the call gives where those keys and values are 0: outputs, statistics and gradients."""
+    spec = Spec(batch=3, mask=kind, rope=rope)
+    needs(backend, spec)
+    hidden = torch.rand(HIDING[kind][:-2] + (1, 21)) < 0.3
+    seen = torch.rand(HIDING[kind]) < 0.8 if "key_padding" not in kind else torch.ones(HIDING[kind], dtype=torch.bool)
+    mask = seen & ~hidden
+    if kind.startswith("additive"):
+        mask = torch.randn(mask.shape).masked_fill(~mask, -torch.inf).requires_grad_("2d" not in kind)
+    hidden = hidden.mT.expand(3, 2, 21, 1) if hidden.ndim > 2 else hidden.T
+    query, key, value = views(make_qkv(spec))
+    results = []
+    for content in (0.0, held):
+        leaves = [query, key.masked_fill(hidden, content), value.masked_fill(hidden, content)]
+        leaves = [x.detach().requires_grad_() for x in leaves] + [mask] * mask.requires_grad
+        options = {"num_prefix_tokens": 5, "rope": make_rope(spec) if rope else None, "outputs": OUTPUT_NAMES}
+        output, statistics = register_attention(*leaves[:3], attn_mask=mask, backend=backend, **options)
+        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        results.append([output, *statistics, *torch.autograd.grad(output, leaves, upstream)])
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned)
+        assert not poisoned.isnan().any()
+    for gradient in results[1][-2 - mask.requires_grad :][:2]:
+        assert (gradient.masked_select(hidden.expand_as(gradient)) == 0).all()
 
 
 @masking_backends

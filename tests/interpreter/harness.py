@@ -144,3 +144,11 @@ def call(
     query, key, value = random_qkv(batch, heads, tokens, head_dim, dtype)
     inputs = AttentionInputs(query, key, value, scale=head_dim**-0.5, num_prefix_tokens=prefix)
     return inputs._replace(**changes)
+
+
+def with_masked_keys_of(inputs: AttentionInputs, held: float) -> AttentionInputs:
+    """The call, its masked keys and their values all of one number."""
+    hidden = ~inputs.attn_mask.transpose(-2, -1)
+    for x in (inputs.key, inputs.value):
+        x.masked_fill_(hidden, held)
+    return inputs
