@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
 import torch
 
-from vitreg_kernels import cli
+from vitreg_kernels import __version__, cli
 from vitreg_kernels.cli.info import support_table
 from vitreg_kernels.measure import check
 from vitreg_kernels.measure.cases import CASES, assemble, attention, residual_norm, token_norms
@@ -191,7 +192,35 @@ def test_check_of_some_ops_by_the_backends_that_they_have(capsys: pytest.Capture
     assert capsys.readouterr().err == expected
 
 
-def test_check_that_checks_nothing_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
-    """A backend that serves no case here, such as xformers on a CPU, does not pass."""
-    assert cli.main(["check", "--device", "cpu", "--backend", "xformers"]) == 1
-    assert "not served: runs on cuda, not on cpu" in capsys.readouterr().out
+def test_check_that_checks_nothing_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["vitreg_kernels.cli.check"], "measure", lambda chosen, device: iter(()))
+    assert cli.main(["check", "--device", "cpu", "--backend", "reference"]) == 1
+
+
+@pytest.mark.parametrize("name", sorted({b.name for op in OPS.values() for b in op.backends}))
+def test_a_backend_that_does_not_run_here_is_told_at_once(name, monkeypatch, capsys):
+    """Nothing is measured then; what runs for one of the ops is checked."""
+    measured = []
+    command = sys.modules["vitreg_kernels.cli.check"]
+    monkeypatch.setattr(command, "measure", lambda chosen, device: measured.append(chosen) or iter(()))
+    having = [op for op in OPS if name in [b.name for b in OPS[op].backends]]
+    usable = [op for op in having if name in check.usable_backends(op, torch.device("cpu"))]
+    status = cli.main(["check", "--device", "cpu", "--backend", name])
+    printed = capsys.readouterr()
+    if usable:
+        assert measured
+        return
+    assert (status, measured, printed.out) == (2, [], "")
+    assert printed.err == f"backend {name!r} cannot be checked on cpu: runs on cuda, not on cpu\n"
+
+
+def test_a_backend_that_runs_does_not_hide_one_that_does_not(capsys):
+    assert cli.main(["check", "--device", "cpu", "--backend", "reference", "--backend", "xformers"]) == 2
+    assert "backend 'xformers' cannot be checked on cpu" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"vitreg_kernels {__version__}\n"

@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+
 def run(*command: object, cwd: Path, **environment: str) -> str:
     """What the command prints. It sees no variable of the tests, such as ``PYTHONPATH``, that leads back here."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VITREG"))}
