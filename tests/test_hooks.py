@@ -1,4 +1,4 @@
-"""What a hook sees on every module of a RegisterViT, a RegisterBlock and a RegisterAttention; and that it costs no bit."""
+"""What a hook sees on every module of a RegisterViT, and that without one all stays fused."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_a_key_that_no_query_sees_may_hold_anything(backend, kind, held, rope):
     """To the last bit what the call gives where those keys and values are 0: outputs, statistics and gradients."""
     spec = Spec(batch=3, mask=kind, rope=rope)
     needs(backend, spec)
-    hidden = torch.rand(HIDING[kind][:-2] + (1, 21)) < 0.3
+    hidden = torch.rand((*HIDING[kind][:-2], 1, 21)) < 0.3
     seen = torch.rand(HIDING[kind]) < 0.8 if "key_padding" not in kind else torch.ones(HIDING[kind], dtype=torch.bool)
     mask = seen & ~hidden
     if kind.startswith("additive"):

@@ -1,4 +1,4 @@
-"""What a module is given and what it is told when it is made: right, or refused in one sentence before torch refuses."""
+"""What a module is given, and told when it is made, is right or refused in one sentence, before torch refuses it."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vit_cases import TINY, vit
 
 from vitreg_kernels import RegisterViT
+from vitreg_kernels.nn.hooks import hooked
 
 CONFIG = replace(TINY, depth=3, position_rows="cls")
 PROCESSES = 2
@@ -48,14 +49,23 @@ def checks(rank):
     mine = pixels.chunk(PROCESSES)[rank]
     expected = gradients(vit(CONFIG), pixels)
     failures = []
-    for name in ("DDP", "FSDP2", "FSDP2 with checkpointing"):
+    for name in ("DDP", "FSDP2", "FSDP2 with checkpointing", "DDP with hooks", "FSDP2 with hooks"):
         model = vit(CONFIG)
         model.checkpointing = "checkpointing" in name
-        model = DistributedDataParallel(model) if name == "DDP" else sharded(model)
+        watched = [model.blocks[1], model.blocks[1].norm1, model.blocks[2].ls2, model.norm]
+        model = DistributedDataParallel(model) if name.startswith("DDP") else sharded(model)
+        if any(map(hooked, watched)):
+            failures.append(f"{name}: its own hooks undo the fusion")
+        seen = []
+        if "hooks" in name:
+            for module in watched:
+                module.register_forward_hook(lambda _, __, output, seen=seen: seen.append(type(output)))
         try:
             torch.testing.assert_close(gradients(model, mine), expected, atol=1e-5, rtol=1e-4)
         except AssertionError as error:
             failures.append(f"{name}: {error}")
+        if seen != [torch.Tensor] * (4 * ("hooks" in name)):
+            failures.append(f"{name}: hooks saw {seen}")
     # The way to build a model that no single device can hold.
     model = sharded(RegisterViT(CONFIG, device="meta"))
     model.to_empty(device="cpu")

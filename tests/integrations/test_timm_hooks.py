@@ -1,4 +1,4 @@
-"""Hooks and the tools built on them see the same on a RegisterViT, and on timm's model with our attention, as on timm's."""
+"""Hooks, and tools built on them, see on a RegisterViT, or on our attention in timm's model, what they see on timm's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from vitreg_kernels.monitor import TokenNormMonitor
 
 pytest.importorskip("timm")
 
-from timm.layers import create_feature_extractor as timm_extractor  # noqa: E402
-from timm.utils.attention_extract import AttentionExtract  # noqa: E402
-from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor  # noqa: E402
+from timm.layers import create_feature_extractor as timm_extractor
+from timm.utils.attention_extract import AttentionExtract
+from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
 
 OPTIONS = {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.5, "qk_norm": True, "global_pool": ""}
 # torch.fx cannot trace timm's dynamic sizes, with which its patch_embed gives a map of patches.

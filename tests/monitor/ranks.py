@@ -38,10 +38,18 @@ def main(rank, folder):
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS, timeout=patience)
     reports = {}
     for wrapping in WRAPPINGS:
-        for attached in ("before", "after"):
+        for attached in ("before", "after", "on meta"):
             inner = Doublings(reentrant=False if wrapping.endswith("checkpointed") else None)
-            monitor = monitored(inner) if attached == "before" else None
+            if attached == "on meta":
+                if wrapping == "DDP":  # which wants its weights when it wraps
+                    continue
+                inner.to("meta")
+            monitor = None if attached == "after" else monitored(inner)
             model = wrapped(inner, wrapping)
+            if attached == "on meta":
+                model.to_empty(device="cpu")
+                for parameter in model.parameters():
+                    torch.nn.init.constant_(parameter, 2.0)
             monitor = monitor or monitored(inner)
             for x in share(rank).split(1):
                 model(x.requires_grad_()).sum().backward()
