@@ -1,4 +1,4 @@
-"""Hooks, and tools built on them, see on a RegisterViT, or on our attention in timm's model, what they see on timm's."""
+"""Hooks and their tools see on a RegisterViT, or on our attention in timm's model, what they see on timm's own."""
 
 from __future__ import annotations
 
