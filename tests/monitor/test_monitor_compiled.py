@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial, update_wrapper
 
 import pytest
 import torch
@@ -19,7 +20,16 @@ def tiny_vit():
     return RegisterViT(ViTConfig(image_size=16, patch_size=8, dim=16, depth=2, num_heads=1, layer_scale=None))
 
 
+def patched_doublings():
+    """Modules whose forward somebody has put on the instance."""
+    model = Doublings()
+    for block in model.blocks:
+        block.forward = partial(type(block).forward, block)
+    return model
+
+
 KINDS = {
+    "patched doublings": (patched_doublings, monitored, tokens()),
     "doublings": (Doublings, monitored, tokens()),
     "register vit": (tiny_vit, TokenNormMonitor, IMAGES),
     "blocks of a register vit": (tiny_vit, lambda vit: TokenNormMonitor(vit, layers=layers_of(vit)), IMAGES),
@@ -53,7 +63,8 @@ def each_block_wrapped(model):
 
 CASES = [
     *(("doublings", way) for way in (whole, in_place, within_another, each_block, each_block_wrapped)),
-    *((kind, way) for kind in KINDS if kind != "doublings" for way in (whole, each_block)),
+    ("patched doublings", whole),
+    *((kind, way) for kind in KINDS if "vit" in kind for way in (whole, each_block)),
 ]
 
 
@@ -90,12 +101,11 @@ def test_any_order_of_attaching_running_and_removing(kind, compiled, dynamo):
             assert counts(monitor) == [len(x) * seen] * len(monitor.layers)
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["its class's forward", "a forward of its own"])
+@pytest.mark.parametrize("own", [None, lambda x: 3.0 * x, partial(torch.mul, 3.0)], ids=["none", "function", "partial"])
 def test_a_monitored_module_is_left_as_it_was(own):
     model = Doublings()
-    forward = lambda x: 3.0 * x  # noqa: E731
     if own:
-        model.blocks[0].forward = forward
+        model.blocks[0].forward = own
     before = [dict(block.__dict__) for block in model.blocks]
     first, second = monitored(model), monitored(model)
     assert torch.equal(model.blocks[0](tokens()), (3.0 if own else 2.0) * tokens())
@@ -108,10 +118,12 @@ def test_a_monitored_module_is_left_as_it_was(own):
 def test_a_forward_that_was_put_over_the_monitors_stays():
     model = Doublings()
     monitor = monitored(model)
-    forward = lambda x: 3.0 * x  # noqa: E731
+    # As accelerate puts one: over whatever is there, which it keeps to call it and to put it back.
+    forward = update_wrapper(partial(lambda inner, x: inner(x) + 1.0, model.blocks[0].forward), model.blocks[0].forward)
     model.blocks[0].forward = forward
     monitor.remove()
     assert model.blocks[0].forward is forward
+    assert torch.equal(model.blocks[0](tokens()), 2.0 * tokens() + 1.0)
 
 
 @pytest.mark.parametrize("layers", [1, 2, [0], [-2], [0, 2], [2, 0], [1, 1]])
