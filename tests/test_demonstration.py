@@ -35,11 +35,11 @@ def images():
 
 def plant(block, inputs, stream):
     """Background patches that hold something global: large, and along two channels as in trained models."""
-    x = stream.x.clone()
+    x = stream.clone()
     for image, patch in PLANTED:
         x[image, 5 + patch] = 0.0
         x[image, 5 + patch, :2] = NORM * torch.tensor([0.9, -(0.19**0.5)])
-    return stream._replace(x=x)
+    return x
 
 
 @needs_model
