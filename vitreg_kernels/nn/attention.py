@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._symbolic import known
 from ..layout import TokenLayout
 from ..ops.catalogue import backend_by_op
 
@@ -109,7 +110,7 @@ class RegisterAttention(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise ValueError(f"x must be [B, N, {self.dim}], not of shape {tuple(x.shape)}")
         prefix = self.layout.num_prefix_tokens
-        if x.shape[1] < prefix:
+        if known(x.shape[1] < prefix):
             raise ValueError(
                 f"x has {x.shape[1]} tokens, fewer than the {self.layout.num_cls_tokens} CLS and "
                 f"{self.layout.num_registers} register tokens of this module; set num_cls_tokens and num_registers"
