@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 import re
 import warnings
@@ -14,7 +13,6 @@ import torch
 from vitreg_kernels import load_vit
 from vitreg_kernels.integrations.configuration import configure
 from vitreg_kernels.integrations.timm import convert
-from vitreg_kernels.measure.accuracy import compare
 from vitreg_kernels.nn.tokens import patch_like_registers
 
 timm = pytest.importorskip("timm")
@@ -23,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:assumed what")  # which test_ass
 
 from timm.layers import SwiGLUPacked  # noqa: E402
 
-from tests.integrations.models import features, hugging_face, timm_dinov3, timm_vit  # noqa: E402
+from tests.integrations.models import assert_features, hugging_face, timm_dinov3, timm_vit  # noqa: E402
 
 LAYER_SCALE = {"init_values": 1.0}
 SWIGLU = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU, "mlp_ratio": 4}
@@ -42,16 +40,6 @@ MODELS = {
     "DINOv3ViT gated, key bias": partial(hugging_face, "DINOv3ViT", key_bias=True, **GATED),
     "ViT": partial(hugging_face, "ViT"),
 }
-
-
-@torch.no_grad()
-def assert_features(ours, theirs, *, sides=((64, 64), (48, 80))):
-    """By the accuracy rule against their model in fp64, on the images it is made for and on others."""
-    for height, width in sides:
-        images = torch.randn(2, 3, height, width)
-        exact = features(copy.deepcopy(theirs).double(), images.double())
-        accuracy = compare(ours.eval().forward_features(images), exact, features(theirs, images), terms=512)
-        assert accuracy.passed, f"{height} x {width}: {accuracy}"
 
 
 @pytest.mark.filterwarnings("ignore:left out.*pooler")
