@@ -35,11 +35,12 @@ def find_weights(source: Any) -> tuple[dict[str, Tensor], str | None]:
     found = dict(_vits(source, ()))
     if not found and not isinstance(source, Mapping):
         raise ValueError(f"the source must hold a state dict, tensors by name, not a {type(source).__name__}")
-    if not found and all(isinstance(value, Tensor) for value in source.values()):
+    if not found and source and all(isinstance(value, Tensor) for value in source.values()):
         return _unwrapped(source), None  # of no library known, as the conversions say
     if not found:
         keys = ", ".join(map(repr, list(source)[:8]))
-        raise ValueError(f"the source must hold the state dict of a ViT, and there is none under its keys {keys}")
+        rest = f"there is none under its keys {keys}" if source else "is empty"
+        raise ValueError(f"the source must hold the state dict of a ViT, and {rest}")
     path, others = _choose(sorted(found))
     taken = None
     if others:
