@@ -345,6 +345,30 @@ class TestFoldersOfTimm:
             warnings.simplefilter("error")
             load_vit(tmp_path, mlp="gelu", eps=1e-6)
 
+    @pytest.mark.parametrize("no_embed_class", [True, False])
+    def test_rows_of_registers_are_read_where_no_size_is(self, no_embed_class, tmp_path):
+        """81 rows are 9 x 9, or 8 x 8 and those of CLS and 16 registers."""
+        side = 9 if no_embed_class else 8
+        options = {"patch_size": 4, "reg_tokens": 16, "no_embed_class": no_embed_class}
+        theirs = self.saved(tmp_path, img_size=4 * side, **options)
+        changed(tmp_path, model_args={"num_heads": 4, **options}, pretrained_cfg=None)
+        with pytest.warns(UserWarning, match=rf"mlp='gelu', eps=1e-06, grid=\({side}, {side}\); give load_vit any"):
+            ours = load_vit(tmp_path)
+        assert_features(ours, theirs, sides=[(4 * side, 4 * side)])
+
+    @pytest.mark.parametrize("fixed", [True, False])
+    def test_the_size_of_a_model_that_takes_no_other_is_that_of_its_rows(self, fixed, tmp_path):
+        theirs = self.saved(tmp_path, img_size=(36, 64), patch_size=4)
+        described = {"input_size": [3, 36, 64], "fixed_input_size": fixed}
+        changed(tmp_path, model_args={"num_heads": 4}, pretrained_cfg=described)
+        with pytest.warns(
+            UserWarning, match="mlp='gelu', eps=1e-06" + ("; give" if fixed else r", grid=\(12, 12\); give")
+        ):
+            ours = load_vit(tmp_path)
+        assert ours.config.grid == ((9, 16) if fixed else (12, 12))
+        if fixed:
+            assert_features(ours, theirs, sides=[(36, 64)])
+
     def test_an_architecture_alone_is_not_looked_up(self, tmp_path):
         weights = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0).state_dict()
         torch.save(weights, tmp_path / "pytorch_model.bin")
