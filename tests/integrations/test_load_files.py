@@ -214,6 +214,14 @@ class TestFoldersOfTransformers:
             load_vit(tmp_path, grid=(12, 12))
         assert load_vit(tmp_path, image_size=32).config.grid == (8, 8)
 
+    def test_the_size_of_a_model_with_rope_is_no_matter(self, tmp_path, silence):
+        theirs = saved("DINOv3ViT", tmp_path)
+        for size, config_size in ((70, 64), ([48, 80], (48, 80))):
+            changed(tmp_path, image_size=size)
+            ours = load_vit(tmp_path)
+            assert ours.config.image_size == config_size
+            assert_features(ours, theirs, sides=[(64, 64)])
+
     def test_a_dinov2_of_images_that_are_not_square(self, tmp_path, silence):
         """Whose rows transformers takes for a square's nevertheless."""
         model = hugging_face("Dinov2", image_size=[36, 64], patch_size=4)

@@ -108,6 +108,15 @@ def test_a_name_with_a_wrapper_and_without_is_two_models(theirs):
         load_vit(both, **TOLD)
 
 
+def test_names_of_two_versions_are_two_models():
+    weights = hugging_face("Dinov2").state_dict()
+    old = {re.sub(r"^encoder\.layer\.", "layer.", name): tensor for name, tensor in weights.items()}
+    with pytest.raises(
+        ValueError, match=r"the weights have blocks\.0\.[\w.]+ twice, under two names: give those of one"
+    ):
+        load_vit(weights | old)
+
+
 NESTS = [
     *[(key,) for key in ("state_dict", "model", "teacher", "student", "ema", "net", "module", "backbone", "encoder")],
     *[(key,) for key in ("ema_state_dict", "model_state_dict", "weights", "params", "target_encoder", *OF_TIMM[:2])],

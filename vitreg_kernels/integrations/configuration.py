@@ -8,7 +8,7 @@ from typing import Any
 
 from ..nn.config import ViTConfig
 from .library import Converted, Library
-from .positions import read_rows
+from .positions import Reading, read_rows
 
 FIELDS = tuple(field.name for field in dataclasses.fields(ViTConfig))
 
@@ -54,33 +54,37 @@ def configure(
         raise ValueError(f"the number of heads does not follow from dim={fields['dim']}: give num_heads")
     unsure = {field: fields[field] for field in FIELDS if field in found.assumed.keys() - said.keys() - given.keys()}
     patch_size = fields["patch_size"]
-    image_grid = None
-    if "image_size" in changes:
-        image_grid = ViTConfig(image_size=changes["image_size"], patch_size=patch_size).grid
-    if fields["position"] == "rope":
-        if grid is not None:
-            raise ValueError(
-                f"grid={grid!r} is of position rows, of which the weights, with rope, have none; leave it out"
-            )
-        # Any size will do.
-        return ViTConfig(**{**fields, "image_size": said.get("image_size", 14 * patch_size)}), unsure
+    if grid is not None and fields["position"] == "rope":
+        raise ValueError(f"grid={grid!r} is of position rows, of which the weights, with rope, have none; leave it out")
     grid = _learnt_grid(grid, said.get("image_size"), patch_size)
-    tokens, registers = fields["num_cls_tokens"], fields["num_registers"]
-    prefixes = {"patches": 0, "cls": tokens, "prefix": tokens + registers}
-    if fields.get("position_rows", "cls") not in prefixes:
-        ViTConfig(position_rows=fields["position_rows"])  # which says what it may be
-    if "position_rows" in fields:
-        prefixes = {fields["position_rows"]: prefixes[fields["position_rows"]]}
+    if fields["position"] == "rope":
+        grid = grid or (14, 14)  # any will do
+    else:
+        image_grid = None
+        if "image_size" in changes:
+            image_grid = ViTConfig(image_size=changes["image_size"], patch_size=patch_size).grid
+        reading = _read_rows(found, fields, grid, image_grid)
+        if reading.assumed:
+            unsure["grid"] = reading.grid
+        grid, fields["position_rows"] = reading.grid, reading.position_rows
+    height, width = (side * patch_size for side in grid)
+    fields["image_size"] = height if height == width else (height, width)
+    return ViTConfig(**fields), unsure
+
+
+def _read_rows(
+    found: Converted, fields: Mapping[str, Any], grid: tuple[int, int] | None, image_grid: tuple[int, int] | None
+) -> Reading:
+    """The position rows of the weights, with what the fields say of them."""
     if "pos_embed" not in found.weights:
         raise ValueError("the weights lack pos_embed")
-    reading = read_rows(
-        found.weights["pos_embed"].shape[1], prefixes, grid=grid, image_grid=image_grid, square=found.square
-    )
-    if reading.assumed:
-        unsure["grid"] = reading.grid
-    height, width = (side * patch_size for side in reading.grid)
-    size = height if height == width else (height, width)
-    return ViTConfig(**{**fields, "position_rows": reading.position_rows, "image_size": size}), unsure
+    tokens, registers = fields["num_cls_tokens"], fields["num_registers"]
+    prefixes = {"patches": 0, "cls": tokens, "prefix": tokens + registers}
+    if (only := fields.get("position_rows")) is not None:
+        ViTConfig(position_rows=only)  # which says what it may be
+        prefixes = {only: prefixes[only]}
+    rows = found.weights["pos_embed"].shape[1]
+    return read_rows(rows, prefixes, grid=grid, image_grid=image_grid, square=found.square)
 
 
 def _learnt_grid(

@@ -88,12 +88,17 @@ def renamed(weights: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> 
     """The weights under new names, parts joined: each rule, a regular expression and what replaces it, one by one.
 
     Parts of a bias that are absent are zero, for what is added to no query, key or value is zero.
+
+    Raises:
+        ValueError: if two weights get one name.
     """
     result, parts = {}, defaultdict(dict)
     for name, tensor in weights.items():
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         whole, _, place = name.partition("#")
+        if name in result or (place and int(place) in parts[whole]):
+            raise ValueError(f"the weights have {whole} twice, under two names: give those of one model")
         if place:
             parts[whole][int(place)] = tensor
         else:
