@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def resample_positions(
-    pos_embed: Tensor, grid: tuple[int, int], *, num_prefix_rows: int = 0, antialias: bool = True, offset: float = 0.0
+    pos_embed: Tensor,
+    grid: tuple[int, int],
+    *,
+    from_grid: tuple[int, int],
+    num_prefix_rows: int = 0,
+    antialias: bool = True,
+    offset: float = 0.0,
 ) -> Tensor:
-    """Position rows for another grid of patches, by bicubic interpolation in fp32 (or wider).
+    """Position rows for another grid of patches: bicubic interpolation in fp32 (or wider), each axis by its own scale.
 
     With ``antialias`` and no offset as timm, and DINOv2's and Hugging Face's models with registers, do it; with an
     offset of 0.1 and no antialiasing as DINOv2's models without registers do: there the scale of the sampling grid is
-    ``(rows + offset) / side``, not ``rows / side``.
+    ``(rows + offset) / from_grid[0]``, not ``rows / from_grid[0]``, and so for the columns.
 
     The interpolation is separable, and is done as two matrix products: their backward repeats bit for bit, which that
     of ``F.interpolate`` does not on a CUDA device, and compiles with dynamic sizes.
 
     Args:
-        pos_embed: ``[1, num_prefix_rows + side * side, C]``, the rows of prefix tokens first; any floating dtype.
+        pos_embed: ``[1, num_prefix_rows + from_grid[0] * from_grid[1], C]``, the rows of prefix tokens first, then
+            those of the patches, row by row of the grid; any floating dtype.
         grid: rows and columns of patches wanted.
+        from_grid: rows and columns of patches that ``pos_embed`` was learnt on, which its number of rows does not tell.
         num_prefix_rows: rows that belong to no patch and pass as they are.
         antialias: whether shrinking averages over all rows it covers.
         offset: see above.
@@ -32,22 +38,25 @@ def resample_positions(
         ``[1, num_prefix_rows + M, C]`` in the dtype of ``pos_embed``; ``pos_embed`` itself if the grid fits.
 
     Raises:
-        ValueError: if the rows of the patches are no square.
+        ValueError: if the rows of the patches are not as many as ``from_grid`` has.
     """
+    height, width = from_grid
     num_rows = pos_embed.shape[1] - num_prefix_rows
-    side = math.isqrt(max(num_rows, 0))
-    if side * side != num_rows or not side:
+    if height * width != num_rows or not num_rows:
         raise ValueError(
             f"pos_embed has {pos_embed.shape[1]} rows, {num_prefix_rows} of them for prefix tokens, and the other "
-            f"{num_rows} are no square grid"
+            f"{num_rows} are no grid of {height} x {width}"
         )
-    if grid[0] == side and grid[1] == side:
+    if grid[0] == height and grid[1] == width:
         return pos_embed
     prefix, patches = pos_embed.split((num_prefix_rows, num_rows), dim=1)
     wide = patches.to(torch.promote_types(pos_embed.dtype, torch.float32))
-    by_row, by_column = (_interpolation(n, side, wide, antialias=antialias, offset=offset) for n in grid)
+    by_row, by_column = (
+        _interpolation(count, side, wide, antialias=antialias, offset=offset)
+        for count, side in zip(grid, from_grid, strict=True)
+    )
     with torch.autocast(wide.device.type, enabled=False):
-        rows = (by_row @ wide.reshape(side, -1)).unflatten(1, (side, -1))  # [rows, side, C]
+        rows = (by_row @ wide.reshape(height, -1)).unflatten(1, (width, -1))  # [rows, width, C]
         patches = (by_column @ rows).flatten(0, 1)
     return torch.cat((prefix, patches[None].to(pos_embed.dtype)), dim=1)
 

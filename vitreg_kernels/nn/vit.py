@@ -257,6 +257,7 @@ class RegisterViT(nn.Module):
             positions = resample_positions(
                 positions,
                 grid,
+                from_grid=config.grid,
                 num_prefix_rows=config.num_prefix_rows,
                 antialias=config.antialias,
                 offset=config.interpolate_offset,
