@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._symbolic import known
+
 
 def resample_positions(
     pos_embed: Tensor,
@@ -47,14 +49,17 @@ def resample_positions(
             f"pos_embed has {pos_embed.shape[1]} rows, {num_prefix_rows} of them for prefix tokens, and the other "
             f"{num_rows} are no grid of {height} x {width}"
         )
-    if grid[0] == height and grid[1] == width:
+    if known((grid[0] == height) & (grid[1] == width)):
         return pos_embed
     prefix, patches = pos_embed.split((num_prefix_rows, num_rows), dim=1)
     wide = patches.to(torch.promote_types(pos_embed.dtype, torch.float32))
-    by_row, by_column = (
-        _interpolation(count, side, wide, antialias=antialias, offset=offset)
-        for count, side in zip(grid, from_grid, strict=True)
-    )
+    if offset and torch.compiler.is_exporting():
+        by_row, by_column = _interpolations_of_any_size(grid, from_grid, wide, antialias=antialias, offset=offset)
+    else:
+        by_row, by_column = (
+            _interpolation(count, side, wide, antialias=antialias, offset=offset)
+            for count, side in zip(grid, from_grid, strict=True)
+        )
     with torch.autocast(wide.device.type, enabled=False):
         rows = (by_row @ wide.reshape(height, -1)).unflatten(1, (width, -1))  # [rows, width, C]
         patches = (by_column @ rows).flatten(0, 1)
@@ -67,3 +72,32 @@ def _interpolation(count: int, side: int, like: Tensor, *, antialias: bool, offs
     units = torch.eye(side, device=like.device, dtype=like.dtype)[None, None]
     target = {"scale_factor": ((count + offset) / side, 1.0)} if offset else {"size": (count, side)}
     return F.interpolate(units, mode="bicubic", antialias=antialias, **target)[0, 0]
+
+
+@torch.no_grad()
+def _interpolations_of_any_size(
+    grid: tuple[int, int], from_grid: tuple[int, int], like: Tensor, *, antialias: bool, offset: float
+) -> list[Tensor]:
+    """The same matrices for a graph that torch.export makes for sizes it does not know.
+
+    ``F.interpolate`` would bind the graph to the scale of its example, so points are sampled where that would sample
+    them. Without an offset it keeps a grid that fits as it is; with one it is told to, as ``resample_positions`` does.
+    """
+    if antialias:
+        raise ValueError(
+            f"interpolate_offset={offset} together with antialias=True, which no published model has, cannot be exported"
+        )
+    counts = [torch.full((), count, device=like.device) for count in grid]
+    fits = (counts[0] == from_grid[0]) & (counts[1] == from_grid[1])
+    found = []
+    for count, side in zip(grid, from_grid, strict=True):
+        points = torch.arange(count, device=like.device, dtype=like.dtype)
+        places = torch.arange(side, device=like.device, dtype=like.dtype)
+        # To -1 ... 1 from edge to edge of the points, which lie in the middles.
+        along = (2 * points + 1) / (count + offset) - 1
+        across = (2 * places + 1) / side - 1
+        where = torch.stack(torch.broadcast_tensors(across[None, :], along[:, None]), -1)
+        units = torch.eye(side, device=like.device, dtype=like.dtype)[None, None]
+        sampled = F.grid_sample(units, where[None], mode="bicubic", padding_mode="border", align_corners=False)[0, 0]
+        found.append(torch.where(fits, (points[:, None] == places).to(like.dtype), sampled))
+    return found
