@@ -9,7 +9,7 @@ import argparse
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
@@ -95,7 +95,7 @@ def _read_file(path: Path) -> Any:
     return _or_unreadable(_unpickle, path)
 
 
-def _or_unreadable(load: Any, path: Path) -> Any:
+def _or_unreadable(load: Callable[[Path], Any], path: Path) -> Any:
     try:
         return load(path)
     except (pickle.UnpicklingError, OSError, MemoryError):
