@@ -12,7 +12,10 @@ from torch.export import Dim
 from vitreg_kernels import RegisterViT, UnsupportedError
 from vitreg_kernels.nn.config import ViTConfig
 
-pytestmark = pytest.mark.usefixtures("dynamo")
+pytestmark = [
+    pytest.mark.usefixtures("dynamo"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"),
+]
 
 POSITIONS = {
     "rope": {"position": "rope"},
@@ -39,6 +42,7 @@ class Features(nn.Module):
     def __init__(self, model: RegisterViT) -> None:
         super().__init__()
         self.model = model
+        self.train(model.training)
 
     def forward(self, images):
         return self.model.forward_features(images)
@@ -91,15 +95,16 @@ class TestExport:
 class TestTrace:
     @every_position
     @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "kernels"])
-    def test_any_batch_with_gradients(self, position, backend, tmp_path):
+    @pytest.mark.parametrize("size", [(32, 48), (64, 40)], ids=str)
+    def test_any_batch_with_gradients(self, position, backend, size, tmp_path):
         model = Features(vit(position, backend))
-        traced = torch.jit.trace(model, torch.randn(2, 3, 32, 48))
+        traced = torch.jit.trace(model, torch.randn(2, 3, *size))
         traced.save(tmp_path / "model.pt")
         traced = torch.jit.load(tmp_path / "model.pt")
-        assert_same(traced, model, (2, 32, 48), (3, 32, 48), (1, 32, 48))
+        assert_same(traced, model, (2, *size), (3, *size), (1, *size))
         gradients = []
         for function in (traced, model):
-            images = torch.linspace(-1, 1, 2 * 3 * 32 * 48).view(2, 3, 32, 48).requires_grad_()
+            images = torch.linspace(-1, 1, 2 * 3 * size[0] * size[1]).view(2, 3, *size).requires_grad_()
             gradients.append(torch.autograd.grad(function(images).sin().sum(), [images, *function.parameters()]))
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 

@@ -66,9 +66,7 @@ def test_statistics_of_sdpa_make_the_logits_again(outputs, rows):
     query, key, value = (x.transpose(1, 2).detach() for x in qkv().unbind(2))
 
     def attend(outputs):
-        functional.register_attention(
-            query, key, value, num_prefix_tokens=PREFIX, outputs=outputs, backend="sdpa"
-        )
+        functional.register_attention(query, key, value, num_prefix_tokens=PREFIX, outputs=outputs, backend="sdpa")
 
     assert counted(attend, outputs) - counted(attend, ()) == PRODUCT * rows // TOKENS
 

@@ -53,7 +53,10 @@ class PatchEmbed(nn.Module):
                 f"pad or crop it"
             )
         patches = self.proj(images)
-        return patches.flatten(2).transpose(1, 2), (patches.shape[2], patches.shape[3])
+        rows, columns = patches.shape[2:]
+        if torch.jit.is_tracing():  # where sizes are tensors; a trace is of images of one size
+            rows, columns = int(rows), int(columns)
+        return patches.flatten(2).transpose(1, 2), (rows, columns)
 
 
 class RegisterViT(nn.Module):

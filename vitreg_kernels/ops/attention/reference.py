@@ -32,7 +32,9 @@ def _attend(inputs: AttentionInputs) -> tuple[Tensor, dict[str, Tensor]]:
     if inputs.rope is not None:
         query, key = (_rotate_patches(x, inputs.rope, inputs.num_prefix_tokens) for x in (query, key))
     _, probabilities = _softmax(query, key, inputs)
-    output = torch.dropout(probabilities, inputs.dropout_p, train=True) @ value
+    if inputs.dropout_p:
+        probabilities = torch.dropout(probabilities, inputs.dropout_p, train=True)
+    output = probabilities @ value
     return output, _statistics(query, key, output, inputs) if inputs.outputs else {}
 
 
