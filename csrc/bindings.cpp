@@ -361,6 +361,8 @@ void fill_call(vitreg::Attention& call, const Tensor& query, const Tensor& key, 
                const MaybeTensor& cu_seqlens, int64_t num_prefix_tokens, double scale) {
     STD_TORCH_CHECK(query.dim() == 4, "expected [batch, heads, tokens, head dim] tensors");
     STD_TORCH_CHECK(query.size(3) <= 128, "expected a head dim of at most 128");
+    STD_TORCH_CHECK(0 <= num_prefix_tokens && num_prefix_tokens <= query.size(2),
+                    "expected as many tokens as the prefix has, or more");
     call.batch = query.size(0);
     call.heads = query.size(1);
     call.tokens = query.size(2);

@@ -17,6 +17,7 @@ from vitreg_kernels.dispatch import rules as dispatch
 from vitreg_kernels.dispatch.preferences import Table
 from vitreg_kernels.dispatch.tables import Default, Key, Size
 from vitreg_kernels.functional import register_attention
+from vitreg_kernels.ops._shared import observers
 from vitreg_kernels.ops.attention import features
 from vitreg_kernels.ops.attention.backends import BACKENDS
 from vitreg_kernels.ops.attention.validation import validated
@@ -97,7 +98,8 @@ class TestDeclarations:
 
     @pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
     def test_features_are_of_the_vocabulary(self, backend):
-        assert set(backend.requirements.features) <= set(features.ALL)
+        assert set(backend.requirements.features) <= {*features.ALL, *observers.ALL}
+        assert set(backend.requirements.features_if_named) <= set(backend.requirements.features)
         assert isinstance(backend.requirements, Requirements)
 
 
@@ -130,6 +132,17 @@ class TestSelection:
         broken = replace(fake("a"), faults=lambda: ["broken"])
         assert broken.reasons_against(CALL) == ["broken"]
         assert broken.reasons_against(CALL._replace(device="cpu")) == ["runs on cuda, not on cpu"]
+
+    def test_a_feature_that_a_backend_serves_only_if_it_is_named(self):
+        """Whoever names it gets it, and nobody else."""
+        serves = DECLARED._replace(features_if_named=(features.ROPE,))
+        backends = replace(fake("a"), requirements=serves), replace(fake("b"), requirements=DECLARED)
+        turned = CALL._replace(features=(features.ROPE,))
+        assert [dispatch.select(backends, call, None).name for call in (CALL, turned)] == ["a", "b"]
+        assert dispatch.select(backends, turned, "a").name == "a"
+        assert dispatch.explain(backends, turned, None).reasons == {"a": ["serves rope only if it is named"]}
+        with pytest.raises(UnsupportedError, match="a: serves rope only if it is named"):
+            dispatch.select(backends[:1], turned, None)
 
     def test_explanation(self):
         backends = fake("a", default="if measured"), fake("b"), fake("c"), fake("d", ["too wide", "too new"])

@@ -42,7 +42,7 @@ LAYERS = (
     ("nn", "measure"),
     ("functional", "ops.catalogue"),
     tuple(f"ops.{op}" for op in OPS),
-    ("dispatch", "_triton", "_native", "ops._shared", "layout", "errors", "_version"),
+    ("dispatch", "_triton", "_native", "ops._shared", "layout", "errors", "_symbolic", "_version"),
 )
 
 

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitreg_kernels.ops._shared.autograd import differentiable, op_or_implementation
+from vitreg_kernels.ops._shared.transforms import Rules, joined, parted, transformable
 
 LIBRARY = torch.library.Library("vitreg_tests", "FRAGMENT")
 LIBRARY.define("twice(Tensor x, str[] names, ScalarType? dtype) -> Tensor")
@@ -117,7 +118,21 @@ def backward(ctx, grad_output, _):
     return grad_output * ctx.factor, None, None
 
 
-scaled = differentiable("Scaled", forward, save, backward, tensors=1)
+def formula(x: Tensor, factor: float, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x * factor, x.detach().abs()
+
+
+def fold(size, in_dims, arguments, kernel):
+    x, factor, y = arguments
+    outputs = kernel(joined(x, in_dims[0], size), factor, y)
+    return tuple(parted(output, size) for output in outputs), (0, 0)
+
+
+FORWARD = Rules(formula, fold, derivable=(0,))
+scaled = differentiable("Scaled", forward, save, backward, FORWARD, tensors=1)
+# A kernel whose own derivatives are the formula's, as a backward is.
+RULES = Rules(lambda x, y: (x.sin() * y,), lambda *_: None, derivable=(0, 1))
+product = transformable("Product", lambda x, y: (torch.from_numpy(x.detach().sin().numpy()) * y.detach(),), RULES)
 
 
 class TestNode:
@@ -137,28 +152,6 @@ class TestNode:
         (grad,) = torch.autograd.grad(compiled(x), x)
         torch.testing.assert_close(grad, 18 * x.detach())
 
-    @pytest.mark.parametrize("inner", ["autograd", "torch.func"])
-    @pytest.mark.parametrize("outer", ["autograd", "torch.func"])
-    def test_a_second_derivative_says_that_there_is_none(self, inner, outer):
-        """By each of torch's ways, where a part would otherwise be missing in silence."""
-        x = torch.randn(4)
-        if (inner, outer) == ("autograd", "torch.func"):
-            return  # torch.func does not differentiate torch.autograd.grad
-
-        def loss(x):  # whose incoming gradient is a constant, as scaled's own derivative is not taken to be
-            return scaled(x, 3.0, None)[0].sum()
-
-        def gradient(x):
-            if inner == "torch.func":
-                return torch.func.grad(loss)(x)
-            return torch.autograd.grad(loss(x), x, create_graph=True)[0]
-
-        def total(x):
-            return gradient(x).square().sum() + x.sum()
-
-        with pytest.raises((RuntimeError, NotImplementedError), match="once_differentiable"):
-            torch.func.grad(total)(x) if outer == "torch.func" else total(x.requires_grad_()).backward()
-
     def test_a_gradient_that_nobody_differentiates_is_used_freely(self):
         x = torch.randn(4, requires_grad=True)
 
@@ -169,3 +162,52 @@ class TestNode:
         torch.testing.assert_close(first.detach(), 18 * x.detach())
         outer = torch.func.grad(lambda y: (torch.func.grad(loss)(y.detach()) * y).sum())(x.detach())
         torch.testing.assert_close(outer, 18 * x.detach())
+
+
+class TestTransforms:
+    """The first derivative is the kernel's, all others the formula's; a mapped call is one call."""
+
+    def test_mapped(self):
+        x = torch.randn(3, 2, 4)
+        output, statistic = torch.vmap(lambda x: scaled(x, 3.0, None), in_dims=1)(x)
+        torch.testing.assert_close(output, 3 * x.movedim(1, 0))
+        torch.testing.assert_close(statistic, x.movedim(1, 0).abs())
+
+    def test_pushed_forward(self):
+        x, tangent = torch.randn(4), torch.randn(4)
+        output, pushed = torch.func.jvp(lambda x: scaled(x, 3.0, None)[0], (x,), (tangent,))
+        torch.testing.assert_close((output, pushed), (3 * x, 3 * tangent))
+
+    def test_statistics_have_no_tangent(self):
+        _, pushed = torch.func.jvp(lambda x: scaled(x, 3.0, None)[1], (torch.randn(4),), (torch.randn(4),))
+        assert not pushed.any()
+
+    @pytest.mark.parametrize("place", [0, 1])
+    @pytest.mark.parametrize("times", [1, 2, 3])
+    def test_derivatives_of_a_formula(self, place, times):
+        given = [torch.randn(4, dtype=torch.float64) for _ in range(2)]
+
+        def nth(function):
+            for _ in range(times):
+                function = torch.func.grad(function, place)
+            return function
+
+        def by_autograd(function):
+            leaves = [x.clone().requires_grad_() for x in given]
+            found = function(*leaves)
+            for _ in range(times):
+                (found,) = torch.autograd.grad(found.sum(), leaves[place], create_graph=True, materialize_grads=True)
+            return found.detach()
+
+        def by_kernel(x, y):
+            return product(x, y)[0].sum()
+
+        expected = by_autograd(lambda x, y: (x.sin() * y).sum())
+        torch.testing.assert_close(by_autograd(by_kernel), expected)
+        if times == 1:
+            torch.testing.assert_close(nth(by_kernel)(*given), expected)
+
+    def test_what_no_one_call_can_do_is_the_formula_mapped(self):
+        x, y = torch.randn(3, 4), torch.randn(4)
+        (mapped,) = torch.vmap(product, (0, None))(x, y)
+        torch.testing.assert_close(mapped, x.sin() * y)

@@ -83,6 +83,14 @@ class TestCache:
         (x * rope((3, 4), x).cos).sum().backward()
         assert torch.equal(x.grad, rope_of((3, 4)).cos)
 
+    def test_what_a_mode_made_is_not_kept(self):
+        """A fake tensor, or a tensor of a trace, would turn up in a later call."""
+        rope = PatchRope(16, 100.0)
+        with torch._subclasses.FakeTensorMode():
+            rope((3, 4), torch.zeros(1))
+        torch.jit.trace(lambda x: x + rope((3, 4), x).cos, torch.zeros(1))
+        assert torch.equal(rope((3, 4), torch.zeros(1)).cos, rope_of((3, 4)).cos)
+
     def test_has_no_state(self):
         rope, x = PatchRope(16, 100.0), torch.zeros(1)
         rope((3, 4), x)

@@ -24,7 +24,7 @@ from vitreg_kernels.ops.attention.statistics import LOGIT_STATISTICS
 def test_attention_statistics(spec, outputs):
     query, key, _ = views(make_qkv(spec))
     mask = make_mask(spec) if spec.mask else None
-    arguments = (query, key, mask, None, spec.prefix, 0.25, outputs)
+    arguments = (query, key, mask, None, spec.prefix, 0.25, " ".join(outputs))
     torch.library.opcheck(torch.ops.vitreg.attention_statistics, arguments)
     real = torch.ops.vitreg.attention_statistics(*arguments)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -32,6 +32,7 @@ KINDS = {
     "rope": replace(TINY, position="rope", rope_base=10.0),
     "no registers": replace(TINY, num_registers=0, position_rows="cls"),
     "16 registers, 2 CLS": replace(TINY, num_registers=16, num_cls_tokens=2, position_rows="cls"),
+    "not square": replace(TINY, image_size=(12, 24), position_rows="cls"),
     "no prefix": replace(TINY, num_registers=0, num_cls_tokens=0),
     "swiglu, qk_norm, no scale": replace(TINY, mlp="swiglu", hidden_dim=40, qk_norm=True, layer_scale=None),
 }
@@ -352,6 +353,12 @@ class TestConfig:
         assert model.config.head_dim == (128 if "7b" in name else 64)
         assert (model.pos_embed is None) == name.startswith("dinov3")
 
+    @pytest.mark.parametrize(("size", "grid"), [(16, (4, 4)), ((16, 16), (4, 4)), ((12, 24), (3, 6))])
+    def test_the_grid_is_that_of_the_images(self, size, grid):
+        config = replace(TINY, image_size=size, position_rows="cls")
+        assert (config.image_size, config.grid, config.num_position_rows) == (size, grid, 1 + grid[0] * grid[1])
+        assert hash(config) == hash(replace(TINY, image_size=size, position_rows="cls"))
+
     def test_no_such_preset(self):
         with pytest.raises(ValueError, match="no preset is named 'vit_small'; there are vit_small_patch14, vit_base"):
             RegisterViT.preset("vit_small")
@@ -365,6 +372,11 @@ class TestConfig:
             ({"num_heads": True}, "num_heads must be a positive int, not True"),
             ({"num_heads": 5}, "dim=48 must be a multiple of num_heads=5"),
             ({"image_size": 18}, "image_size=18 must be a multiple of patch_size=4"),
+            ({"image_size": (16, 18)}, r"image_size=\(16, 18\) must be a multiple of patch_size=4"),
+            ({"image_size": [16, 16]}, r"image_size must be a positive int, or a tuple of two, .*, not \[16, 16\]"),
+            ({"image_size": (16,)}, r"image_size must be a positive int, or a tuple of two, .*, not \(16,\)"),
+            ({"image_size": (16, 0)}, r"image_size must be a positive int, or a tuple of two, .*, not \(16, 0\)"),
+            ({"image_size": True}, "image_size must be a positive int, or a tuple of two, height and width, not True"),
             ({"num_registers": -1}, "num_registers must be a non-negative int, not -1"),
             ({"mlp": "relu"}, "mlp must be one of 'gelu', 'swiglu', not 'relu'"),
             ({"position": "none"}, "position must be one of 'absolute', 'rope', not 'none'"),

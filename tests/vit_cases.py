@@ -109,9 +109,9 @@ def streams_formula(p: Weights, images: Tensor, config: ViTConfig) -> list[Tenso
     if config.position == "rope":
         x, angles = torch.cat((cls, registers, patches), dim=1), angles_of(grid, config, images.dtype)
     else:
-        prefix, rows = p["pos_embed"][:, : -(config.side**2)], p["pos_embed"][:, -(config.side**2) :]
-        if tuple(grid) != (config.side, config.side):
-            rows = rows.transpose(1, 2).reshape(1, -1, config.side, config.side)
+        prefix, rows = p["pos_embed"].split((config.num_prefix_rows, math.prod(config.grid)), dim=1)
+        if tuple(grid) != config.grid:
+            rows = rows.transpose(1, 2).reshape(1, -1, *config.grid)
             rows = F.interpolate(rows, size=tuple(grid), mode="bicubic", antialias=config.antialias)
             rows = rows.flatten(2).transpose(1, 2)
         patches = patches + rows

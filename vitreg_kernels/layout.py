@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._symbolic import known
+
 
 class TokenGroups(NamedTuple):
     """The tokens of a ``[B, N, ...]`` tensor by group, all views of it.
@@ -104,7 +106,7 @@ class TokenLayout:
         Raises:
             ValueError: if ``x`` has no token dimension, or its N does not fit the layout.
         """
-        self._check(x)
+        self.check(x)
         return TokenGroups(x[:, self.cls], x[:, self.registers], x[:, self.patches])
 
     def strip_registers(self, x: Tensor) -> Tensor:
@@ -116,13 +118,14 @@ class TokenLayout:
         cls, _, patches = self.split(x)
         return torch.cat((cls, patches), dim=1) if self.num_registers else x
 
-    def _check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError if ``x`` ``[B, N, ...]`` has no token dimension, or its N does not fit the layout."""
         if x.dim() < 2:
             raise ValueError(f"x must be [B, N, ...] with its tokens along dimension 1, not of shape {tuple(x.shape)}")
         prefix = f"{self.num_cls_tokens} CLS and {self.num_registers} register tokens"
-        if x.shape[1] < self.num_prefix_tokens:
+        if known(x.shape[1] < self.num_prefix_tokens):
             raise ValueError(f"x has {x.shape[1]} tokens, too few for the layout's {prefix}")
-        if self.num_patches is not None and x.shape[1] != self.num_tokens:
+        if self.num_patches is not None and known(x.shape[1] != self.num_tokens):
             raise ValueError(
                 f"x has {x.shape[1]} tokens where the layout has {self.num_tokens}: {prefix} and "
                 f"{self.num_patches} patches"

@@ -21,13 +21,15 @@ for package in ("skimage", "sklearn"):
 
 def tiny_model(num_registers: int = 0) -> Pretrained:
     """C = 128, H = 2, 2 blocks, patches of 14 px at 3 x 3 positions, random weights under DINOv2's names."""
-    config = ViTConfig(image_size=42, dim=128, depth=2, num_heads=2, hidden_dim=64, num_registers=num_registers)
+    sizes = {"image_size": 42, "dim": 128, "depth": 2, "num_heads": 2, "hidden_dim": 64, "position_rows": "cls"}
+    config = ViTConfig(**sizes, num_registers=num_registers)
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(x.shape, generator=generator) / x.shape[-1] ** 0.5
         for name, x in RegisterViT(config, device="meta").state_dict().items()
     }
-    return Pretrained("a tiny ViT", weights | {"mask_token": torch.zeros(1, 128)})
+    told = {"num_heads": 2, "antialias": num_registers > 0, "interpolate_offset": 0.0 if num_registers else 0.1}
+    return Pretrained("a tiny ViT", weights | {"mask_token": torch.zeros(1, 128)}, told)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -62,7 +64,7 @@ def test_the_monitored_steps_are_monitored_and_the_others_are_not(vit, monkeypat
     monkeypatch.setattr(monitoring, "TokenNormMonitor", Monitor)
     monitoring.measure(vit, 2, 1, CPU)
     assert len(made) == 4  # of three variants two, in the warm-up and in the round
-    patches = 2 * vit.config.side**2
+    patches = 2 * math.prod(vit.config.grid)
     assert sorted(made)[0] == (("blocks.0.mlp", "blocks.1.mlp"), [patches] * 2)
     assert sorted(made)[-1] == (("embedding", "blocks.0", "blocks.1"), [patches] * 3)
     assert not any(module._forward_hooks for module in vit.modules())

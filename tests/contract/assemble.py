@@ -15,6 +15,7 @@ from vitreg_kernels.ops.assemble.backends import BACKENDS
 class Assemble(Op):
     BACKENDS = BACKENDS
     KINDS = cases.KINDS
+    TRACED = Spec(position=None)
     INPUTS = cases.DIFFERENTIABLE
     TOKENS = ("patches",)
     OUTPUTS = ("tokens",)

@@ -26,6 +26,7 @@ _KINDS = [
 class Attention(Op):
     BACKENDS = BACKENDS
     KINDS = _KINDS
+    TRACED = Spec(outputs=())
     INPUTS = ("query", "key", "value")
     TOKENS = ("query", "key", "value")
     OUTPUTS = ("output",)

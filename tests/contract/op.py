@@ -26,6 +26,7 @@ class Op(ABC):
     Attributes:
         BACKENDS: the op's registry.
         KINDS: a call of every kind that all backends serve; the first is the fullest.
+        TRACED: a call of which ``TOKENS`` alone have the size of the batch and of the sequence.
         INPUTS: tensors that gradients are asked of.
         TOKENS: inputs that are as large as the batch: those that may be anywhere in memory.
         OUTPUTS: outputs that carry gradients; all others are statistics.
@@ -34,6 +35,7 @@ class Op(ABC):
 
     BACKENDS: ClassVar[Sequence[Backend]]
     KINDS: ClassVar[Sequence[Any]]
+    TRACED: ClassVar[Any]
     INPUTS: ClassVar[tuple[str, ...]]
     TOKENS: ClassVar[tuple[str, ...]]
     OUTPUTS: ClassVar[tuple[str, ...]]

@@ -16,6 +16,7 @@ from vitreg_kernels.ops.residual_norm.backends import BACKENDS
 class ResidualNorm(Op):
     BACKENDS = BACKENDS
     KINDS = cases.KINDS
+    TRACED = Spec(drop_path=False)
     INPUTS = cases.DIFFERENTIABLE
     TOKENS = ("x", "branch")
     OUTPUTS = ("residual", "normalized")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -249,32 +248,6 @@ class TestGradients:
         x, loss = loss_of_input(op, op.make_call(op.KINDS[0]))
         actual, expected = (torch.func.grad(loss)(x, by) for by in (backend.name, "reference"))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-    @every_backend
-    def test_what_has_no_derivative_says_so(self, op, backend):
-        """A second derivative and a forward-mode one raise, where torch would go on without the kernel's part."""
-        if not (backend.opaque and op.OUTPUTS):
-            return
-        call = op.make_call(op.KINDS[0])
-        name = op.INPUTS[0]
-
-        def output(x: Tensor, by: str = backend.name) -> Tensor:
-            return op.outputs(by, call | {name: x})[op.OUTPUTS[-1]]
-
-        def second(loss: Callable[[Tensor], Tensor], by: str) -> Tensor:
-            x = call[name].clone().requires_grad_()
-            (grad,) = torch.autograd.grad(loss(output(x, by)), x, create_graph=True)
-            (grad.square().sum() + x.sum()).backward()
-            return x.grad
-
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            second(lambda y: y.square().sum(), backend.name)
-        with suppress(NotImplementedError):  # a sum hands a constant back: of a linear op, no derivative is right
-            torch.testing.assert_close(second(torch.sum, backend.name), second(torch.sum, "reference"))
-        with pytest.raises(NotImplementedError, match="once_differentiable"):
-            torch.func.grad(lambda x: torch.func.grad(lambda y: output(y).square().sum())(x).sum())(call[name])
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(output, (call[name],), (torch.randn_like(call[name]),))
 
 
 class _Recorded(TorchDispatchMode):

@@ -16,6 +16,7 @@ from vitreg_kernels.ops.token_norms.backends import BACKENDS
 class TokenNorms(Op):
     BACKENDS = BACKENDS
     KINDS = (Spec(),)
+    TRACED = Spec()
     INPUTS = ("x",)
     TOKENS = ("x",)
     OUTPUTS = ()
@@ -40,6 +41,7 @@ class TokenNormStats(TokenNorms):
     """Of norms that have been taken: bins of norms that differ by a rounding may be others."""
 
     KINDS = tuple(dict.fromkeys(spec._replace(norms=True) for spec in cases.KINDS))
+    TRACED = Spec(norms=True)
 
     def make_call(self, spec: Spec) -> Call:
         return cases.make_call(spec)

@@ -1,10 +1,13 @@
-"""Small models of other libraries with random weights that let no mistake hide."""
+"""Small models of other libraries with random weights that let no mistake hide, and what their features must be."""
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import torch
+
+from vitreg_kernels.measure.accuracy import compare
 
 DIM = 128
 
@@ -48,7 +51,7 @@ def hugging_face(name, *, kind="Model", **options):
     import transformers
 
     sizes = {"hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
-    config = getattr(transformers, f"{name}Config")(**sizes, intermediate_size=256, **options)
+    config = getattr(transformers, f"{name}Config")(**{**sizes, "intermediate_size": 256, **options})
     return scramble(getattr(transformers, f"{name}{kind}")(config))
 
 
@@ -58,3 +61,21 @@ def features(model, images):
         return model.forward_features(images)
     resampled = {"interpolate_pos_encoding": True} if type(model).__name__ == "ViTModel" else {}
     return model(pixel_values=images, **resampled).last_hidden_state
+
+
+@torch.no_grad()
+def assert_features(ours, theirs, *, sides=((64, 64), (48, 80))):
+    """By the accuracy rule against their model in fp64, on the images it is made for and on others."""
+    for height, width in sides:
+        images = torch.randn(2, 3, height, width)
+        exact = features(copy.deepcopy(theirs).double(), images.double())
+        accuracy = compare(ours.eval().forward_features(images), exact, features(theirs, images), terms=512)
+        assert accuracy.passed, f"{height} x {width}: {accuracy}"
+
+
+def assert_same(ours, other):
+    """Two ``RegisterViT`` of one configuration and the same weights, bit for bit."""
+    assert ours.config == other.config
+    weights = other.state_dict()
+    assert ours.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in ours.state_dict().items())

@@ -137,14 +137,15 @@ def shapes(model, prefix):
 
 
 class TestPositions:
+    @pytest.mark.parametrize("from_grid", [(7, 7), (6, 9), (18, 32)])
     @pytest.mark.parametrize("grid", [(4, 4), (7, 5), (9, 14), (7, 7)])
     @pytest.mark.parametrize("antialias", [True, False])
     @pytest.mark.parametrize("prefix", [0, 5])
-    def test_resampled_as_timm_does(self, grid, antialias, prefix):
-        pos_embed = torch.randn(1, prefix + 49, 12)
+    def test_resampled_as_timm_does(self, from_grid, grid, antialias, prefix):
+        pos_embed = torch.randn(1, prefix + from_grid[0] * from_grid[1], 12)
         options = {"antialias": antialias, "num_prefix_tokens": prefix}
-        theirs = resample_abs_pos_embed(pos_embed, list(grid), **options)
-        ours = resample_positions(pos_embed, grid, num_prefix_rows=prefix, antialias=antialias)
+        theirs = resample_abs_pos_embed(pos_embed, list(grid), list(from_grid), **options)
+        ours = resample_positions(pos_embed, grid, from_grid=from_grid, num_prefix_rows=prefix, antialias=antialias)
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
     @pytest.mark.parametrize("grid", [(4, 4), (3, 7), (37, 37)])

@@ -22,6 +22,7 @@ class Requirements(NamedTuple):
         features: features of a call beyond the plain one, such as ``"rope"``; each op lists its own.
         capabilities: oldest and newest CUDA compute capability, ten times the version: ``(90, 90)`` is sm_90 alone.
         channels: smallest and largest number of channels a token, of an op that takes whole tokens.
+        features_if_named: those of ``features`` with which the backend is no default.
     """
 
     devices: tuple[str, ...]
@@ -30,6 +31,7 @@ class Requirements(NamedTuple):
     features: tuple[str, ...] = ()
     capabilities: tuple[int, int] = ANY_CAPABILITY
     channels: tuple[int, int] = ANY_SIZE
+    features_if_named: tuple[str, ...] = ()
 
 
 class Request(NamedTuple):

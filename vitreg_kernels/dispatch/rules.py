@@ -127,7 +127,7 @@ def _select(backends: tuple[Backend, ...], request: Request, name: str | None) -
                 "can"
             )
         return backend
-    able = [backend for backend in backends if not backend.reasons_against(request)]
+    able = [b for b in backends if not b.reasons_against(request) and not _only_if_named(b, request)]
     measured = preferences.measured(request)
     if measured is not None:
         for backend in able:
@@ -181,6 +181,8 @@ def _reasons_against(
         return reasons
     if name:
         return [f"{name} was named"]
+    if _only_if_named(backend, request):
+        return [_not_by_default(backend, request)]
     if row is not None and row.backend == taken:
         return [f"{row.table} names {taken} for such a call; name this one to use it"]
     if backend.default == "yes":
@@ -188,8 +190,15 @@ def _reasons_against(
     return [_not_by_default(backend, request)]
 
 
+def _only_if_named(backend: Backend, request: Request) -> list[str]:
+    """Features of a call with which a backend that serves them is no default."""
+    return [feature for feature in backend.requirements.features_if_named if feature in request.features]
+
+
 def _not_by_default(backend: Backend, request: Request) -> str:
     """Why a backend that can serve a call is not taken without having been named, or measured."""
+    if only := _only_if_named(backend, request):
+        return f"serves {', '.join(only)} only if it is named"
     if backend.default == "never":
         return "is never the default; name it to use it"
     if (row := preferences.measured(request)) is not None:

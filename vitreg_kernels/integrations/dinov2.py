@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
-from ..nn.config import ViTConfig
-from .library import Library, ResidualStream, derives_from, named
-from .state_dict import backbone, infer_config, renamed
+from .library import Converted, Library, ResidualStream, derives_from, named
+from .state_dict import PATCH_EMBED, backbone, converted, renamed
 
 _RULES = (
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # chunks for FSDP, within which the numbers of blocks run on
@@ -18,33 +17,32 @@ _RULES = (
 )
 
 
-def convert(
-    weights: Mapping[str, Tensor], *, num_heads: int | None = None
-) -> tuple[ViTConfig, dict[str, Tensor]] | None:
-    """``RegisterViT``'s configuration and weights, or None if these are not DINOv2's.
+def convert(weights: Mapping[str, Tensor]) -> Converted | None:
+    """A state dict of a ``DinoVisionTransformer``, or None if these weights are not DINOv2's.
 
     They are told by the mask token, which every DINOv2 model has and no feature shows. The published models with
-    registers resample positions with antialiasing, those without with an offset of 0.1 instead.
+    registers resample positions with antialiasing, those without with an offset of 0.1 instead; DINOv2's own training
+    does the latter unless it is told otherwise, with registers or without. Its code takes the grid for a square.
 
     Args:
         weights: a state dict, the names with any prefix; a training checkpoint's teacher is taken.
-        num_heads: H, where heads are not of 64 channels.
 
     Raises:
         ValueError: if sizes cannot be told from the shapes.
     """
-    vit = backbone(weights, r"patch_embed\.proj\.weight")
+    vit = backbone(weights, PATCH_EMBED)
     if vit is None or not {"mask_token", "pos_embed"} <= vit.weights.keys():
         return None
-    names = renamed(vit.without(("head",), unused=("mask_token",)), _RULES)
+    names, left_out = vit.without(("head",), unused=("mask_token",))
+    names = renamed(names, _RULES)
     registers = "register_tokens" in names
-    return infer_config(
+    return converted(
         names,
-        num_heads=num_heads,
-        head_dims={},
-        eps=1e-6,
-        antialias=registers,
-        interpolate_offset=0.0 if registers else 0.1,
+        left_out,
+        fixed={"eps": 1e-6, "position_rows": "cls"},
+        assumed={"antialias": registers, "interpolate_offset": 0.0 if registers else 0.1},
+        activation_assumed=False,
+        square=True,
     )
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
-from ..nn.config import ViTConfig
-from .library import Library, ResidualStream, derives_from, named
-from .state_dict import backbone, infer_config, renamed
+from .library import Converted, Library, ResidualStream, derives_from, named
+from .state_dict import PATCH_EMBED, backbone, converted, renamed
 
 _RULES = (
     (r"^storage_tokens$", "register_tokens"),
@@ -21,38 +20,39 @@ _RULES = (
 _PERIODS = "rope_embed.periods"
 
 
-def convert(
-    weights: Mapping[str, Tensor], *, num_heads: int | None = None
-) -> tuple[ViTConfig, dict[str, Tensor]] | None:
-    """``RegisterViT``'s configuration and weights, or None if these are not DINOv3's.
+def convert(weights: Mapping[str, Tensor]) -> Converted | None:
+    """A state dict of a ``DinoVisionTransformer``, or None if these weights are not DINOv3's.
 
-    They are told by the periods of the rotation, which also tell the head dim.
+    They are told by the periods of the rotation, which also tell its base and the number of heads. The norms' epsilon
+    is that of the published models; DINOv3's code knows another.
 
     The published files hold those periods rounded to bf16; ``RegisterViT`` computes them from their base, as timm and
     transformers do, so an angle may differ by 1 part in 500.
 
     Args:
         weights: a state dict, the names with any prefix; a training checkpoint's teacher is taken.
-        num_heads: H; must agree with the periods.
 
     Raises:
         ValueError: if sizes cannot be told from the shapes, or the periods are no powers of one base.
     """
-    vit = backbone(weights, r"patch_embed\.proj\.weight")
+    vit = backbone(weights, PATCH_EMBED)
     if vit is None or _PERIODS not in vit.weights:
         return None
     periods = vit.weights[_PERIODS]
     # The norm of local crops' CLS tokens is used in training alone.
-    names = vit.without(("head",), unused=("mask_token", "local_cls_norm", _PERIODS))
+    names, left_out = vit.without(("head",), unused=("mask_token", "local_cls_norm", _PERIODS))
     for mask in [name for name in names if name.endswith(".bias_mask")]:
         bias = mask.removesuffix("_mask")
         names[bias] = names[bias] * names.pop(mask)  # 0 for the keys
     dim = names["patch_embed.proj.weight"].shape[0]
-    head_dim = 4 * len(periods)
-    if num_heads not in (None, dim // head_dim):
-        raise ValueError(f"num_heads={num_heads} disagrees with {_PERIODS}, which is of {dim // head_dim} heads")
-    return infer_config(
-        renamed(names, _RULES), num_heads=num_heads, head_dims={dim: head_dim}, eps=1e-5, rope_base=_base_of(periods)
+    return converted(
+        renamed(names, _RULES),
+        left_out,
+        rope=True,
+        told={"num_heads": dim // (4 * len(periods)), "rope_base": _base_of(periods)},
+        fixed={},
+        assumed={"eps": 1e-5},
+        activation_assumed=False,
     )
 
 

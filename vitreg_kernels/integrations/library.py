@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
-from ..nn.config import ViTConfig
 
 
 class ResidualStream(NamedTuple):
@@ -25,19 +24,44 @@ class ResidualStream(NamedTuple):
     layout: TokenLayout
 
 
+class Converted(NamedTuple):
+    """A state dict under ``RegisterViT``'s names, and what it says of the configuration: fields of ``ViTConfig``.
+
+    Attributes:
+        weights: by ``RegisterViT``'s names.
+        told: fields that the shapes tell.
+        fixed: fields that no shape tells and the library's code gives no choice about.
+        assumed: fields that no shape tells, as the published models have them. ``mlp`` and ``position`` may be among
+            them and in ``told`` too: a width tells that an MLP has a gate, and not which activation that gate has.
+        square: whether the library takes any position rows for those of a square grid.
+        left_out: what ``RegisterViT`` has no place for and its features have no part of, by name.
+    """
+
+    weights: dict[str, Tensor]
+    told: dict[str, Any]
+    fixed: dict[str, Any]
+    assumed: dict[str, Any]
+    square: bool
+    left_out: list[str]
+
+
 class Library(NamedTuple):
     """One model library.
 
     Attributes:
         name: its package.
         residual_stream: where the stream of a module of its passes; ``None`` of any other module.
-        convert: a state dict of one of its models as ``RegisterViT``'s configuration and weights, ``None`` of any
-            other; no function where its checkpoints are not read. Takes ``num_heads``, which may be ``None``.
+        convert: a state dict of one of its models, ``None`` of any other; no function where its checkpoints are not
+            read.
+        describe: fields of ``ViTConfig`` that the ``config.json`` in its folders tells, given that and the mapping
+            ``told`` of ``Converted``; ``image_size`` is of the images that the position rows were learnt on. No
+            function where it writes none.
     """
 
     name: str
     residual_stream: Callable[[nn.Module], ResidualStream | None]
-    convert: Callable[..., tuple[ViTConfig, dict[str, Tensor]] | None] | None = None
+    convert: Callable[[Mapping[str, Tensor]], Converted | None] | None = None
+    describe: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
 
 
 def derives_from(model: nn.Module, package: str | None, *names: str) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,54 +15,81 @@ from ..nn.config import ViTConfig
 from ..nn.position import resample_positions
 from ..nn.tokens import patch_like_registers
 from ..nn.vit import RegisterViT
+from . import files
+from .configuration import FIELDS, configure, described
 from .libraries import LIBRARIES
-
-_NESTED = ("teacher", "model", "state_dict")  # where training checkpoints keep the state dict
+from .library import Converted, Library
+from .nests import find_weights
 
 
 def load_vit(
     source: str | PathLike | Mapping[str, Any],
     *,
-    num_registers: int | None = None,
-    num_heads: int | None = None,
-    image_size: int | None = None,
+    grid: tuple[int, int] | None = None,
     backend: str | Mapping[str, str | None] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    **changes: Any,
 ) -> RegisterViT:
     """A ``RegisterViT`` that computes what the model computes whose weights these are.
 
-    Served are timm's ``VisionTransformer`` and DINOv3; Hugging Face's Dinov2, Dinov2WithRegisters, DINOv3ViT and ViT;
-    DINOv2's and DINOv3's own files. Sizes are read off the shapes. What no shape tells is taken from the published
-    models: the norms' epsilon, how positions are resampled, GELU in an MLP without a gate, and the number of heads (64
-    channels a head but in a few known models). Classifiers and other heads are left out, with a warning that names
-    them; mask tokens in silence.
+    Served are timm's ``VisionTransformer`` and DINOv3, and what has the names of the former (DeiT, MAE, DINO, MoCo v3);
+    Hugging Face's Dinov2, Dinov2WithRegisters, DINOv3ViT and ViT; DINOv2's and DINOv3's own files.
+
+    Sizes are read off the shapes, and off the ``config.json`` of a folder. Weights alone do not tell the number of
+    heads, the norms' epsilon, the activation of an MLP (``mlp="gelu"`` is the exact GELU, ``"swiglu"`` a gate of SiLU
+    before the value), how positions are resampled, the base of a rotation, or the grid that position rows were learnt
+    on: 576 rows may be of 24 x 24 patches or of 18 x 32. What is known of none of these is taken as the published
+    models have it, with 64 channels a head but in a few known models and a square grid, and one warning says what was
+    assumed; give these fields, and there is none. Where the position rows may be read in several ways, with rows for
+    CLS tokens and registers or without, nothing is assumed and you are asked.
+
+    Classifiers and other heads are left out, with a warning that names them; mask tokens in silence. Of the several
+    state dicts of a training's file, that of the teacher is taken, or else what timm's loader takes, averaged weights
+    first, with a warning that says so; names may hold the parts that DistributedDataParallel, ``torch.compile``, FSDP
+    and activation checkpointing put into them.
 
     The state dict of a ``RegisterViT`` does not say all of its configuration: keep that beside it, and load it with
     ``RegisterViT(config).load_state_dict(...)``.
 
     Args:
-        source: a ``.safetensors`` file, a ``.pt``, ``.pth`` or ``.bin`` file (read with ``weights_only=True``), or a
-            state dict.
-        num_registers: registers of the model. Those of weights without registers are made like patches of a plain
-            image, which changes the features least; see ``patch_like_registers``.
-        num_heads: H, where it is not the published model's of that width.
-        image_size: resample the position rows to square images of this size, once and for all.
+        source: a state dict, or a mapping that holds one; a ``.safetensors`` file; a ``.pt``, ``.pth``, ``.bin``,
+            ``.ckpt`` or ``.pth.tar`` file (read with ``weights_only=True``, and ``argparse.Namespace`` allowed); or a
+            folder as transformers and timm write it, with ``config.json`` and the weights, whole or split.
+        grid: rows and columns of patches that the position rows were learnt on.
         backend: of the ops, as ``RegisterViT`` takes it.
         device, dtype: of the model's parameters; torch's defaults if None.
+        changes: fields of ``ViTConfig``. What the weights or ``config.json`` tell must agree, but for two:
+            ``image_size``, an int or height and width, resamples the position rows to these images, once and for all;
+            ``num_registers`` gives a model without registers so many, made like patches of a plain image, which changes
+            the features least (see ``patch_like_registers``).
 
     Raises:
-        ValueError: if the file is of another kind, the weights are of no known library, a weight is missing, unknown or
-            of another shape, or ``num_registers`` is not that of weights with registers.
+        TypeError: if a change is no field of ``ViTConfig``.
+        ValueError: if the file is of another kind or cannot be read, the weights are of no known library or of several
+            models, a weight is missing, unknown or of another shape, the position rows can be read in several ways or
+            in none, or a change disagrees with the weights.
+        pickle.UnpicklingError: if the file holds more than tensors and plain values.
+        FileNotFoundError: if there is no such file.
         ModuleNotFoundError: if a ``.safetensors`` file is given and safetensors is not installed.
     """
-    weights = _state_dict(_read(source) if isinstance(source, str | PathLike) else source)
-    config, weights = _convert(weights, num_heads)
+    if unknown := sorted(changes.keys() - set(FIELDS)):
+        raise TypeError(f"{', '.join(unknown)} is no field of ViTConfig, which has {', '.join(FIELDS)}")
+    content, description = files.read(source) if isinstance(source, str | PathLike) else (source, None)
+    weights, taken = find_weights(content)
+    library, found = _convert(weights)
+    said = {} if description is None else described(library, description, found.told)
+    config, unsure = configure(found, said, changes, grid)
+    weights = found.weights
     _check(config, weights)
-    if num_registers not in (None, config.num_registers):
-        config, weights = _with_registers(config, weights, num_registers)
-    if image_size is not None:
-        config, weights = _for_images_of(image_size, config, weights)
+    if "num_registers" in changes and changes["num_registers"] != config.num_registers:
+        config, weights = _with_registers(config, weights, changes["num_registers"])
+    if "image_size" in changes:
+        config, weights = _for_images_of(changes["image_size"], config, weights)
+    left_out = f"left out what RegisterViT has no place for: {', '.join(found.left_out)}" if found.left_out else None
+    for sentence in (taken, left_out, _assumption(unsure, folder=description is not None)):
+        if sentence:
+            warnings.warn(sentence, stacklevel=2)
     # On the meta device first: no weights are drawn for nothing.
     model = RegisterViT(config, backend=backend, device="meta", dtype=dtype)
     model.to_empty(device=torch.get_default_device() if device is None else device)
@@ -70,38 +97,24 @@ def load_vit(
     return model
 
 
-def _read(path: str | PathLike) -> Mapping[str, Any]:
-    suffix = Path(path).suffix
-    if suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{path} needs safetensors: run `pip install safetensors`") from error
-        return load_file(path)
-    if suffix in (".pt", ".pth", ".bin"):
-        return torch.load(path, map_location="cpu", weights_only=True)
-    raise ValueError(f"{path} must end in .safetensors, .pt, .pth or .bin")
-
-
-def _state_dict(weights: Any) -> dict[str, Tensor]:
-    """The tensors by name, out of what a training checkpoint puts around them."""
-    while nested := [key for key in _NESTED if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping)]:
-        weights = weights[nested[0]]
-    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise ValueError(f"the source must hold a state dict, tensors by name, not a {type(weights).__name__}")
-    return dict(weights)
-
-
-def _convert(weights: Mapping[str, Tensor], num_heads: int | None) -> tuple[ViTConfig, dict[str, Tensor]]:
+def _convert(weights: Mapping[str, Tensor]) -> tuple[Library, Converted]:
     readers = [library for library in LIBRARIES if library.convert is not None]
     for library in readers:
-        if (converted := library.convert(weights, num_heads=num_heads)) is not None:
-            return converted
+        if (converted := library.convert(weights)) is not None:
+            return library, converted
     known = ", ".join(library.name for library in readers)
     raise ValueError(
         f"the weights, {_some(weights)}, are of no model known of {known}; those of a RegisterViT go into "
         "RegisterViT(config).load_state_dict"
     )
+
+
+def _assumption(unsure: Mapping[str, Any], *, folder: bool) -> str | None:
+    if not unsure:
+        return None
+    nobody = "neither the weights nor config.json tell" if folder else "the weights do not tell"
+    values = ", ".join(f"{field}={value!r}" for field, value in unsure.items())
+    return f"assumed what {nobody}: {values}; give load_vit any of these to say otherwise"
 
 
 def _check(config: ViTConfig, weights: Mapping[str, Tensor]) -> None:
@@ -113,6 +126,8 @@ def _check(config: ViTConfig, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name} must have the shape {tuple(expected[name].shape)}, not {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a floating dtype, not {tensor.dtype}: give the weights unquantised")
 
 
 def _with_registers(config: ViTConfig, weights: dict[str, Tensor], num_registers: int) -> tuple[ViTConfig, dict]:
@@ -125,18 +140,26 @@ def _with_registers(config: ViTConfig, weights: dict[str, Tensor], num_registers
             f"num_registers={num_registers} new registers would be made from position rows, of which the weights, with "
             "rope, have none; leave it out"
         )
+    if config.position_rows == "prefix":
+        raise ValueError(
+            f"position_rows='prefix' would be of num_registers={num_registers} new registers too, for which the "
+            "weights have no rows: give 'cls'"
+        )
     registers = patch_like_registers(
         weights["pos_embed"][:, config.num_prefix_rows :], weights["patch_embed.proj.bias"], num_registers
     )
     return dataclasses.replace(config, num_registers=num_registers), {**weights, "register_tokens": registers}
 
 
-def _for_images_of(image_size: int, config: ViTConfig, weights: dict[str, Tensor]) -> tuple[ViTConfig, dict]:
+def _for_images_of(
+    image_size: int | tuple[int, int], config: ViTConfig, weights: dict[str, Tensor]
+) -> tuple[ViTConfig, dict]:
     resized = dataclasses.replace(config, image_size=image_size)
     if config.position == "absolute":
         rows = resample_positions(
             weights["pos_embed"],
-            (resized.side, resized.side),
+            resized.grid,
+            from_grid=config.grid,
             num_prefix_rows=config.num_prefix_rows,
             antialias=config.antialias,
             offset=config.interpolate_offset,
@@ -145,7 +168,7 @@ def _for_images_of(image_size: int, config: ViTConfig, weights: dict[str, Tensor
     return resized, weights
 
 
-def _some(names: Any) -> str:
+def _some(names: Collection[str]) -> str:
     """Up to four names, and how many more there are."""
     first = sorted(names)[:4]
     return ", ".join(first) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

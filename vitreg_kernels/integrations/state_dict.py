@@ -6,9 +6,7 @@ name, ``#`` and its place: the weight of a key projection is ``blocks.0.attn.qkv
 
 from __future__ import annotations
 
-import math
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -16,8 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..nn.config import ViTConfig
+from .library import Converted
 
+# The weight that every ViT has, as timm, DINOv2 and DINOv3 name it, and as transformers does.
+PATCH_EMBED = r"patch_embed\.proj\.weight"
+HUGGING_FACE_PATCH_EMBED = r"embeddings\.patch_embeddings(?:\.projection)?\.weight"
+_ANY_PATCH_EMBED = re.compile(rf"((?:.*\.)?)(?:{PATCH_EMBED}|{HUGGING_FACE_PATCH_EMBED})")
 _PARTS = {"qkv": 3, "fc1": 2}  # query, key, value; gate, value
 
 
@@ -32,19 +34,22 @@ class Backbone(NamedTuple):
     weights: dict[str, Tensor]
     others: list[str]
 
-    def without(self, heads: Collection[str], unused: Collection[str] = ()) -> dict[str, Tensor]:
-        """The weights but for those of some modules.
+    def without(self, heads: Collection[str], unused: Collection[str] = ()) -> tuple[dict[str, Tensor], list[str]]:
+        """The weights but for those of some modules, and what of it is worth a word.
 
         Args:
-            heads: modules that make something of the features. One warning names those that there are, and what is not
-                the backbone's.
+            heads: modules that make something of the features. They are named, and what is not the backbone's.
             unused: modules and parameters that have no part in the features; they go in silence.
         """
         lost = {".".join(name.split(".")[:-1][:2]) or name for name in self.others}
         lost |= {head for head in heads if any(_within(name, (head,)) for name in self.weights)}
-        if lost:
-            warnings.warn(f"left out what RegisterViT has no place for: {', '.join(sorted(lost))}", stacklevel=2)
-        return {name: tensor for name, tensor in self.weights.items() if not _within(name, (*heads, *unused))}
+        weights = {name: tensor for name, tensor in self.weights.items() if not _within(name, (*heads, *unused))}
+        return weights, sorted(lost)
+
+
+def holds_vit(names: Iterable[str]) -> bool:
+    """Whether one of the names is that of the patch embedding of a ViT known here."""
+    return any(_ANY_PATCH_EMBED.fullmatch(name) for name in names)
 
 
 def backbone(weights: Mapping[str, Tensor], patch_embed: str) -> Backbone | None:
@@ -61,12 +66,11 @@ def backbone(weights: Mapping[str, Tensor], patch_embed: str) -> Backbone | None
         None if no name fits.
 
     Raises:
-        ValueError: if there are several and none is the teacher's.
+        ValueError: if there are several ViTs, of whatever library, and none is the teacher's.
     """
-    fits = (re.fullmatch(rf"((?:.*\.)?){patch_embed}", name) for name in weights)
-    prefixes = {fit[1] for fit in fits if fit}
+    prefixes = {fit[1] for fit in map(_ANY_PATCH_EMBED.fullmatch, weights) if fit}
     if len(prefixes) > 1:
-        prefixes = {prefix for prefix in prefixes if prefix.startswith("teacher.")} or prefixes
+        prefixes = {prefix for prefix in prefixes if "teacher" in prefix.split(".")} or prefixes
     if len(prefixes) > 1:
         raise ValueError(
             f"the weights are of several models, {', '.join(map(repr, sorted(prefixes)))}: give those of one"
@@ -75,6 +79,8 @@ def backbone(weights: Mapping[str, Tensor], patch_embed: str) -> Backbone | None
         return None
     (prefix,) = prefixes
     own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    if not any(re.fullmatch(patch_embed, name) for name in own):
+        return None
     return Backbone(own, [name for name in weights if not name.startswith(prefix)])
 
 
@@ -82,12 +88,17 @@ def renamed(weights: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> 
     """The weights under new names, parts joined: each rule, a regular expression and what replaces it, one by one.
 
     Parts of a bias that are absent are zero, for what is added to no query, key or value is zero.
+
+    Raises:
+        ValueError: if two weights get one name.
     """
     result, parts = {}, defaultdict(dict)
     for name, tensor in weights.items():
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         whole, _, place = name.partition("#")
+        if name in result or (place and int(place) in parts[whole]):
+            raise ValueError(f"the weights have {whole} twice, under two names: give those of one model")
         if place:
             parts[whole][int(place)] = tensor
         else:
@@ -101,26 +112,31 @@ def renamed(weights: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> 
     return result
 
 
-def infer_config(
+def converted(
     weights: dict[str, Tensor],
+    left_out: list[str],
     *,
-    num_heads: int | None,
-    head_dims: Mapping[int, int],
-    rope_base: float | None = None,
-    **fixed: Any,
-) -> tuple[ViTConfig, dict[str, Tensor]]:
-    """The whole configuration of a model from its weights under ``RegisterViT``'s names.
+    head_dims: Mapping[int, int] | None = None,
+    rope: bool = False,
+    told: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, Any],
+    assumed: Mapping[str, Any],
+    activation_assumed: bool = True,
+    square: bool = False,
+) -> Converted:
+    """A conversion, from weights that have ``RegisterViT``'s names already.
 
     Args:
         weights: by name; the bias of an MLP that has none is made, of zeros.
-        num_heads: H; None for what the weight of a query norm tells, or else ``head_dims``.
-        head_dims: D by C; 64 for any other C.
-        rope_base: of a model with rope; None for one with a position embedding.
-        fixed: what else no shape tells: ``eps`` and how positions are resampled.
+        left_out: see ``Converted``.
+        head_dims: D by C of the published models, if no weight tells the heads; 64 for any other C.
+        rope: whether the model has rope, not a position embedding.
+        told: fields that weights tell which only this library has.
+        fixed, assumed, square: see ``Converted``.
+        activation_assumed: whether the library's MLPs may have another activation than those of ``ViTConfig``.
 
     Raises:
-        ValueError: if a weight that tells a size is missing, patches or their grid are not square, or ``num_heads``
-            cannot be told.
+        ValueError: if a weight that tells a size is missing or of another rank, or patches are not square.
     """
     dim, in_channels, patch_size, width = _required(weights, "patch_embed.proj.weight", rank=4).shape
     if patch_size != width:
@@ -128,11 +144,10 @@ def infer_config(
     hidden_dim = _required(weights, "blocks.0.mlp.fc2.weight", rank=2).shape[1]
     fc1_width = _required(weights, "blocks.0.mlp.fc1.weight", rank=2).shape[0]
     depth = 1 + max(int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name))
-    counts = {
-        f"num_{tokens}": weights[name].shape[1] if name in weights else 0
-        for tokens, name in (("cls_tokens", "cls_token"), ("registers", "register_tokens"))
-    }
-    if not counts["num_registers"]:  # Hugging Face keeps empty ones
+    num_cls_tokens, num_registers = (
+        _required(weights, name, rank=3).shape[1] if name in weights else 0 for name in ("cls_token", "register_tokens")
+    )
+    if not num_registers:  # Hugging Face keeps empty ones
         weights.pop("register_tokens", None)
     for layer in ("fc1", "fc2"):
         if not any(name.endswith(f".mlp.{layer}.bias") for name in weights):
@@ -140,44 +155,30 @@ def infer_config(
                 weight = _required(weights, f"blocks.{i}.mlp.{layer}.weight", rank=2)
                 weights[f"blocks.{i}.mlp.{layer}.bias"] = weight.new_zeros(len(weight))
     qk_norm = "blocks.0.attn.q_norm.weight" in weights
-    head_dim = len(weights["blocks.0.attn.q_norm.weight"]) if qk_norm else head_dims.get(dim, 64)
-    if num_heads is None and dim % head_dim:
-        raise ValueError(f"the number of heads does not follow from dim={dim}: give num_heads")
-    config = ViTConfig(
-        patch_size=patch_size,
-        in_channels=in_channels,
-        dim=dim,
-        depth=depth,
-        num_heads=num_heads or dim // head_dim,
-        mlp="swiglu" if fc1_width == 2 * hidden_dim else "gelu",
-        hidden_dim=hidden_dim,
-        qkv_bias=any(name.endswith(".attn.qkv.bias") for name in weights),
-        proj_bias=any(name.endswith(".attn.proj.bias") for name in weights),
-        qk_norm=qk_norm,
-        layer_scale=1e-5 if any(".ls1." in name for name in weights) else None,
-        **_positions(weights, patch_size, **counts) if rope_base is None else _rope(patch_size, rope_base),
-        **counts,
-        **fixed,
-    )
-    return config, weights
-
-
-def _positions(weights: Mapping[str, Tensor], patch_size: int, num_cls_tokens: int, num_registers: int) -> dict:
-    """The fields of a configuration about the position embedding."""
-    rows = _required(weights, "pos_embed", rank=3).shape[1]
-    prefixes = {"patches": 0, "cls": num_cls_tokens, "prefix": num_cls_tokens + num_registers}
-    for position_rows, prefix in prefixes.items():
-        side = math.isqrt(max(rows - prefix, 0))
-        if side and side * side == rows - prefix:
-            return {"position": "absolute", "position_rows": position_rows, "image_size": side * patch_size}
-    raise ValueError(
-        f"the {rows} position rows are no square grid of patches, with or without a row for each of {num_cls_tokens} "
-        f"CLS tokens and {num_registers} registers"
-    )
-
-
-def _rope(patch_size: int, base: float) -> dict:
-    return {"position": "rope", "rope_base": base, "image_size": 14 * patch_size}  # any size will do
+    told = {
+        **(told or {}),
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "dim": dim,
+        "depth": depth,
+        "num_registers": num_registers,
+        "num_cls_tokens": num_cls_tokens,
+        "mlp": "swiglu" if fc1_width == 2 * hidden_dim else "gelu",
+        "hidden_dim": hidden_dim,
+        "qkv_bias": any(name.endswith(".attn.qkv.bias") for name in weights),
+        "proj_bias": any(name.endswith(".attn.proj.bias") for name in weights),
+        "qk_norm": qk_norm,
+        "layer_scale": 1e-5 if any(".ls1." in name for name in weights) else None,
+        "position": "rope" if rope else "absolute",
+    }
+    assumed = dict(assumed)
+    head_dim = len(weights["blocks.0.attn.q_norm.weight"]) if qk_norm else (head_dims or {}).get(dim, 64)
+    if "num_heads" not in told and dim % head_dim == 0:
+        # A norm of all channels may be that of one head, or of all heads together.
+        (told if qk_norm and head_dim < dim else assumed)["num_heads"] = dim // head_dim
+    if activation_assumed:
+        assumed["mlp"] = told["mlp"]
+    return Converted(weights, told, dict(fixed), assumed, square, left_out)
 
 
 def _required(weights: Mapping[str, Tensor], name: str, *, rank: int) -> Tensor:

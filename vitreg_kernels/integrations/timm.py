@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
-from ..nn.config import ViTConfig
-from .library import Library, ResidualStream, derives_from, named
-from .state_dict import backbone, infer_config, renamed
+from .library import Converted, Library, ResidualStream, derives_from, named
+from .state_dict import PATCH_EMBED, backbone, converted, renamed
 
 _RULES = ((r"^reg_token$", "register_tokens"),)
 _EVA_RULES = (
@@ -26,23 +26,36 @@ _HEAD_DIMS = {1152: 72, 1280: 80, 1408: 88, 1664: 104}  # of ViT-So400m, H, g an
 _DINOV3_HEAD_DIMS = {4096: 128}  # of the 7B
 
 
-def convert(
-    weights: Mapping[str, Tensor], *, num_heads: int | None = None
-) -> tuple[ViTConfig, dict[str, Tensor]] | None:
-    """``RegisterViT``'s configuration and weights, or None if these are not timm's.
+# Arguments of timm's classes and the fields of ``ViTConfig`` that they are.
+_ARGUMENTS = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "in_channels",
+    "embed_dim": "dim",
+    "depth": "depth",
+    "num_heads": "num_heads",
+    "reg_tokens": "num_registers",
+    "num_reg_tokens": "num_registers",
+    "rope_temperature": "rope_base",
+}
+_ACTIVATIONS = {"gelu": "gelu", "swiglu": "silu"}  # of the MLPs of ``ViTConfig``
 
-    ``reg_token`` and a fixed norm epsilon are timm's; ``VisionTransformer`` resamples positions with antialiasing.
+
+def convert(weights: Mapping[str, Tensor]) -> Converted | None:
+    """A state dict of a ``VisionTransformer``, or of one of ``Eva``'s DINOv3 models, or None if these are not timm's.
+
+    Much else has the same names: DeiT, MAE, DINO and MoCo v3, and DINOv2's models without a mask token. What is assumed
+    is so of timm's published models: ``VisionTransformer`` resamples positions with antialiasing, most others do not.
     A DINOv3 model is told by LayerScale under Eva's names and registers, without a position embedding: Eva's other
     models turn queries and keys in ways that the weights do not tell.
 
     Args:
         weights: a state dict, the names with any prefix.
-        num_heads: H, where it is not the published model's of that width.
 
     Raises:
         ValueError: if the shapes do not tell the sizes, there is no CLS token, or the final norm comes after pooling.
     """
-    vit = backbone(weights, r"patch_embed\.proj\.weight")
+    vit = backbone(weights, PATCH_EMBED)
     if vit is None or "register_tokens" in vit.weights:
         return None
     if "cls_token" not in vit.weights:
@@ -55,14 +68,57 @@ def convert(
             "the weights have fc_norm, which normalises the pooled patches, and no norm, which normalises tokens: "
             "RegisterViT has the latter alone and would give other features"
         )
-    names = vit.without(_HEADS)
+    names, left_out = vit.without(_HEADS)
     if "dist_token" in names:
         names["cls_token"] = torch.cat((names["cls_token"], names.pop("dist_token")), dim=1)
     if "blocks.0.gamma_1" in names and "reg_token" in names and "pos_embed" not in names:
-        return infer_config(
-            renamed(names, _EVA_RULES), num_heads=num_heads, head_dims=_DINOV3_HEAD_DIMS, rope_base=100.0, eps=1e-5
+        return converted(
+            renamed(names, _EVA_RULES),
+            left_out,
+            head_dims=_DINOV3_HEAD_DIMS,
+            rope=True,
+            fixed={},
+            assumed={"position": "rope", "rope_base": 100.0, "eps": 1e-5},
         )
-    return infer_config(renamed(names, _RULES), num_heads=num_heads, head_dims=_HEAD_DIMS, eps=1e-6)
+    return converted(
+        renamed(names, _RULES),
+        left_out,
+        head_dims=_HEAD_DIMS,
+        fixed={},
+        assumed={"eps": 1e-6, "antialias": True, "interpolate_offset": 0.0},
+    )
+
+
+def describe(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """What the ``config.json`` of a folder of timm's tells: the arguments of the model, as far as they are not those
+    that its architecture has anyway, and that it is timm which resamples its positions.
+
+    Args:
+        config: that file.
+        told: fields that the weights tell.
+
+    Raises:
+        ValueError: if the file is not timm's, or names an activation that ``RegisterViT`` does not compute.
+    """
+    if not isinstance(config.get("architecture"), str):
+        raise ValueError("config.json, beside weights under timm's names, names no architecture as timm's does")
+    arguments, pretrained = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    if pretrained.get("fixed_input_size") and "input_size" in pretrained:  # then timm takes it for img_size
+        arguments = {"img_size": pretrained["input_size"][1:], **arguments}
+    fields = {field: arguments[name] for name, field in _ARGUMENTS.items() if arguments.get(name) is not None}
+    fields |= {"antialias": True, "interpolate_offset": 0.0}
+    activation = arguments.get("act_layer")
+    if activation is not None:
+        if activation != _ACTIVATIONS[told["mlp"]]:
+            raise ValueError(
+                f"config.json says act_layer={activation!r}, and RegisterViT computes {_ACTIVATIONS[told['mlp']]!r} in "
+                "an MLP of these shapes"
+            )
+        fields["mlp"] = told["mlp"]
+    if "no_embed_class" in arguments:
+        with_prefix = "prefix" if told["num_registers"] else "cls"
+        fields["position_rows"] = "patches" if arguments["no_embed_class"] else with_prefix
+    return fields
 
 
 def residual_stream(model: nn.Module) -> ResidualStream | None:
@@ -74,4 +130,4 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     return ResidualStream(named("blocks", model.blocks), layout)
 
 
-LIBRARY = Library("timm", residual_stream, convert)
+LIBRARY = Library("timm", residual_stream, convert, describe)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
-from ..nn.config import ViTConfig
-from .library import Library, ResidualStream, derives_from, named
-from .state_dict import backbone, infer_config, renamed
+from .library import Converted, Library, ResidualStream, derives_from, named
+from .state_dict import HUGGING_FACE_PATCH_EMBED, backbone, converted, renamed
 
 _RULES = (
     (r"^embeddings\.patch_embeddings(\.projection)?\.", "patch_embed.proj."),
@@ -40,35 +40,87 @@ _CLASSES = tuple(
 )
 
 
-def convert(
-    weights: Mapping[str, Tensor], *, num_heads: int | None = None
-) -> tuple[ViTConfig, dict[str, Tensor]] | None:
-    """``RegisterViT``'s configuration and weights, or None if these are not of transformers.
+# Keys of config.json and the fields of ``ViTConfig`` that they are; of sizes those that transformers needs to agree.
+_KEYS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "num_channels": "in_channels",
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "num_register_tokens": "num_registers",
+    "layer_norm_eps": "eps",
+    "rope_theta": "rope_base",
+}
+_MODEL_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+# The switch of each model's gated MLP, if it has one. Dinov2's gate is SiLU, whatever hidden_act says.
+_GATES = {"dinov2": "use_swiglu_ffn", "dinov2_with_registers": "use_swiglu_ffn", "dinov3_vit": "use_gated_mlp"}
+
+
+def convert(weights: Mapping[str, Tensor]) -> Converted | None:
+    """A state dict of one of the models, or None if these weights are not of transformers.
 
     Names of versions 4 and 5 alike. ``Dinov2WithRegisters`` resamples positions with antialiasing and the others
-    without; the epsilons are those of each model's default configuration.
+    without; the epsilons assumed are those of each model's default configuration. ``Dinov2`` takes any position rows
+    for those of a square grid; ``ViT`` does so only where it resamples them.
 
     Args:
         weights: a state dict, the names with any prefix.
-        num_heads: H, where it is not the published model's of that width.
 
     Raises:
         ValueError: if sizes cannot be told from the shapes.
     """
-    vit = backbone(weights, r"embeddings\.patch_embeddings(?:\.projection)?\.weight")
+    vit = backbone(weights, HUGGING_FACE_PATCH_EMBED)
     if vit is None:
         return None
-    names = vit.without(("pooler", "classifier"), unused=("embeddings.mask_token",))
+    names, left_out = vit.without(("pooler", "classifier"), unused=("embeddings.mask_token",))
     dinov3 = "embeddings.patch_embeddings.weight" in names
     plain_vit = any(".layernorm_before." in name for name in names)
     gated = any(".gate_proj." in name for name in names)
     names = renamed(names, _GATED_RULES if gated else _PLAIN_RULES)
     if dinov3:
-        return infer_config(names, num_heads=num_heads, head_dims={4096: 128}, rope_base=100.0, eps=1e-5)
-    antialias = "register_tokens" in names
-    if plain_vit:
-        return infer_config(names, num_heads=num_heads, head_dims={1280: 80}, antialias=antialias, eps=1e-12)
-    return infer_config(names, num_heads=num_heads, head_dims={}, antialias=antialias, eps=1e-6)
+        assumed = {"rope_base": 100.0, "eps": 1e-5}
+        return converted(names, left_out, head_dims={4096: 128}, rope=True, fixed={}, assumed=assumed)
+    return converted(
+        names,
+        left_out,
+        head_dims={1280: 80} if plain_vit else None,
+        fixed={"antialias": "register_tokens" in names, "interpolate_offset": 0.0, "position_rows": "cls"},
+        assumed={"eps": 1e-12 if plain_vit else 1e-6},
+        # Dinov2's gate is SiLU in any case.
+        activation_assumed=plain_vit or not any(".mlp.weights_in." in name for name in vit.weights),
+        square=not plain_vit,
+    )
+
+
+def describe(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """What the ``config.json`` of a folder of transformers tells.
+
+    Args:
+        config: that file.
+        told: fields that the weights tell.
+
+    Raises:
+        ValueError: if it is of another model, names an activation that ``RegisterViT`` does not compute, or the weights
+            are quantised.
+    """
+    kind = config.get("model_type")
+    if kind not in _MODEL_TYPES:
+        raise ValueError(f"config.json says model_type={kind!r}, and RegisterViT computes {', '.join(_MODEL_TYPES)}")
+    if config.get("quantization_config") is not None:
+        raise ValueError("config.json says that the weights are quantised: give them unquantised")
+    fields = {field: config[key] for key, field in _KEYS.items() if config.get(key) is not None}
+    if kind.startswith("dinov2"):  # whose code never looks at it again
+        fields.pop("image_size", None)
+    gated = bool(config.get(_GATES.get(kind)))
+    if gated and kind.startswith("dinov2"):
+        return {**fields, "mlp": "swiglu"}
+    activation, computed = config.get("hidden_act"), "silu" if gated else "gelu"
+    if activation is not None:
+        if activation != computed:
+            raise ValueError(f"config.json says hidden_act={activation!r}, and RegisterViT computes {computed!r} there")
+        fields["mlp"] = "swiglu" if gated else "gelu"
+    return fields
 
 
 def residual_stream(model: nn.Module) -> ResidualStream | None:
@@ -83,4 +135,4 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     return ResidualStream(named(path, modules[path]), layout)
 
 
-LIBRARY = Library("transformers", residual_stream, convert)
+LIBRARY = Library("transformers", residual_stream, convert, describe)

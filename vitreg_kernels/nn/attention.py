@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._symbolic import known
 from ..layout import TokenLayout
 from ..ops.attention import reference
 from ..ops.attention.features import DROPOUT
@@ -129,7 +130,7 @@ class RegisterAttention(nn.Module):
             raise ValueError(f"x must be [B, N, {self.dim}], not of shape {tuple(x.shape)}")
         check_meets("x", x, self.qkv)
         prefix = self.layout.num_prefix_tokens
-        if x.shape[1] < prefix:
+        if known(x.shape[1] < prefix):
             raise ValueError(
                 f"x has {x.shape[1]} tokens, fewer than the {self.layout.num_cls_tokens} CLS and "
                 f"{self.layout.num_registers} register tokens of this module; set num_cls_tokens and num_registers"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..layout import TokenLayout
 
@@ -13,8 +14,8 @@ class ViTConfig:
     """A pre-norm Vision Transformer over ``[CLS | registers | patches]``.
 
     Attributes:
-        image_size: side in pixels of the square images the position embedding is made for; other images, square or
-            not, are served by resampling it. A multiple of ``patch_size``.
+        image_size: in pixels, of the images the position embedding is made for: an int for square ones, a tuple of
+            height and width for others; images of other sizes are served by resampling it. Multiples of ``patch_size``.
         patch_size: side of a patch in pixels.
         in_channels: channels of an image.
         dim: C, channels of a token; a multiple of ``num_heads``.
@@ -45,7 +46,7 @@ class ViTConfig:
         ValueError: if a value is out of range or two do not fit together.
     """
 
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
     patch_size: int = 14
     in_channels: int = 3
     dim: int = 384
@@ -70,19 +71,24 @@ class ViTConfig:
     rope_base: float = 100.0
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "in_channels", "dim", "depth", "num_heads", "hidden_dim"):
+        for name in ("patch_size", "in_channels", "dim", "depth", "num_heads", "hidden_dim"):
             value = getattr(self, name)
             if name == "hidden_dim" and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_positive_int(value):
                 raise ValueError(f"{name} must be a positive int, not {value!r}")
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
+        if len(sides) != 2 or not all(map(_is_positive_int, sides)):
+            raise ValueError(
+                f"image_size must be a positive int, or a tuple of two, height and width, not {self.image_size!r}"
+            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {getattr(self, name)!r}")
         for name in ("drop_path", "attn_drop", "proj_drop"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        if self.image_size % self.patch_size:
+        if any(side % self.patch_size for side in sides):
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
         if self.dim % self.num_heads:
             raise ValueError(f"dim={self.dim} must be a multiple of num_heads={self.num_heads}")
@@ -99,9 +105,10 @@ class ViTConfig:
         return self.dim // self.num_heads
 
     @property
-    def side(self) -> int:
-        """Rows, and columns, of patches of an image of ``image_size``."""
-        return self.image_size // self.patch_size
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of an image of ``image_size``."""
+        height, width = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def layout(self) -> TokenLayout:
@@ -117,7 +124,11 @@ class ViTConfig:
     @property
     def num_position_rows(self) -> int:
         """Rows of the absolute embedding, those of the patches of an ``image_size`` image among them."""
-        return self.num_prefix_rows + self.side**2
+        return self.num_prefix_rows + math.prod(self.grid)
+
+
+def _is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 _CHOICES = {

@@ -62,7 +62,8 @@ class PatchRope(nn.Module):
         if traced(x):
             return as_leaf(self, grid, x)
         options = {"base": self.base, "device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
-        if torch.compiler.is_compiling():  # the graph computes it: a cache of tensors would be baked into it
+        # A graph computes it: a tensor from here would be baked into it. Nor is a mode's tensor, a fake one say, kept.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
             return patch_rope(grid, self.head_dim, **options)
         key = (grid, options["device"], options["dtype"])
         if key not in self._cache:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._symbolic import known
 from ..layout import TokenLayout
 from .tracing import as_leaf, traced
 
@@ -74,7 +75,7 @@ class RegisterTokens(nn.Module):
             return as_leaf(self, x)
         _check(x, self.dim)
         cls_tokens = self.layout.num_cls_tokens
-        if x.shape[1] < cls_tokens:
+        if known(x.shape[1] < cls_tokens):
             raise ValueError(f"x has {x.shape[1]} tokens, fewer than the {cls_tokens} CLS tokens registers go behind")
         if self.register_tokens is None:
             return x

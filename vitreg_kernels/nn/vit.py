@@ -272,10 +272,13 @@ class RegisterViT(nn.Module):
         config, positions = self.config, self.pos_embed
         patches = self.patch_embed(images)
         grid = (images.shape[2] // config.patch_size, images.shape[3] // config.patch_size)
+        if torch.jit.is_tracing():  # where sizes are tensors; a trace is of images of one size
+            grid = (int(grid[0]), int(grid[1]))
         if positions is not None:
             positions = _resampled(
                 positions,
                 grid,
+                from_grid=config.grid,
                 num_prefix_rows=config.num_prefix_rows,
                 antialias=config.antialias,
                 offset=config.interpolate_offset,

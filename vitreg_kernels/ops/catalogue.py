@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from ..dispatch import Backend, find
 from ..errors import UnsupportedError
+from ._shared import observers
 from .assemble import backends as assemble_backends
 from .assemble import features as assemble_features
 from .attention import backends as attention_backends
@@ -24,19 +25,24 @@ class Op(NamedTuple):
     Attributes:
         name: that of its folder.
         registry: the module that holds its ``BACKENDS``.
-        features: what a call can ask of a backend beyond the plain one.
+        own_features: what a call of it can ask of a backend beyond the plain one.
         size: the field of ``Requirements`` that tells its backends apart; ``None`` if they serve any size.
     """
 
     name: str
     registry: ModuleType
-    features: tuple[str, ...]
+    own_features: tuple[str, ...]
     size: Literal["head_dims", "channels"] | None
 
     @property
     def backends(self) -> tuple[Backend, ...]:
         """In the order of preference."""
         return self.registry.BACKENDS
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What a call can ask of a backend beyond the plain one, those that all ops share at the end."""
+        return (*self.own_features, *observers.ALL)
 
 
 OPS: dict[str, Op] = {

@@ -7,42 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from . import transforms
+from .transforms import Rules
 
-def refuse_unseen_derivatives(tensors: Iterable[Tensor], backend: str, *, instead: str) -> None:
-    """For a call that no node joins to autograd, as no tensor asks for gradients.
 
-    Raises:
-        NotImplementedError: where a derivative is wanted all the same; the op would have none, and torch go on without.
-    """
-    if torch.compiler.is_compiling():
-        # Its tensors do not say that torch.func.grad is at work. What the compiler cannot trace it runs eagerly.
-        if torch._C._are_functorch_transforms_active():
-            raise NotImplementedError(
-                f"backend {backend!r} cannot be traced inside torch.func; take backend={instead!r}"
-            )
-    elif forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f"backend {backend!r} has no forward-mode derivative; take backend={instead!r}")
+def needs_node(tensors: Iterable[Tensor]) -> bool:
+    """Whether a call is to be a node of the autograd graph: somebody may ask for a derivative, or maps the call."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return not torch.compiler.is_compiling() and transforms.are_active()
 
 
 def op_or_implementation(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
     """An opaque op for calls by position: its implementation itself in plain eager calls.
 
     torch's way from an op to an implementation in Python takes longer than a small kernel. It is taken where something
-    transforms or intercepts ops: torch.compile, torch.func, modes, tensor subclasses. A profiler of plain eager calls
-    shows what the implementation calls.
+    transforms or intercepts ops: torch.compile, torch.func, modes, tensor subclasses, torch.jit.trace. A profiler of
+    plain eager calls shows what the implementation calls.
 
     Args:
         op: of torch.library, with one kernel for all dispatch keys.
         implementation: that kernel.
+
+    Raises:
+        NotImplementedError: where torch.compile traces a transform of torch.func; what it cannot trace it runs eagerly.
     """
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _are_observed(arguments):
+        if torch.compiler.is_compiling():
+            _refuse_traced_transforms()
             return op(*arguments)
-        return implementation(*arguments)
+        return op(*arguments) if _are_observed(arguments) else implementation(*arguments)
 
     return call
 
@@ -52,6 +49,7 @@ def differentiable(
     forward: Callable[..., Any],
     save: Callable[[Any, tuple, Any], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
+    rules: Rules,
     *,
     tensors: int,
 ) -> Callable[..., Any]:
@@ -59,14 +57,15 @@ def differentiable(
 
     torch has two ways to define a node. One keeps what its backward needs in a function of its own, which torch.func
     and the compiler ask for, and which costs an eager call as much as a small kernel; the other does so within the
-    forward. Each is used where it is the better.
+    forward. Each is used where it is the better. The compiler knows no node with rules for torch.func.
 
     Args:
         name: of the node.
         forward: of the arguments.
         save: called as ``save(ctx, arguments, output)``, keeps what the backward needs.
-        backward: called as ``backward(ctx, *gradients)``, gives a gradient or ``None`` for each argument. It has no
-            derivative of its own.
+        backward: called as ``backward(ctx, *gradients)``, gives a gradient or ``None`` for each argument. The kernel it
+            calls is ``transforms.transformable``, and so a node itself where the gradients are differentiated in turn.
+        rules: of the forward, for transforms.
         tensors: how many of the arguments, the first ones, can have a gradient.
     """
 
@@ -79,70 +78,30 @@ def differentiable(
         return output
 
     def eager_backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        # Grad mode is on in a backward only where its result may be differentiated: with create_graph.
-        found = _underivable(backward, ctx, gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
-        return (*found[:tensors], None)
+        return (*backward(ctx, *gradients)[:tensors], None)
 
-    traced_backward = once_differentiable(backward)
-
-    def transformed_backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        if torch.compiler.is_compiling():
-            return traced_backward(ctx, *gradients)
-        return _underivable(backward, ctx, gradients)
-
-    node, bases = type(torch.autograd.Function), (torch.autograd.Function,)
-    eager = node(name, bases, {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)})
-    apart = {"setup_context": staticmethod(save), "backward": staticmethod(transformed_backward)}
-    transformed = node(name, bases, {"forward": staticmethod(forward), **apart})
+    kind, bases = type(torch.autograd.Function), (torch.autograd.Function,)
+    eager = kind(name, bases, {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)})
+    methods = {"forward": forward, "setup_context": save, "backward": once_differentiable(backward)}
+    compiled = kind(name, bases, {name: staticmethod(method) for name, method in methods.items()})
+    transformed = transforms.node(name, forward, save, backward, rules)
 
     def apply(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return transformed.apply(*arguments)
+        if torch.compiler.is_compiling():
+            _refuse_traced_transforms()
+            return compiled.apply(*arguments)
+        if transforms.are_active():
+            return transforms.apply(transformed, arguments)
         return eager.apply(*arguments[:tensors], arguments[tensors:])
 
     return apply
 
 
-def _underivable(backward: Callable[..., Any], ctx: Any, gradients: tuple) -> tuple[Tensor | None, ...]:
-    """The gradients of a backward, which raise if they are differentiated in turn, at any level of torch.func.
-
-    torch's ``once_differentiable`` looks at the incoming gradients alone, which are constants where a plain sum was
-    differentiated, and tells the innermost level alone. To all others the result would be a constant.
-    """
-    unpacked = _Unpacked(ctx)
-    with torch.no_grad():
-        found = backward(unpacked, *gradients)
-    tensors = [x for x in found if x is not None]
-    made_of = [x for x in (*gradients, *unpacked.saved_tensors) if isinstance(x, Tensor)]
-    marked = iter(_Underivable.apply(len(tensors), *tensors, *made_of))
-    return tuple(None if x is None else next(marked) for x in found)
-
-
-class _Unpacked:
-    """A node's context whose saved tensors have been taken out: activation checkpointing lets that be done once."""
-
-    def __init__(self, ctx: Any) -> None:
-        self._ctx = ctx
-        self.saved_tensors = ctx.saved_tensors
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
-
-
-class _Underivable(torch.autograd.Function):
-    @staticmethod
-    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple:
+def _refuse_traced_transforms() -> None:
+    if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            "a kernel's backward, which is once_differentiable, has no derivative of its own; name a backend that is "
-            "torch code, such as 'reference'"
+            "a kernel cannot be traced by torch.compile inside a transform of torch.func; compile without fullgraph, "
+            "or name a backend that is torch code, such as 'reference'"
         )
 
 
@@ -151,10 +110,11 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, i
 
 
 def _are_observed(arguments: tuple) -> bool:
-    """Whether a mode, a transform or a subclass of Tensor would see an op that is called with these."""
+    """Whether a mode, a transform, a tracer or a subclass of Tensor would see an op that is called with these."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, arguments))
     )

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from .._shared.autograd import differentiable, op_or_implementation, refuse_unseen_derivatives
-from . import backends, schema
+from .._shared import flops
+from .._shared.autograd import differentiable, needs_node, op_or_implementation
+from .._shared.transforms import transformable
+from . import backends, schema, transforms
 from .types import AssembleInputs, Sizes, num_prefix, sizes_of
 
 
 def assemble(inputs: AssembleInputs, backend: str) -> Tensor:
     """The op by a named backend; differentiable in all its tensors."""
     tensors = [t for t in inputs[:4] if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _assemble(*inputs, backend)
-    refuse_unseen_derivatives(tensors, backend, instead="composite")
-    return _forward(*inputs, backend)
+    (tokens,) = (_assemble if needs_node(tensors) else _forward)(*inputs, backend)
+    return tokens
 
 
 def _forward_impl(*arguments: Any) -> Tensor:
@@ -39,11 +39,19 @@ def _backward_impl(grad_tokens: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(schema.without_elements(grad_tokens) if x is None else x for x in gradients)
 
 
-_forward = op_or_implementation(torch.ops.vitreg.assemble_forward, _forward_impl)
-_gradients = op_or_implementation(torch.ops.vitreg.assemble_backward, _backward_impl)
+_forward_op = op_or_implementation(torch.ops.vitreg.assemble_forward, _forward_impl)
+_gradients = transformable(
+    "AssembleTokensBackward",
+    op_or_implementation(torch.ops.vitreg.assemble_backward, _backward_impl),
+    transforms.BACKWARD,
+)
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _forward(*arguments: Any) -> tuple[Tensor]:
+    return (_forward_op(*arguments),)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     """No tensor: all that the gradients depend on is sizes."""
     *call, ctx.backend = inputs
     ctx.sizes = sizes_of(*call)
@@ -65,7 +73,8 @@ def _backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
     return of_patches, *of_parameters, None, None
 
 
-_assemble = differentiable("AssembleTokens", _forward, _save, _backward, tensors=4)
+_assemble = differentiable("AssembleTokens", _forward, _save, _backward, transforms.FORWARD, tensors=4)
 
 for _name, _impl in (("assemble_forward", _forward_impl), ("assemble_backward", _backward_impl)):
     schema.LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
+    flops.register(getattr(torch.ops.vitreg, _name), flops.no_products)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...dispatch import Request, preferences
+from .._shared import observers
 from .._shared.capability import capability
 from .types import AssembleInputs
 
@@ -19,6 +20,7 @@ def request_of(inputs: AssembleInputs) -> Request:
     dtypes = {t.dtype for t in (patches, *parameters) if t is not None}
     mixed = dtype != torch.bfloat16 and torch.bfloat16 in dtypes
     images, tokens, channels = patches.shape
+    features = (*((MIXED_BF16,) if mixed else ()), *observers.present())
     device, of_gpu = patches.device.type, capability(patches.device)
     size = preferences.size("assemble", device, of_gpu, tokens, images)
-    return Request("assemble", device, of_gpu, dtype, None, channels, (MIXED_BF16,) if mixed else (), size)
+    return Request("assemble", device, of_gpu, dtype, None, channels, features, size)

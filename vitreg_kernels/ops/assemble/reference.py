@@ -19,7 +19,7 @@ def assemble_tokens(inputs: AssembleInputs) -> Tensor:
     addition is made in the dtype of the result.
     """
     patches, cls_token, register_tokens, pos_embed = (None if t is None else t.to(inputs.dtype) for t in inputs[:4])
-    prefix = [t.expand(len(patches), -1, -1) for t in (cls_token, register_tokens) if t is not None]
+    prefix = [t.expand(patches.shape[0], -1, -1) for t in (cls_token, register_tokens) if t is not None]
     tokens = torch.cat([*prefix, patches], dim=1)
     if pos_embed is None:
         return tokens

@@ -6,33 +6,22 @@ forward and backward are the torch.library ops of ``schema.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import dispatch
-from .._shared.autograd import differentiable, op_or_implementation, refuse_unseen_derivatives
-from . import backends, schema, statistics
-from .types import NO_STATISTICS, AttentionInputs, AttentionOutputs, Rope, empty_output, unpack_qkv
-
-
-class _Call(NamedTuple):
-    """The tensors and scalars of a call after query, key and value, in the order of the schemas."""
-
-    mask: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
-    interleaved: bool
-    cu_seqlens: Tensor | None
-    max_seqlen: int
-    num_prefix_tokens: int
-    scale: float
-
+from .._shared.autograd import differentiable, needs_node, op_or_implementation
+from .._shared.flops import register
+from .._shared.transforms import transformable
+from . import backends, flops, schema, statistics, transforms
+from .transforms import Call, inputs_of
+from .types import NO_STATISTICS, AttentionInputs, AttentionOutputs, empty_output, unpack_qkv
 
 # Arguments of a node that have no gradient: the call, the outputs and the backend.
-_WITHOUT_GRADIENT = (None,) * (len(_Call._fields) + 2)
+_WITHOUT_GRADIENT = (None,) * (len(Call._fields) + 2)
 
 
 def attend(inputs: AttentionInputs, backend: str) -> tuple[Tensor, AttentionOutputs]:
@@ -56,22 +45,21 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, AttentionOutputs]:
     call, outputs = _call_of(inputs), list(inputs.outputs)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if needs_node(tensors):
         # The backward needs the log-sum-exp, whether or not it was asked for, and looks for it in front.
         outputs = ["lse", *(name for name in outputs if name != "lse")]
-        output, *computed = with_gradients(*tensors, *call, outputs, backend)
+        output, *computed = with_gradients(*tensors, *call, " ".join(outputs), backend)
     else:
-        refuse_unseen_derivatives(tensors, backend, instead="sdpa")
-        output, *computed = without(*tensors, *call, outputs, backend)
+        output, *computed = without(*tensors, *call, " ".join(outputs), backend)
     if not inputs.outputs:
         return output, NO_STATISTICS
     by_name = dict(zip(outputs, computed, strict=True))
     return output, AttentionOutputs(**{name: by_name[name] for name in inputs.outputs})
 
 
-def _call_of(inputs: AttentionInputs) -> _Call:
+def _call_of(inputs: AttentionInputs) -> Call:
     cos, sin, interleaved = inputs.rope or (None, None, False)
-    return _Call(
+    return Call(
         inputs.attn_mask,
         cos,
         sin,
@@ -80,14 +68,6 @@ def _call_of(inputs: AttentionInputs) -> _Call:
         inputs.max_seqlen,
         inputs.num_prefix_tokens,
         inputs.scale,
-    )
-
-
-def _inputs_of(query: Tensor, key: Tensor, value: Tensor, call: Sequence[Any], outputs: list[str]) -> AttentionInputs:
-    mask, cos, sin, interleaved, cu_seqlens, max_seqlen, num_prefix_tokens, scale = call
-    rope = None if cos is None else Rope(cos, sin, interleaved)
-    return AttentionInputs(
-        query, key, value, mask, 0.0, scale, num_prefix_tokens, rope, cu_seqlens, max_seqlen, tuple(outputs)
     )
 
 
@@ -106,9 +86,9 @@ def _heads(x: Tensor, qkv: Tensor) -> Tensor:
 
 def _forward_impl(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
     *call, outputs, backend = rest
-    inputs = _inputs_of(query, key, value, tuple(call), outputs)
+    inputs = inputs_of(query, key, value, call, outputs)
     output, computed = dispatch.find(backends.BACKENDS, backend).forward(inputs)
-    return output, [getattr(computed, name) for name in outputs]
+    return output, [getattr(computed, name) for name in inputs.outputs]
 
 
 def _forward_qkv_impl(qkv: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
@@ -119,7 +99,7 @@ def _forward_qkv_impl(qkv: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
 def _backward_impl(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *call, output, lse, backend = rest
     gradients = empty_output(query), empty_output(key), empty_output(value)
-    inputs = _inputs_of(query, key, value, tuple(call), [])
+    inputs = inputs_of(query, key, value, call)
     dispatch.find(backends.BACKENDS, backend).backward(inputs, output, lse, grad_output, *gradients)
     return gradients
 
@@ -127,7 +107,7 @@ def _backward_impl(grad_output: Tensor, query: Tensor, key: Tensor, value: Tenso
 def _backward_qkv_impl(grad_output: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     *call, output, lse, backend = rest
     gradient = qkv.new_empty(qkv.shape)
-    inputs = _inputs_of(*unpack_qkv(qkv), tuple(call), [])
+    inputs = inputs_of(*unpack_qkv(qkv), call)
     grad_output, output = _heads(grad_output, qkv), _heads(output, qkv)
     dispatch.find(backends.BACKENDS, backend).backward(inputs, output, lse, grad_output, *unpack_qkv(gradient))
     return gradient
@@ -136,8 +116,13 @@ def _backward_qkv_impl(grad_output: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
 _OPS = torch.ops.vitreg
 _attention_forward = op_or_implementation(_OPS.attention_forward, _forward_impl)
 _attention_forward_qkv = op_or_implementation(_OPS.attention_forward_qkv, _forward_qkv_impl)
-_attention_backward = op_or_implementation(_OPS.attention_backward, _backward_impl)
-_attention_backward_qkv = op_or_implementation(_OPS.attention_backward_qkv, _backward_qkv_impl)
+_attention_backward = transformable(
+    "AttentionBackward", op_or_implementation(_OPS.attention_backward, _backward_impl), transforms.BACKWARD
+)
+_backward_qkv_op = op_or_implementation(_OPS.attention_backward_qkv, _backward_qkv_impl)
+_attention_backward_qkv = transformable(
+    "AttentionQKVBackward", lambda *arguments: (_backward_qkv_op(*arguments),), transforms.BACKWARD_QKV
+)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -174,17 +159,18 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | 
 def _backward_qkv(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None, *_WITHOUT_GRADIENT)
-    return (_gradient(ctx, _attention_backward_qkv, grad_output), *_WITHOUT_GRADIENT)
+    return (*_gradient(ctx, _attention_backward_qkv, grad_output), *_WITHOUT_GRADIENT)
 
 
-_attention = differentiable("Attention", _forward, _save, _backward, tensors=3)
-_attention_qkv = differentiable("AttentionQKV", _forward_qkv, _save, _backward_qkv, tensors=1)
+_attention = differentiable("Attention", _forward, _save, _backward, transforms.FORWARD, tensors=3)
+_attention_qkv = differentiable("AttentionQKV", _forward_qkv, _save, _backward_qkv, transforms.FORWARD_QKV, tensors=1)
 
-for _name, _impl in (
-    ("attention_forward", _forward_impl),
-    ("attention_forward_qkv", _forward_qkv_impl),
-    ("attention_backward", _backward_impl),
-    ("attention_backward_qkv", _backward_qkv_impl),
-    ("attention_statistics", statistics.blockwise),
+for _name, _impl, _count in (
+    ("attention_forward", _forward_impl, flops.forward),
+    ("attention_forward_qkv", _forward_qkv_impl, flops.forward_qkv),
+    ("attention_backward", _backward_impl, flops.backward),
+    ("attention_backward_qkv", _backward_qkv_impl, flops.backward_qkv),
+    ("attention_statistics", statistics.blockwise, flops.statistics),
 ):
     schema.LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
+    register(getattr(_OPS, _name), _count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...dispatch import Request, preferences
+from .._shared import observers
 from .._shared.capability import capability
 from .types import AttentionInputs, mask_kind
 
@@ -16,12 +17,25 @@ DROPOUT = "dropout"
 ROPE = "rope"
 PACKING = "cu_seqlens"
 PACKING_COMPILED = "cu_seqlens under torch.compile"
+ONNX_STATISTICS = "statistics in ONNX export"
 
-ALL = (KEY_PADDING_MASK, BOOL_MASK, ADDITIVE_MASK, MASK_GRADIENT, DROPOUT, ROPE, PACKING, PACKING_COMPILED)
+ALL = (
+    KEY_PADDING_MASK,
+    BOOL_MASK,
+    ADDITIVE_MASK,
+    MASK_GRADIENT,
+    DROPOUT,
+    ROPE,
+    PACKING,
+    PACKING_COMPILED,
+    ONNX_STATISTICS,
+)
 
-# What this library's own kernels serve, and what torch code does, which reads ``cu_seqlens`` on the host.
+# What this library's own kernels serve, and what torch code does, which reads ``cu_seqlens`` on the host; the
+# statistics are torch code in the reference alone.
 OF_OUR_KERNELS = (KEY_PADDING_MASK, ROPE, PACKING, PACKING_COMPILED)
-OF_TORCH = tuple(feature for feature in ALL if feature != PACKING_COMPILED)
+OF_REFERENCE = tuple(feature for feature in ALL if feature != PACKING_COMPILED)
+OF_SDPA = tuple(feature for feature in OF_REFERENCE if feature != ONNX_STATISTICS)
 
 _OF_MASK = {"key_padding": KEY_PADDING_MASK, "bool": BOOL_MASK, "additive": ADDITIVE_MASK}
 
@@ -40,6 +54,10 @@ def request_of(inputs: AttentionInputs) -> Request:
         features.append(ROPE)
     if inputs.cu_seqlens is not None:
         features.append(PACKING_COMPILED if torch.compiler.is_compiling() else PACKING)
+    observing = observers.present()
+    if observers.ONNX in observing and inputs.outputs:
+        features.append(ONNX_STATISTICS)
+    features += observing
     batch, heads, tokens, head_dim = query.shape
     images = batch
     if inputs.cu_seqlens is not None:

@@ -8,7 +8,6 @@ against.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -43,8 +42,11 @@ def _attend(
         inputs = inputs._replace(query=query, key=key)
     query, key, value, *_ = inputs = without_hidden_keys(inputs)
     _, probabilities = _softmax(query, key, inputs)
-    drop = dropout or partial(torch.dropout, p=inputs.dropout_p, train=True)
-    output = drop(probabilities) @ value
+    if dropout is not None:
+        probabilities = dropout(probabilities)
+    elif inputs.dropout_p:
+        probabilities = torch.dropout(probabilities, inputs.dropout_p, train=True)
+    output = probabilities @ value
     return output, _statistics(query, key, output, inputs) if inputs.outputs else {}
 
 

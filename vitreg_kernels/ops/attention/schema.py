@@ -2,7 +2,8 @@
 
 Ops named ``qkv`` take a packed projection ``[B, N, 3, H, D]`` whole, outputs and their gradients as ``[B, N, C]``.
 Every op here is opaque to torch.compile and takes detached inputs; ``autograd.py`` joins forward and backward.
-Statistics come in the order in which ``outputs`` names them. The backend is a string, chosen before tracing.
+Statistics come in the order in which ``outputs`` names them, with a space between: torch.jit.trace knows no lists of
+strings. The backend is a string, chosen before tracing.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ _CALL = (
 )
 
 LIBRARY.define(
-    f"attention_forward(Tensor query, Tensor key, Tensor value, {_CALL}, str[] outputs, str backend) -> "
+    f"attention_forward(Tensor query, Tensor key, Tensor value, {_CALL}, str outputs, str backend) -> "
     "(Tensor output, Tensor[] statistics)"
 )
 LIBRARY.define(
-    f"attention_forward_qkv(Tensor qkv, {_CALL}, str[] outputs, str backend) -> (Tensor output, Tensor[] statistics)"
+    f"attention_forward_qkv(Tensor qkv, {_CALL}, str outputs, str backend) -> (Tensor output, Tensor[] statistics)"
 )
 LIBRARY.define(
     f"attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, {_CALL}, Tensor output, "
@@ -35,14 +36,12 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "attention_statistics(Tensor query, Tensor key, Tensor? attn_mask, Tensor? cu_seqlens, SymInt num_prefix_tokens, "
-    "float scale, str[] outputs) -> Tensor[]"
+    "float scale, str outputs) -> Tensor[]"
 )
 
 
-def empty_statistics(
-    query: Tensor, cu_seqlens: Tensor | None, num_prefix_tokens: int, outputs: list[str]
-) -> list[Tensor]:
-    """Uninitialised statistics, one for each of ``outputs``."""
+def empty_statistics(query: Tensor, cu_seqlens: Tensor | None, num_prefix_tokens: int, outputs: str) -> list[Tensor]:
+    """Uninitialised statistics, one for each that ``outputs`` names."""
     batch, heads, tokens, _ = query.shape
     images = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shapes = {
@@ -53,7 +52,7 @@ def empty_statistics(
         "token_norms": (batch, tokens),
     }
     dtype = torch.promote_types(query.dtype, torch.float32)
-    return [query.new_empty(shapes[name], dtype=dtype) for name in outputs]
+    return [query.new_empty(shapes[name], dtype=dtype) for name in outputs.split()]
 
 
 @torch.library.register_fake("vitreg::attention_forward", lib=LIBRARY)

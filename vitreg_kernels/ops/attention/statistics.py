@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._shared.transforms import Rules, transformable
 from .packing import as_batch, runs_of_equal_length
+from .transforms import fold_statistics
 from .types import NO_STATISTICS, AttentionInputs, AttentionOutputs
 
 LOGIT_STATISTICS = ("lse", "prefix_attention", "received_attention", "max_logit")
@@ -27,14 +29,14 @@ def of_output(inputs: AttentionInputs, output: Tensor) -> AttentionOutputs:
         asked["token_norms"] = torch.linalg.vector_norm(output.detach(), dim=(1, 3), dtype=dtype)
     of_logits = [name for name in inputs.outputs if name != "token_norms"]
     if of_logits:
-        computed = torch.ops.vitreg.attention_statistics(
+        computed = _statistics(
             inputs.query.detach(),
             inputs.key.detach(),
             None if inputs.attn_mask is None else inputs.attn_mask.detach(),
             inputs.cu_seqlens,
             inputs.num_prefix_tokens,
             inputs.scale,
-            of_logits,
+            " ".join(of_logits),
         )
         asked |= zip(of_logits, computed, strict=True)
     return AttentionOutputs(**asked)
@@ -47,12 +49,12 @@ def blockwise(
     cu_seqlens: Tensor | None,
     num_prefix_tokens: int,
     scale: float,
-    outputs: list[str],
+    outputs: str,
 ) -> list[Tensor]:
     """Body of ``vitreg::attention_statistics``: those that ``outputs`` names, each one of ``LOGIT_STATISTICS``."""
     with torch.autocast(query.device.type, enabled=False):  # fp32 is meant where it is written
         statistics = _of_call(query, key, attn_mask, cu_seqlens, num_prefix_tokens, scale, outputs)
-    return [statistics[LOGIT_STATISTICS.index(name)] for name in outputs]
+    return [statistics[LOGIT_STATISTICS.index(name)] for name in outputs.split()]
 
 
 def _of_call(
@@ -62,7 +64,7 @@ def _of_call(
     cu_seqlens: Tensor | None,
     prefix: int,
     scale: float,
-    outputs: list[str],
+    outputs: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if cu_seqlens is None:
         return _of_batch(query, key, attn_mask, prefix, scale, outputs)
@@ -76,11 +78,11 @@ def _of_call(
 
 
 def _of_batch(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, prefix: int, scale: float, outputs: list[str]
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, prefix: int, scale: float, outputs: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, tokens, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
-    rows = prefix if outputs == ["prefix_attention"] else tokens
+    rows = prefix if outputs == "prefix_attention" else tokens
     key = key.to(dtype).transpose(-2, -1)
 
     lse = query.new_empty(batch, heads, rows, dtype=dtype)
@@ -104,3 +106,10 @@ def _of_batch(
         prefix_rows = slice(start, min(block.stop, prefix))
         prefix_attention[:, :, prefix_rows] = probabilities[:, :, : max(0, prefix - start)]
     return lse, prefix_attention, received.div_(tokens), max_logit
+
+
+_statistics = transformable(
+    "AttentionStatistics",
+    lambda *arguments: tuple(torch.ops.vitreg.attention_statistics(*arguments)),
+    Rules(formula=lambda *arguments: tuple(blockwise(*arguments)), fold=fold_statistics),
+)

@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ..._symbolic import known
 from .._shared.arguments import DTYPES, autocast_dtype, described
 from .packing import lengths
 from .types import OUTPUT_NAMES, AttentionInputs, Rope
@@ -64,7 +65,7 @@ def validated(
     if not (heads and tokens and head_dim):
         raise ValueError(f"there must be at least one head, token and channel, got query {described(query)}")
 
-    if not isinstance(num_prefix_tokens, _INTS) or not 0 <= num_prefix_tokens <= tokens:
+    if not isinstance(num_prefix_tokens, _INTS) or known(num_prefix_tokens < 0) or known(num_prefix_tokens > tokens):
         raise ValueError(f"num_prefix_tokens must be an int from 0 to the {tokens} tokens, got {num_prefix_tokens!r}")
     if not isinstance(dropout_p, _NUMBERS) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be a number of at least 0 and below 1, got {dropout_p!r}")
@@ -140,6 +141,8 @@ def _checked_packing(
     cu_seqlens: Tensor, max_seqlen: int | None, query: Tensor, num_prefix_tokens: int
 ) -> tuple[Tensor, int]:
     batch, _, tokens, _ = query.shape
+    if torch._C._are_functorch_transforms_active() and torch._C._functorch.is_batchedtensor(cu_seqlens):
+        raise ValueError("cu_seqlens cannot be mapped by torch.vmap, only packs that are cut alike; make them one pack")
     if (
         not isinstance(cu_seqlens, Tensor)
         or cu_seqlens.ndim != 1

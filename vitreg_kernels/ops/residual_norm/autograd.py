@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from .._shared.autograd import differentiable, op_or_implementation, refuse_unseen_derivatives
-from . import backends, schema
+from .._shared import flops
+from .._shared.autograd import differentiable, needs_node, op_or_implementation
+from .._shared.transforms import transformable
+from . import backends, schema, transforms
 from .types import NormGradInputs, NormInputs, ResidualNorm
 
 # Inputs of the forward by position; the gradients come back in the same places.
@@ -25,10 +27,9 @@ _NUM_INPUTS = len(NormInputs._fields) + 1  # and the backend
 def normalize(inputs: NormInputs, backend: str) -> ResidualNorm:
     """The op by a named backend; differentiable in x, branch, layer_scale, weight and bias."""
     tensors = [t for t in inputs if isinstance(t, Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if needs_node(tensors):
         residual, normalized, token_norms, *_ = _residual_norm(*inputs, backend)
     else:
-        refuse_unseen_derivatives(tensors, backend, instead="composite")
         residual, normalized, token_norms, *_ = _forward(*inputs, backend)
     return ResidualNorm(inputs.x if inputs.branch is None else residual, normalized, token_norms)
 
@@ -48,7 +49,11 @@ def _backward_impl(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 _forward = op_or_implementation(torch.ops.vitreg.residual_norm_forward, _forward_impl)
-_gradients = op_or_implementation(torch.ops.vitreg.residual_norm_backward, _backward_impl)
+_gradients = transformable(
+    "ResidualNormBackward",
+    op_or_implementation(torch.ops.vitreg.residual_norm_backward, _backward_impl),
+    transforms.BACKWARD,
+)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -100,7 +105,7 @@ def _backward(
         weight,
         bias,
         ctx.branch_dtype,
-        wanted,
+        " ".join(wanted),
         ctx.backend,
     )
     for (name, place), gradient in zip(_PLACES.items(), computed, strict=True):
@@ -110,7 +115,10 @@ def _backward(
     return tuple(gradients)
 
 
-_residual_norm = differentiable("ResidualNorm", _forward, _save, _backward, tensors=_PLACES["bias"] + 1)
+_residual_norm = differentiable(
+    "ResidualNorm", _forward, _save, _backward, transforms.FORWARD, tensors=_PLACES["bias"] + 1
+)
 
 for _name, _impl in (("residual_norm_forward", _forward_impl), ("residual_norm_backward", _backward_impl)):
     schema.LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
+    flops.register(getattr(torch.ops.vitreg, _name), flops.no_products)

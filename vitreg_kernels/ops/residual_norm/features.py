@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...dispatch import Request, preferences
+from .._shared import observers
 from .._shared.capability import capability
 from .types import NormInputs
 
@@ -20,6 +21,7 @@ def request_of(inputs: NormInputs) -> Request:
     dtypes = {inputs.dtype, *(t.dtype for t in others if t is not None)}
     mixed = x.dtype != torch.bfloat16 and torch.bfloat16 in dtypes
     images, tokens, channels = x.shape
+    features = (*((MIXED_BF16,) if mixed else ()), *observers.present())
     device, of_gpu = x.device.type, capability(x.device)
     size = preferences.size("residual_norm", device, of_gpu, tokens, images)
-    return Request("residual_norm", device, of_gpu, x.dtype, None, channels, (MIXED_BF16,) if mixed else (), size)
+    return Request("residual_norm", device, of_gpu, x.dtype, None, channels, features, size)

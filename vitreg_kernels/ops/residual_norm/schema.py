@@ -22,7 +22,7 @@ LIBRARY.define(
 LIBRARY.define(
     "residual_norm_backward(Tensor? grad_residual, Tensor? grad_normalized, Tensor residual, Tensor? mean, "
     "Tensor rstd, Tensor? branch, Tensor? layer_scale, Tensor? drop_path, Tensor weight, Tensor? bias, "
-    "ScalarType branch_dtype, str[] wanted, str backend) -> "
+    "ScalarType branch_dtype, str wanted, str backend) -> "
     "(Tensor grad_x, Tensor grad_branch, Tensor grad_layer_scale, Tensor grad_weight, Tensor grad_bias)"
 )
 
@@ -33,19 +33,20 @@ def empty_gradients(
     layer_scale: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    wanted: list[str],
+    wanted: str,
 ) -> NormGradients:
     """Uninitialised gradients; ``None`` for those not named in ``wanted``."""
+    names = wanted.split()
 
     def like(x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
 
     return NormGradients(
-        like(residual) if "x" in wanted else None,
-        residual.new_empty(residual.shape, dtype=branch_dtype) if "branch" in wanted else None,
-        like(layer_scale) if "layer_scale" in wanted else None,
-        like(weight) if "weight" in wanted else None,
-        like(bias) if "bias" in wanted else None,
+        like(residual) if "x" in names else None,
+        residual.new_empty(residual.shape, dtype=branch_dtype) if "branch" in names else None,
+        like(layer_scale) if "layer_scale" in names else None,
+        like(weight) if "weight" in names else None,
+        like(bias) if "bias" in names else None,
     )
 
 

@@ -54,7 +54,7 @@ def token_norm_stats(x: Tensor, layout: TokenLayout, *, backend: str | None = No
     else:
         check_layout(validated_tokens(x), layout)
         norms = token_norms(x, backend=backend)
-    counted = NormDistribution.zeros((len(GROUPS),), norms.device)
+    counted = NormDistribution.zeros_for((len(GROUPS),), norms)
     accumulate(norms, layout, counted, backend=backend)
     return TokenNormStats.of_stacked(counted)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...dispatch import Request, preferences
+from .._shared import observers
 from .._shared.capability import capability
 
 STATISTICS = "statistics"
@@ -25,12 +26,20 @@ def statistics_request(norms: Tensor) -> Request:
 
 
 def statistics_reasons(request: Request) -> list[str]:
-    """Why no backend could count norms on a device."""
-    no_double = request.device == "mps" and STATISTICS in request.features
-    return ["statistics add up in fp64, which MPS does not have; move the norms to the CPU"] if no_double else []
+    """Why no backend could count norms on a device, or in a graph."""
+    reasons = []
+    if STATISTICS in request.features:
+        if request.device == "mps":
+            reasons.append("statistics add up in fp64, which MPS does not have; move the norms to the CPU")
+        if observers.ONNX in request.features:
+            reasons.append("an ONNX graph cannot count; remove the monitor before the export")
+    return reasons
 
 
 def _request(x: Tensor, images: int, tokens: int, channels: int | None, features: tuple[str, ...]) -> Request:
+    # There is no gradient that a trace could lose.
+    of_traces = (observers.TRACED, observers.TRACED_WITH_GRADIENTS)
+    observing = tuple(feature for feature in observers.present() if feature not in of_traces)
     device, of_gpu = x.device.type, capability(x.device)
     size = preferences.size("token_norms", device, of_gpu, tokens, images)
-    return Request("token_norms", device, of_gpu, x.dtype, None, channels, features, size)
+    return Request("token_norms", device, of_gpu, x.dtype, None, channels, (*features, *observing), size)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ... import dispatch
 from ...layout import TokenLayout
+from .._shared import flops
 from .._shared.autograd import op_or_implementation
-from . import backends, schema
+from .._shared.transforms import transformable
+from . import backends, schema, transforms
 from .types import NormDistribution
 
 
@@ -36,8 +38,17 @@ def _accumulate_impl(
     dispatch.find(backends.BACKENDS, backend).accumulate(norms, layout, into)
 
 
-token_norms = op_or_implementation(torch.ops.vitreg.token_norms, _token_norms_impl)
+_token_norms_op = op_or_implementation(torch.ops.vitreg.token_norms, _token_norms_impl)
+_token_norms = transformable("TokenNorms", lambda *arguments: (_token_norms_op(*arguments),), transforms.FORWARD)
 accumulate = op_or_implementation(torch.ops.vitreg.accumulate_token_norms, _accumulate_impl)
+
+
+def token_norms(x: Tensor, backend: str) -> Tensor:
+    """``[B, N]`` of ``[B, N, C]``, by a named backend."""
+    (norms,) = _token_norms(x, backend)
+    return norms
+
 
 for _name, _impl in (("token_norms", _token_norms_impl), ("accumulate_token_norms", _accumulate_impl)):
     schema.LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
+    flops.register(getattr(torch.ops.vitreg, _name), flops.no_products)

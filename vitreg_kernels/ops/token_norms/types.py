@@ -7,7 +7,8 @@ for the layers of a model; everything here works on all of them at once, on the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,13 +37,12 @@ class NormDistribution(NamedTuple):
     @staticmethod
     def zeros(shape: Sequence[int], device: torch.device | str) -> NormDistribution:
         """Distributions of no tokens, with ``shape`` for their leading dimensions."""
+        return _zeros(shape, partial(torch.zeros, device=device))
 
-        def zeros(size: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros((*shape, size), dtype=dtype, device=device)
-
-        extremes = zeros(2, torch.float32)
-        extremes[..., 0], extremes[..., 1] = math.inf, -math.inf
-        return NormDistribution(zeros(NUM_BINS, torch.int64), zeros(2, torch.float64), extremes, zeros(2, torch.int64))
+    @staticmethod
+    def zeros_for(shape: Sequence[int], norms: Tensor) -> NormDistribution:
+        """The same where some norms are; each call's own where ``torch.vmap`` maps them."""
+        return _zeros(shape, norms.new_zeros)
 
     @property
     def count(self) -> Tensor:
@@ -132,6 +132,17 @@ class NormDistribution(NamedTuple):
         edges = bin_edges(self.histogram.device)
         middles = ((edges[:-1] + edges[1:]) / 2).expand(self.histogram.shape)
         return middles.minimum(self.extremes[..., 1:]).maximum(self.extremes[..., :1])
+
+
+def _zeros(shape: Sequence[int], zeros: Callable[..., Tensor]) -> NormDistribution:
+    extremes = zeros((*shape, 2), dtype=torch.float32)
+    extremes[..., 0], extremes[..., 1] = math.inf, -math.inf
+    return NormDistribution(
+        zeros((*shape, NUM_BINS), dtype=torch.int64),
+        zeros((*shape, 2), dtype=torch.float64),
+        extremes,
+        zeros((*shape, 2), dtype=torch.int64),
+    )
 
 
 class Outliers(NamedTuple):

@@ -50,7 +50,7 @@ def check_layout(x: Tensor, layout: TokenLayout) -> None:
     """Raises: TypeError, ValueError: if the layout is none, or the N of x ``[B, N, ...]`` does not fit it."""
     if not isinstance(layout, TokenLayout):
         raise TypeError(f"layout must be a TokenLayout, got a {type(layout).__name__}")
-    layout.split(x)
+    layout.check(x)
 
 
 def check_into(into: NormDistribution, norms: Tensor) -> None:
@@ -67,5 +67,5 @@ def check_into(into: NormDistribution, norms: Tensor) -> None:
 def _check_elements(name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {described(x)}")
-    if not x.shape[1:].numel():
+    if not all(x.shape[1:]):
         raise ValueError(f"there must be at least one token and channel, got {name} {described(x)}")

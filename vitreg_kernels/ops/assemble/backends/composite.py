@@ -20,7 +20,7 @@ def forward(inputs: AssembleInputs) -> Tensor:
         if pos_embed is not None:
             rows = sizes_of(*inputs).prefix_rows
             prefix, patches = _with_rows(prefix, pos_embed[:, :rows]), patches + pos_embed[:, rows:]
-        return torch.cat([*(t.expand(len(patches), -1, -1) for t in prefix), patches], dim=1)
+        return torch.cat([*(t.expand(patches.shape[0], -1, -1) for t in prefix), patches], dim=1)
 
 
 def _with_rows(prefix: list[Tensor], rows: Tensor) -> list[Tensor]:

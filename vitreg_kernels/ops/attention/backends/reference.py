@@ -17,6 +17,6 @@ def forward(inputs: AttentionInputs) -> AttentionResult:
 
 BACKEND = Backend(
     name="reference",
-    requirements=requirements.anywhere(features.OF_TORCH),
+    requirements=requirements.anywhere(features.OF_REFERENCE),
     forward=forward,
 )

@@ -6,12 +6,15 @@ and the statistics come from ``statistics.py``.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ....dispatch import Backend
-from ..._shared import requirements
+from ..._shared import requirements, transforms
 from .. import features, statistics
 from ..masks import without_hidden_keys
 from ..packing import as_batch, runs_of_equal_length
@@ -34,7 +37,13 @@ def forward(inputs: AttentionInputs) -> AttentionResult:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, inputs: AttentionInputs) -> Tensor:
-    return functional.scaled_dot_product_attention(query, key, value, mask, inputs.dropout_p, scale=inputs.scale)
+    with _twice_differentiable() if transforms.need_more_than_a_gradient() else nullcontext():
+        return functional.scaled_dot_product_attention(query, key, value, mask, inputs.dropout_p, scale=inputs.scale)
+
+
+def _twice_differentiable() -> AbstractContextManager:
+    """torch's fused kernels have a first derivative alone; its formula has all of them, and N x N memory."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _masked(inputs: AttentionInputs) -> Tensor:
@@ -71,6 +80,6 @@ def _in_bnhd_memory(output: Tensor) -> Tensor:
 
 BACKEND = Backend(
     name="sdpa",
-    requirements=requirements.anywhere(features.OF_TORCH),
+    requirements=requirements.anywhere(features.OF_SDPA),
     forward=forward,
 )

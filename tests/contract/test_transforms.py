@@ -1,0 +1,120 @@
+"""Function transforms: what docs/function_transforms.md says of each op and backend is what happens."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.func import grad, vmap
+from torch.utils._pytree import tree_leaves, tree_map
+
+from contract import transforms
+from contract.test_contract import OPS, every_backend, most_kinds
+from contract.transforms import TRIALS, calls_of, close, inputs_of, loss_of, of_inputs, one_by_one, outcome, stacked
+from contract.transforms_table import read
+from vitreg_kernels._triton.mode import INTERPRETING
+from vitreg_kernels.functional import register_attention_qkv
+
+TABLE = read()
+
+CASES = [
+    pytest.param(trial, op, backend.name, id=f"{trial.name}-{op}-{backend.name}")
+    for trial in TRIALS
+    for op in OPS
+    for backend in op.backends
+    if transforms.is_tried(trial, op)
+]
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize(("trial", "op", "backend"), CASES)
+def test_the_table_is_true(trial, op, backend, tmp_path):
+    """Each transform is right, or says the sentence that the table quotes."""
+    assert outcome(trial, op, backend, tmp_path) == TABLE[trial.name, str(op), backend]
+
+
+def test_the_table_has_nothing_else():
+    tried = {(trial.name, str(op), backend.name) for trial in TRIALS for op in OPS for backend in op.BACKENDS}
+    assert TABLE.keys() <= tried
+
+
+class TestMapped:
+    """Every input alone, wherever its mapped dimension lies, and what else of a call may be mapped."""
+
+    @most_kinds
+    def test_one_input_alone(self, op, backend, spec):
+        made = calls_of(op, spec)
+        function, batch = of_inputs(op, backend.name, made[0]), stacked(op, made)
+        fixed = inputs_of(op, made[0])
+        for name, x in batch.items():
+            only = {n: x if n == name else y.expand(transforms.SIZE, *y.shape) for n, y in fixed.items()}
+            expected = one_by_one(function, only)
+            for dim in (0, x.ndim - 1):
+                dims = {n: dim if n == name else None for n in fixed}
+                close(vmap(function, (dims,))({**fixed, name: x.movedim(0, dim)}), expected)
+
+    @most_kinds
+    def test_gradients_of_one_input_alone(self, op, backend, spec):
+        if not op.OUTPUTS:
+            return
+        made = calls_of(op, spec)
+        loss, batch, fixed = loss_of(op, backend.name, made[0]), stacked(op, made), inputs_of(op, made[0])
+        for name in batch:
+            dims = {n: 0 if n == name else None for n in fixed}
+            only = {n: batch[n] if n == name else y.expand(transforms.SIZE, *y.shape) for n, y in fixed.items()}
+            close(vmap(grad(loss), (dims,))({**fixed, name: batch[name]}), one_by_one(grad(loss), only))
+
+    @every_backend
+    def test_twice(self, op, backend):
+        made = calls_of(op, op.KINDS[0])
+        function, batch = of_inputs(op, backend.name, made[0]), stacked(op, made)
+        twice = {name: torch.stack([x, x.flip(0)], 1) for name, x in batch.items()}
+        found = vmap(vmap(function))(twice)
+        for i in range(2):
+            expected = one_by_one(function, {name: x[:, i] for name, x in twice.items()})
+            close({name: x[:, i] for name, x in found.items()}, expected)
+
+    @every_backend
+    def test_what_is_no_input(self, op, backend):
+        """Masks, rotations and factors of stochastic depth, each call its own."""
+        made = calls_of(op, op.KINDS[0])
+        others = [n for n, x in made[0].items() if n not in op.INPUTS and _has_tensors(x)]
+        for name in others:
+            each = [call[name] for call in made]
+            dims = tree_map(lambda x: 0 if isinstance(x, torch.Tensor) else None, each[0])
+            function = partial(lambda x, name: op.outputs(backend.name, {**made[0], name: x}), name=name)
+            mapped = vmap(function, (dims,))(_stacked(each))
+            for i, one in enumerate(each):
+                expected = op.outputs(backend.name, {**made[0], name: one})
+                close({n: x[i] for n, x in mapped.items()}, expected)
+
+    @every_backend
+    def test_no_call_at_all(self, op, backend):
+        made = calls_of(op, op.KINDS[0])
+        function = of_inputs(op, backend.name, made[0])
+        none = {name: x[:0] for name, x in stacked(op, made).items()}
+        if INTERPRETING:
+            return
+        try:
+            found = vmap(function)(none)
+        except RuntimeError:  # where torch's own operations have no such rule
+            assert not backend.opaque
+            return
+        for name, x in function(inputs_of(op, made[0])).items():
+            assert found[name].shape == (0, *x.shape), name
+
+
+def test_packs_are_cut_alike():
+    """Where each image begins is read on the host."""
+    qkv, bounds = torch.randn(1, 6, 3, 1, 16), torch.tensor([[0, 2, 6], [0, 3, 6]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens cannot be mapped"):
+        vmap(lambda cu: register_attention_qkv(qkv, cu_seqlens=cu))(bounds)
+
+
+def _has_tensors(x: object) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(x))
+
+
+def _stacked(each: list) -> object:
+    return tree_map(lambda *xs: torch.stack(xs) if isinstance(xs[0], torch.Tensor) else xs[0], *each)
