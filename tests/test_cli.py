@@ -211,7 +211,8 @@ def test_a_backend_that_does_not_run_here_is_told_at_once(name, monkeypatch, cap
         assert measured
         return
     assert (status, measured, printed.out) == (2, [], "")
-    assert printed.err == f"backend {name!r} cannot be checked on cpu: runs on cuda, not on cpu\n"
+    assert printed.err.startswith(f"backend {name!r} cannot be checked on cpu: ")
+    assert printed.err.count("\n") == 1
 
 
 def test_a_backend_that_runs_does_not_hide_one_that_does_not(capsys):
