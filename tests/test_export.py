@@ -88,7 +88,7 @@ class TestExport:
 
     def test_what_cannot_be_exported_says_so(self):
         model = vit("antialiased", "default", interpolate_offset=0.1)
-        with pytest.raises(ValueError, match=r"interpolate_offset=0.1 together with antialias=True"):
+        with pytest.raises(ValueError, match=r"interpolate_offset=0.1 and antialias=True"):
             torch.export.export(model, (torch.randn(2, 3, 48, 32),), dynamic_shapes=({2: 8 * Dim("rows")},))
 
 

@@ -1,7 +1,7 @@
 """Function transforms of every op by every backend, each tried on a small call and checked: right, or one sentence.
 
-transforms_table.py writes what ``outcome`` gives into docs/function_transforms.md; test_transforms.py holds each cell of
-that page against a new trial.
+transforms_table.py writes what ``outcome`` gives into docs/function_transforms.md; test_transforms.py holds each cell
+of that page against a new trial.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _interpolations_of_any_size(
     """
     if antialias:
         raise ValueError(
-            f"interpolate_offset={offset} together with antialias=True, which no published model has, cannot be exported"
+            f"interpolate_offset={offset} and antialias=True, which no published model has, cannot be exported"
         )
     counts = [torch.full((), count, device=like.device) for count in grid]
     fits = (counts[0] == from_grid[0]) & (counts[1] == from_grid[1])
