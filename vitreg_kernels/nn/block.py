@@ -262,7 +262,7 @@ class RegisterBlock(nn.Module):
         if self.training and self.drop_path:
             keep = 1.0 - self.drop_path
             dtype = torch.promote_types(x.dtype, torch.float32)  # 1 / keep unrounded
-            drop_path = torch.empty(len(x), device=x.device, dtype=dtype).bernoulli_(keep) / keep
+            drop_path = torch.empty(x.shape[0], device=x.device, dtype=dtype).bernoulli_(keep) / keep
         if hooked(scale):
             branch, scale = scale(branch), None
         return Residual(x, branch, None if scale is None else scale.gamma, drop_path)
