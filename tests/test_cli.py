@@ -12,6 +12,7 @@ from vitreg_kernels import __version__, cli
 from vitreg_kernels.cli.info import support_table
 from vitreg_kernels.measure import check
 from vitreg_kernels.measure.cases import CASES, assemble, attention, residual_norm, token_norms
+from vitreg_kernels.ops._shared import observers
 from vitreg_kernels.ops.attention import features
 from vitreg_kernels.ops.attention.backends import BACKENDS, sdpa
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
@@ -43,8 +44,11 @@ def test_support_table_says_what_is_declared() -> None:
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in support_table().split("\n")]
     assert header[1:] == [b.name for b in BACKENDS]
     by_feature = {row[0]: row[1:] for row in rows}
-    for feature in features.ALL:
-        assert by_feature[feature] == ["yes" if feature in b.requirements.features else "no" for b in BACKENDS]
+    for feature in (*features.ALL, *observers.ALL):
+        for cell, needs in zip(by_feature[feature], (b.requirements for b in BACKENDS), strict=True):
+            served = "if named" if feature in needs.features_if_named else "yes"
+            assert cell == (served if feature in needs.features else "no")
+    assert "if named" in by_feature[observers.TRACED]
 
 
 def test_support_tables_of_the_other_ops(capsys: pytest.CaptureFixture[str]) -> None:

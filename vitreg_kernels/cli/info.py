@@ -9,7 +9,7 @@ import torch
 
 from .._native import library
 from .._version import __version__
-from ..dispatch import ANY_SIZE
+from ..dispatch import ANY_SIZE, Requirements
 from ..ops.catalogue import OPS
 from .table import markdown, short
 
@@ -38,8 +38,14 @@ def support_table(op: str = "attention") -> str:
     if of.size is not None:
         sizes = (getattr(n, of.size) for n in needs)
         rows.append((of.size.replace("_", " "), *("any" if s == ANY_SIZE else "{}-{}".format(*s) for s in sizes)))
-    rows += [(feature, *("yes" if feature in n.features else "no" for n in needs)) for feature in of.features]
+    rows += [(feature, *(_served(feature, n) for n in needs)) for feature in of.features]
     return markdown(rows)
+
+
+def _served(feature: str, needs: Requirements) -> str:
+    if feature not in needs.features:
+        return "no"
+    return "if named" if feature in needs.features_if_named else "yes"
 
 
 def _version(package: str) -> str:

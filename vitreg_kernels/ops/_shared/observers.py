@@ -8,7 +8,7 @@ from . import transforms
 
 TRANSFORMS = "torch.func and forward-mode derivatives"
 TRACED = "torch.jit.trace"
-TRACED_WITH_GRADIENTS = "torch.jit.trace with gradients, only under torch.no_grad()"
+TRACED_WITH_GRADIENTS = "torch.jit.trace outside torch.no_grad()"
 ONNX = "ONNX export"
 
 ALL = (TRANSFORMS, TRACED, TRACED_WITH_GRADIENTS, ONNX)
