@@ -99,7 +99,7 @@ def measure(samples: int, fake: NoGPU | None = None) -> dict[str, float]:
     call = (None, None, None, False, None, 0, 1, 0.25)
     ops, empty = torch.ops.vitreg, torch.ops.vitreg_host_cost
     calls = {
-        "forward": lambda: ops.attention_forward(query, key, value, *call, ["lse"], "triton"),
+        "forward": lambda: ops.attention_forward(query, key, value, *call, "lse", "triton"),
         "backward": lambda: ops.attention_backward(grad_output, query, key, value, *call, output, lse, "triton"),
         "empty forward": lambda: empty.forward(query, key, value),
         "empty backward": lambda: empty.backward(grad_output, query, key, value),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.export import Dim
-from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.func import functionalize, grad, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,8 +44,9 @@ class Trial(NamedTuple):
 
 
 def is_tried(trial: Trial, op: Op) -> bool:
-    """Whether an op has what is transformed, in this process."""
-    return (bool(op.OUTPUTS) or not trial.derivative) and (trial.interpreted or not INTERPRETING)
+    """Whether an op has what is transformed, in this process. Tracers see the packed op as they see the other."""
+    traced = not trial.interpreted
+    return (bool(op.OUTPUTS) or not trial.derivative) and not (traced and (INTERPRETING or "Packed" in str(op)))
 
 
 def outcome(trial: Trial, op: Op, backend: str, folder: Path) -> str:
@@ -254,6 +255,49 @@ def _jvp_of_grad(op: Op, backend: str, _: Path) -> None:
     close(found, _second(op, first, inputs, vector))
 
 
+def _jvp_of_jvp(op: Op, backend: str, _: Path) -> None:
+    """A second derivative along a line, and a third one, by forward mode within forward mode."""
+    first, second, *_ = calls(op)
+    inputs, tangents = inputs_of(op, first), inputs_of(op, second)
+
+    def along(function: Callable[[Tensors], Any]) -> Callable[[Tensors], Any]:
+        return lambda inputs: jvp(function, (inputs,), (tangents,))[1]
+
+    doubled = loss_of(op, "reference", exact(op, first))
+    wide, line = exact(op, inputs), exact(op, tangents)
+
+    def slope(t: float) -> Tensor:
+        found = grad(doubled)({name: x + t * line[name] for name, x in wide.items()})
+        return sum((found[name] * line[name]).sum() for name in found)
+
+    step = 2e-4
+    loss = loss_of(op, backend, first)
+    close(along(along(loss))(inputs), (slope(step) - slope(-step)) / (2 * step))
+    third = (slope(step) - 2 * slope(0.0) + slope(-step)) / step**2
+    close(along(along(along(loss)))(inputs), third)
+    of_gradient = along(along(grad(loss)))(inputs)
+    close(sum((x * tangents[name]).sum() for name, x in of_gradient.items()), third)
+
+
+def _functionalize(op: Op, backend: str, _: Path) -> None:
+    call = calls(op)[0]
+    function, inputs = of_inputs(op, backend, call), inputs_of(op, call)
+    close(functionalize(function)(inputs), function(inputs))
+
+
+def _batched_gradients(op: Op, backend: str, _: Path) -> None:
+    """Several gradients of one graph at once, as ``autograd.functional.jacobian(vectorize=True)`` asks for them."""
+    call = calls(op)[0]
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs_of(op, call).items()}
+    output = of_inputs(op, backend, call)(leaves)[op.OUTPUTS[-1]]
+    upstream = torch.randn(SIZE, *output.shape)
+    wanted = [leaves[name] for name in leaves]
+    found = torch.autograd.grad(output, wanted, upstream, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(output, wanted, g, retain_graph=True) for g in upstream]
+    for x, *ys in zip(found, *each, strict=True):
+        close(x, torch.stack(ys))
+
+
 def _jacobians(op: Op, backend: str, _: Path) -> None:
     """Forward and in reverse, of a few numbers of the input."""
     call = calls(op)[0]
@@ -266,11 +310,17 @@ def _jacobians(op: Op, backend: str, _: Path) -> None:
         return function({**inputs_of(op, call), name: moved})[op.OUTPUTS[-1]].flatten()[:7]
 
     few = call[name].flatten()[:5].clone()
-    step = 1e-2 * torch.eye(5, dtype=torch.float64)
+    step = 1e-2 * torch.eye(5)
+
+    def loss(x: Tensor) -> Tensor:
+        return of_few(x).sin().sum()
+
+    by_differences = torch.stack([(of_few(few + s) - of_few(few - s)) / 2e-2 for s in step], -1)
+    torch.testing.assert_close(jacfwd(of_few)(few), by_differences, rtol=1e-2, atol=2e-3)
     close(jacfwd(of_few)(few), jacrev(of_few)(few))
-    hessian = jacfwd(jacrev(lambda x: of_few(x).sin().sum()))(few)
-    assert hessian.shape == step.shape
-    close(hessian, hessian.T.contiguous())
+    gradients = [(grad(loss)(few + s) - grad(loss)(few - s)) / 2e-2 for s in step]
+    for hessian in (jacfwd(jacrev(loss)), jacfwd(jacfwd(loss)), jacrev(jacrev(loss)), jacrev(jacfwd(loss))):
+        torch.testing.assert_close(hessian(few), torch.stack(gradients), rtol=1e-2, atol=2e-3)
 
 
 # Tracers
@@ -326,34 +376,34 @@ def _same_gradients(traced: Callable[..., Any], module: _Module) -> None:
         close(x, y)
 
 
-def _compile(op: Op, backend: str, _: Path) -> None:
+def _compiled_dual(op: Op, backend: str, _: Path) -> None:
     torch.compiler.reset()
-    module = _module(op, backend)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    _same(compiled, module, (2, 21), (3, 17))
-    _same_gradients(compiled, module)
+    first, second, *_ = calls(op)
+    inputs, tangents = inputs_of(op, first), inputs_of(op, second)
+    compiled = torch.compile(of_inputs(op, backend, first), backend="eager")
+    with forward_ad.dual_level():
+        found = compiled({name: forward_ad.make_dual(x, tangents[name]) for name, x in inputs.items()})
+        pushed = {name: forward_ad.unpack_dual(found[name]).tangent for name in op.OUTPUTS}
+    close(pushed, _pushed(op, first, inputs, tangents))
 
 
 def _compiled_vmap(op: Op, backend: str, _: Path) -> None:
     torch.compiler.reset()
     made = calls(op)
     function, batch = of_inputs(op, backend, made[0]), stacked(op, made)
-    close(torch.compile(vmap(function), backend="aot_eager")(batch), one_by_one(function, batch))
+    close(torch.compile(vmap(function), backend="eager")(batch), one_by_one(function, batch))
 
 
 def _export(op: Op, backend: str, _: Path) -> None:
     """Static, and with any batch and number of tokens."""
     module = _module(op, backend)
-    for shapes, sizes in (
+    where = 2 if op.TOKENS == ("query", "key", "value") else 1  # the tokens
+    for axes, sizes in (
         (None, [(2, 21)]),
-        (({0: Dim("batch")},), [(3, 21), (1, 21)]),
-        (({0: Dim("batch"), 1: Dim("tokens")},), [(3, 17), (1, 30)]),
+        ({0: Dim("batch")}, [(3, 21), (1, 21)]),
+        ({0: Dim("batch"), where: Dim("tokens")}, [(3, 17), (1, 30)]),
     ):
-        if shapes is not None:
-            ((axes,),) = (shapes,)
-            where = 2 if op.TOKENS == ("query", "key", "value") else 1
-            axes = {(where if axis == 1 else axis): dim for axis, dim in axes.items()}
-            shapes = (tuple(axes for _ in module.tokens),)
+        shapes = None if axes is None else (tuple(axes for _ in module.tokens),)
         exported = torch.export.export(module, module.sized(2, 21), dynamic_shapes=shapes).module()
         _same(exported, module, *sizes)
 
@@ -430,9 +480,12 @@ TRIALS = (
     Trial("second derivative, `create_graph=True`", _double, derivative=True),
     Trial("second derivative, `grad(grad)`", _grad_of_grad, derivative=True),
     Trial("Hessian-vector product, `jvp(grad)`", _jvp_of_grad, derivative=True),
+    Trial("forward mode in forward mode, `jvp(jvp)`, `jvp(jvp(grad))`", _jvp_of_jvp, derivative=True),
     Trial("`jacfwd`, `jacrev`, `hessian`", _jacobians, derivative=True),
-    Trial("`torch.compile(fullgraph=True)`, with gradients", _compile, interpreted=False),
+    Trial("`torch.func.functionalize`", _functionalize),
+    Trial("`is_grads_batched=True`, `jacobian(vectorize=True)`", _batched_gradients, derivative=True),
     Trial("`torch.compile` of `vmap`", _compiled_vmap, interpreted=False),
+    Trial("dual numbers through `torch.compile`", _compiled_dual, derivative=True, interpreted=False),
     Trial("`torch.export`, any batch, any number of tokens", _export, interpreted=False),
     Trial("`torch.jit.trace`, with gradients", _jit, interpreted=False),
     Trial("`torch.jit.trace` under `torch.no_grad()`", _jit_without_gradients, interpreted=False),

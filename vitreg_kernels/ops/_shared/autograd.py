@@ -17,7 +17,7 @@ def needs_node(tensors: Iterable[Tensor]) -> bool:
     """Whether a call is to be a node of the autograd graph: somebody may ask for a derivative, or maps the call."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return True
-    return not torch.compiler.is_compiling() and transforms.are_active()
+    return transforms.are_active()
 
 
 def op_or_implementation(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,7 +37,7 @@ def op_or_implementation(op: Callable[..., Any], implementation: Callable[..., A
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
-            _refuse_traced_transforms()
+            transforms.refuse_to_be_traced()
             return op(*arguments)
         return op(*arguments) if _are_observed(arguments) else implementation(*arguments)
 
@@ -88,21 +88,13 @@ def differentiable(
 
     def apply(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
-            _refuse_traced_transforms()
+            transforms.refuse_to_be_traced()
             return compiled.apply(*arguments)
         if transforms.are_active():
-            return transforms.apply(transformed, arguments)
+            return transforms.run(transformed, rules, arguments)
         return eager.apply(*arguments[:tensors], arguments[tensors:])
 
     return apply
-
-
-def _refuse_traced_transforms() -> None:
-    if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(
-            "a kernel cannot be traced by torch.compile inside a transform of torch.func; compile without fullgraph, "
-            "or name a backend that is torch code, such as 'reference'"
-        )
 
 
 # What the arguments of an op may be; a subclass of Tensor is none of these.

@@ -24,11 +24,12 @@ def present() -> tuple[str, ...]:
     """The features that a call made now asks for."""
     if torch.compiler.is_compiling():  # where torch.compile itself says what it cannot trace
         return (ONNX,) if _in_onnx_export() else ()
-    if torch._C._get_tracing_state() is not None:
-        if _in_onnx_export():
-            return (ONNX,)
-        return (TRACED, TRACED_WITH_GRADIENTS) if torch.is_grad_enabled() else (TRACED,)
-    return (TRANSFORMS,) if transforms.are_active() else ()
+    transformed = (TRANSFORMS,) if transforms.are_active() else ()
+    if torch._C._get_tracing_state() is None:
+        return transformed
+    if _in_onnx_export():
+        return (*transformed, ONNX)
+    return (*transformed, TRACED, TRACED_WITH_GRADIENTS) if torch.is_grad_enabled() else (*transformed, TRACED)
 
 
 def _in_onnx_export() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,24 +31,68 @@ class Rules(NamedTuple):
             along ``in_dims`` (``None``: the same for all), with one call of the kernel; gives the outputs and the
             dimension of each along which the calls lie. ``None`` where no one call can do it.
         derivable: places of the arguments that have a derivative.
+        constant: what to say where a derivative of another argument is asked for; empty where such an argument is a
+            function of the derivable ones, and its derivative is part of theirs.
     """
 
     formula: Callable[..., tuple[Tensor, ...]]
     fold: Callable[[int, Dims, tuple, Callable[..., tuple[Tensor, ...]]], Mapped | None]
     derivable: tuple[int, ...] = ()
+    constant: str = ""
 
 
 def are_active() -> bool:
-    """Whether a transform of torch.func, or forward-mode differentiation, would see what is called now."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether a transform of torch.func, or forward-mode differentiation, would see what is called now.
 
-
-def need_more_than_a_gradient() -> bool:
-    """Whether a call runs under forward-mode differentiation, or within two gradients of torch.func."""
-    if not are_active():
+    ``functionalize`` sees ops as they are, and needs no rule.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
         return False
-    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
-    return forward_ad._current_level >= 0 or kinds.count(TransformType.Grad) > 1 or TransformType.Jvp in kinds
+    return torch.compiler.is_compiling() or any(kind != TransformType.Functionalize for kind in _levels())
+
+
+def need_more_than_a_gradient(tensors: Sequence[Tensor]) -> bool:
+    """Whether a call runs under forward-mode differentiation, or within two gradients, as far as can be told."""
+    if torch.compiler.is_compiling() or not are_active():
+        return False
+    gradients = _levels().count(TransformType.Grad) + any(_innermost(x).requires_grad for x in tensors)
+    return forward_ad._current_level >= 0 or gradients > 1 or TransformType.Jvp in _levels()
+
+
+def refuse_to_be_traced() -> None:
+    """For a kernel that torch.compile is about to trace.
+
+    Raises:
+        NotImplementedError: within a transform; what the compiler cannot trace it runs eagerly.
+    """
+    if are_active():
+        raise NotImplementedError(
+            "a kernel cannot be traced by torch.compile inside torch.func or forward mode; compile without fullgraph "
+            "or name a backend that is torch code, such as 'reference'"
+        )
+
+
+def is_mapped(x: Tensor) -> bool:
+    """Whether ``torch.vmap`` maps a tensor, at any level."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
+def _innermost(x: Tensor) -> Tensor:
+    """A tensor without what torch.func's levels wrap around it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def _levels() -> list[TransformType]:
+    """The transforms of torch.func that a call runs in, outermost first."""
+    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
 
 
 def node(
@@ -68,14 +113,17 @@ def node(
     """
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        _refuse_derivatives(rules, inputs, ctx.needs_input_grad)
         save(ctx, inputs, output)
         statistics = ctx.non_differentiable or ()
         ctx.has_tangent = [not any(x is y for y in statistics) for x in output]
-        ctx.save_for_forward(*(x for x in inputs if isinstance(x, Tensor)))  # torch frees them when jvp has run
+        # For jvp, which runs before this call returns; they are not kept any longer.
+        ctx.save_for_forward(*(x for x in inputs if isinstance(x, Tensor)))
         ctx.arguments_but_tensors = _without_tensors(inputs)
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments = _with_tensors(ctx.arguments_but_tensors, ctx.saved_tensors)
+        _refuse_derivatives(rules, arguments, [x is not None for x in tangents])
         pushed = pushed_forward(rules, arguments, tangents)
         return tuple(x if has else None for x, has in zip(pushed, ctx.has_tangent, strict=True))
 
@@ -93,11 +141,12 @@ def node(
     return function
 
 
-def apply(function: type[torch.autograd.Function], arguments: tuple) -> Any:
-    """A node with rules for transforms, out of the compiler's sight.
-
-    What torch.compile leaves to eager code it looks at again, frame by frame, and these are none that it can trace.
-    """
+def run(function: type[torch.autograd.Function], rules: Rules, arguments: tuple) -> Any:
+    """A call of a node with rules, under some transform."""
+    # torch runs a node's jvp with forward mode off, so that a second one around it would see a constant.
+    if not torch.compiler.is_compiling() and _levels().count(TransformType.Jvp) > 1:
+        return rules.formula(*arguments)
+    # What torch.compile leaves to eager code it looks at again, frame by frame, and these are none that it can trace.
     if "torch._dynamo" in sys.modules:
         return torch.compiler.disable(function.apply)(*arguments)
     return function.apply(*arguments)
@@ -123,10 +172,19 @@ def transformable(name: str, kernel: Callable[..., tuple[Tensor, ...]], rules: R
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
+            refuse_to_be_traced()
             return kernel(*arguments)
         if are_active() or (torch.is_grad_enabled() and _want_derivatives(rules, arguments)):
-            return apply(function, arguments)
-        return kernel(*arguments)
+            return run(function, rules, arguments)
+        try:
+            return kernel(*arguments)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _OF_BATCHED_GRADIENTS):
+                raise
+            raise NotImplementedError(
+                "a kernel has no rule for is_grads_batched=True or vectorize=True; take torch.func.vmap, jacrev or "
+                "hessian instead, or name a backend that is torch code, such as 'reference'"
+            ) from error
 
     return call
 
@@ -139,9 +197,9 @@ def pulled_back(
     Differentiable in turn.
     """
     places = [place for place in rules.derivable if wanted[place]]
-    _, pull = _linearized(rules, arguments, places)
+    _, pull = vjp(*_of_places(rules, arguments, places))
     found: list[Tensor | None] = [None] * len(arguments)
-    for place, gradient in zip(places, pull(tuple(gradients)), strict=True):
+    for place, gradient in zip(places, pull(*gradients), strict=True):
         found[place] = gradient
     return tuple(found)
 
@@ -149,22 +207,22 @@ def pulled_back(
 def pushed_forward(rules: Rules, arguments: tuple, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The formula's Jacobian-vector product: a tangent for each output.
 
-    Made of two vector-Jacobian products, because torch's own forward mode does not nest within itself: what pulls a
-    gradient back is linear in it, and its transpose pushes a tangent forward.
+    Made of two vector-Jacobian products, since forward mode is off where a node is asked for it: what pulls a gradient
+    back is linear in it, and its transpose pushes a tangent forward.
     """
     places = [place for place in rules.derivable if tangents[place] is not None]
-    outputs, pull = _linearized(rules, arguments, places)
-    if not places:
-        return (None,) * len(outputs)
-    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(x) for x in outputs))
-    (pushed,) = push(tuple(tangents[place] for place in places))
-    return pushed
+    with torch.enable_grad():
+        outputs, pull = vjp(*_of_places(rules, arguments, places))
+        if not places:
+            return (None,) * len(outputs)
+        _, push = vjp(pull, [torch.zeros_like(x) for x in outputs])
+    return push(*(tangents[place] for place in places))
 
 
-def _linearized(
+def _of_places(
     rules: Rules, arguments: tuple, places: Sequence[int]
-) -> tuple[tuple[Tensor, ...], Callable[[tuple], tuple[Tensor, ...]]]:
-    """The formula's outputs, and what pulls gradients of them back to the arguments in some places."""
+) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+    """The formula as a function of the arguments in some places, and these."""
 
     def of_places(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = list(arguments)
@@ -172,14 +230,64 @@ def _linearized(
             given[place] = tensor
         return rules.formula(*given)
 
-    if not places:
-        return of_places(), lambda gradients: ()
-    return torch.func.vjp(of_places, *(arguments[place] for place in places))
+    return of_places, [arguments[place] for place in places]
+
+
+def vjp(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor, ...]]]:
+    """A function's outputs, and what pulls gradients of them back to its inputs, both differentiable in turn."""
+    if not inputs:
+        return function(), lambda *gradients: ()
+    if torch._C._are_functorch_transforms_active():
+        outputs, pull = torch.func.vjp(function, *inputs)
+        return outputs, lambda *gradients: pull(gradients)
+    # Within eager autograd by its own means: torch.func knows no hooks of saved tensors. Nor do they see these, which
+    # are used at once: those of a checkpoint would run the forward again, of which this is a part.
+    further = torch.is_grad_enabled()
+    with torch.enable_grad(), _unhooked():
+        # Views, so that one tensor in two places is two inputs.
+        inputs = [x.view_as(x) if further and x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        outputs = function(*inputs)
+    derived = [i for i, x in enumerate(outputs) if x.requires_grad]
+
+    def pull(*gradients: Tensor) -> tuple[Tensor, ...]:
+        with _unhooked():
+            return torch.autograd.grad(
+                [outputs[i] for i in derived],
+                inputs,
+                [gradients[i] for i in derived],
+                create_graph=torch.is_grad_enabled(),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+
+    return outputs, pull
+
+
+def _unhooked() -> AbstractContextManager:
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+def _refuse_derivatives(rules: Rules, arguments: tuple, wanted: Sequence[bool]) -> None:
+    """Raises: ValueError: if a derivative is wanted of an argument that has none; it would be missing in silence."""
+    if rules.constant and any(
+        asked and isinstance(x, Tensor) and place not in rules.derivable
+        for place, (x, asked) in enumerate(zip(arguments, wanted, strict=True))
+    ):
+        raise ValueError(rules.constant)
 
 
 def _want_derivatives(rules: Rules, arguments: tuple) -> bool:
     return any(arguments[place] is not None and arguments[place].requires_grad for place in rules.derivable)
 
+
+# What torch says where a kernel meets several gradients in one tensor.
+_OF_BATCHED_GRADIENTS = (
+    "Batching rule not implemented",
+    "Cannot access data pointer of Tensor that doesn't have storage",
+)
 
 _TENSOR = object()  # stands where a tensor was: a node that kept one itself would keep it alive, and at another level
 
@@ -199,8 +307,11 @@ def side_by_side(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def joined(x: Tensor | None, dim: int | None, size: int, axis: int = 0) -> Tensor | None:
-    """A mapped tensor whose mapped dimension has joined one of its own, ``axis``, call after call."""
-    return None if x is None else side_by_side(x, dim, size).movedim(0, axis).flatten(axis, axis + 1)
+    """A mapped tensor whose mapped dimension has joined one of its own, ``axis``, call after call.
+
+    Contiguous, as kernels expect what they gave themselves: one tensor for all calls would have a stride of 0.
+    """
+    return None if x is None else side_by_side(x, dim, size).movedim(0, axis).flatten(axis, axis + 1).contiguous()
 
 
 def parted(x: Tensor, size: int, axis: int = 0) -> Tensor:

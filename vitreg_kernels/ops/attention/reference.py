@@ -60,8 +60,11 @@ def _softmax(query: Tensor, key: Tensor, inputs: AttentionInputs) -> tuple[Tenso
     return logits, logits.masked_fill(all_masked, 0.0).softmax(-1).masked_fill(all_masked, 0.0)
 
 
-@torch.no_grad()
 def _statistics(query: Tensor, key: Tensor, output: Tensor, inputs: AttentionInputs) -> dict[str, Tensor]:
+    """Detached: they carry no gradient, and no tangent of forward mode."""
+    query, key, output = query.detach(), key.detach(), output.detach()
+    if inputs.attn_mask is not None:
+        inputs = inputs._replace(attn_mask=inputs.attn_mask.detach())
     dtype = torch.promote_types(output.dtype, torch.float32)
     logits, probabilities = _softmax(query.to(dtype), key.to(dtype), inputs)
     return {

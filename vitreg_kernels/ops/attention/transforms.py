@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._shared.transforms import Dims, Mapped, Rules, joined, parted, side_by_side
+from .._shared.transforms import Dims, Mapped, Rules, joined, parted, side_by_side, vjp
 from . import reference
-from .types import AttentionInputs, Rope, unpack_qkv
+from .types import ROPE_IS_CONSTANT, AttentionInputs, Rope, unpack_qkv
 
 
 class Call(NamedTuple):
@@ -55,13 +55,13 @@ def _forward_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     call = rest[: len(Call._fields)]
-    _, pull = torch.func.vjp(lambda *qkv: _forward(*qkv, *call, "", "")[0], query, key, value)
+    _, pull = vjp(lambda *qkv: _forward(*qkv, *call, "", ""), (query, key, value))
     return pull(grad_output)
 
 
 def _backward_qkv(grad_output: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     call = rest[: len(Call._fields)]
-    _, pull = torch.func.vjp(lambda qkv: _forward_qkv(qkv, *call, "", "")[0], qkv)
+    _, pull = vjp(lambda qkv: _forward_qkv(qkv, *call, "", ""), (qkv,))
     return pull(grad_output)
 
 
@@ -100,10 +100,11 @@ def _folding(before: tuple[int, ...], after: tuple[int, ...], results: tuple[int
 def _folded_call(call: Call, in_dims: Dims, size: int, each: int) -> Call:
     dims = Call(*in_dims)
     if call.cu_seqlens is None:
+        turned = dims.cos is not None or dims.sin is not None  # cos and sin lie alike in memory
         return call._replace(
-            mask=_of_images(call.mask, dims.mask, size, each, rank=4),
-            cos=_of_images(call.cos, dims.cos, size, each, rank=3),
-            sin=_of_images(call.sin, dims.sin, size, each, rank=3),
+            mask=_of_images(call.mask, dims.mask, size, each, rank=4, mapped=dims.mask is not None),
+            cos=_of_images(call.cos, dims.cos, size, each, rank=3, mapped=turned),
+            sin=_of_images(call.sin, dims.sin, size, each, rank=3, mapped=turned),
         )
     cos, sin = (
         None if x is None else joined(x, dim, size, x.ndim - (dim is not None) - 2)
@@ -112,14 +113,14 @@ def _folded_call(call: Call, in_dims: Dims, size: int, each: int) -> Call:
     return call._replace(cos=cos, sin=sin, cu_seqlens=_pack_of_packs(call.cu_seqlens, size, each))
 
 
-def _of_images(x: Tensor | None, dim: int | None, size: int, each: int, *, rank: int) -> Tensor | None:
+def _of_images(x: Tensor | None, dim: int | None, size: int, each: int, *, rank: int, mapped: bool) -> Tensor | None:
     """What all images share, or each has its own of (and then a dimension more, ``rank`` in all)."""
-    if x is None or (dim is None and (x.ndim < rank or x.shape[0] == 1)):
+    if x is None or (not mapped and (x.ndim < rank or x.shape[0] == 1)):
         return x
     x = side_by_side(x, dim, size)
     if x.ndim == rank:
         x = x.unsqueeze(1)
-    return x.expand(size, each, *x.shape[2:]).flatten(0, 1)
+    return x.expand(size, each, *x.shape[2:]).reshape(size * each, *x.shape[2:]).contiguous()
 
 
 def _pack_of_packs(cu_seqlens: Tensor, size: int, tokens: int) -> Tensor:
@@ -135,7 +136,7 @@ def fold_statistics(size: int, in_dims: Dims, arguments: tuple, kernel: Callable
     query, key = (joined(x, dim, size, axis) for x, dim in zip((query, key), in_dims, strict=False))
     each = query.shape[axis] // size
     if cu_seqlens is None:
-        mask = _of_images(mask, in_dims[2], size, each, rank=4)
+        mask = _of_images(mask, in_dims[2], size, each, rank=4, mapped=in_dims[2] is not None)
     else:
         cu_seqlens = _pack_of_packs(cu_seqlens, size, each)
     computed = kernel(query, key, mask, cu_seqlens, *others, outputs)
@@ -143,7 +144,7 @@ def fold_statistics(size: int, in_dims: Dims, arguments: tuple, kernel: Callable
     return tuple(parted(x, size, at) for x, at in zip(computed, axes, strict=True)), axes
 
 
-FORWARD = Rules(_forward, _folding((2, 2, 2), (), (2,)), derivable=(0, 1, 2))
-FORWARD_QKV = Rules(_forward_qkv, _folding((1,), (), (1,)), derivable=(0,))
+FORWARD = Rules(_forward, _folding((2, 2, 2), (), (2,)), derivable=(0, 1, 2), constant=ROPE_IS_CONSTANT)
+FORWARD_QKV = Rules(_forward_qkv, _folding((1,), (), (1,)), derivable=(0,), constant=ROPE_IS_CONSTANT)
 BACKWARD = Rules(_backward, _folding((2, 2, 2, 2), (2, 2), (2, 2, 2)), derivable=(0, 1, 2, 3))
 BACKWARD_QKV = Rules(_backward_qkv, _folding((1, 1), (1, 2), (1,)), derivable=(0, 1))

@@ -63,6 +63,8 @@ class AttentionOutputs(NamedTuple):
 
 NO_STATISTICS = AttentionOutputs()
 
+ROPE_IS_CONSTANT = "rope.cos and rope.sin carry no gradient; detach them, or rotate query and key before the call"
+
 
 class AttentionInputs(NamedTuple):
     """A validated call. Every backend takes exactly this.

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..._symbolic import known
 from .._shared.arguments import DTYPES, autocast_dtype, described
+from .._shared.transforms import is_mapped
 from .packing import lengths
-from .types import OUTPUT_NAMES, AttentionInputs, Rope
+from .types import OUTPUT_NAMES, ROPE_IS_CONSTANT, AttentionInputs, Rope
 
 _INTS = (int, torch.SymInt)
 _NUMBERS = (float, torch.SymFloat, *_INTS)
@@ -141,7 +142,7 @@ def _checked_packing(
     cu_seqlens: Tensor, max_seqlen: int | None, query: Tensor, num_prefix_tokens: int
 ) -> tuple[Tensor, int]:
     batch, _, tokens, _ = query.shape
-    if torch._C._are_functorch_transforms_active() and torch._C._functorch.is_batchedtensor(cu_seqlens):
+    if isinstance(cu_seqlens, Tensor) and is_mapped(cu_seqlens):
         raise ValueError("cu_seqlens cannot be mapped by torch.vmap, only packs that are cut alike; make them one pack")
     if (
         not isinstance(cu_seqlens, Tensor)
@@ -204,6 +205,4 @@ def _check_rope(rope: Rope, query: Tensor, num_prefix_tokens: int, cu_seqlens: T
     if head_dim % 2:
         raise ValueError(f"rope turns pairs of channels and needs an even head dim, got {head_dim}")
     if cos.requires_grad or sin.requires_grad:
-        raise ValueError(
-            "rope.cos and rope.sin carry no gradient; detach them, or rotate query and key before the call"
-        )
+        raise ValueError(ROPE_IS_CONSTANT)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._shared.transforms import Dims, Mapped, Rules, joined, parted
 from . import reference, schema
-from .types import NormGradInputs, NormInputs
+from .types import DROP_PATH_IS_CONSTANT, NormGradInputs, NormInputs
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -117,6 +117,7 @@ FORWARD = Rules(
         _places(("x", "branch", "drop_path"), NormInputs), _places(("layer_scale", "weight", "bias"), NormInputs), None
     ),
     derivable=_places(("x", "branch", "layer_scale", "weight", "bias"), NormInputs),
+    constant=DROP_PATH_IS_CONSTANT,
 )
 BACKWARD = Rules(
     _backward,

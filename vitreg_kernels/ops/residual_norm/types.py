@@ -25,6 +25,9 @@ class ResidualNorm(NamedTuple):
     token_norms: Tensor
 
 
+DROP_PATH_IS_CONSTANT = "drop_path carries no gradient; detach it, or multiply the branch by it before the call"
+
+
 class NormInputs(NamedTuple):
     """A validated call. Every backend takes exactly this.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._shared.arguments import DTYPES, autocast_dtype, described
-from .types import NormInputs
+from .types import DROP_PATH_IS_CONSTANT, NormInputs
 
 
 def validated(
@@ -51,7 +51,7 @@ def validated(
     if drop_path is not None:
         _check("drop_path", drop_path, x, (batch,), "one factor a sample")
         if drop_path.requires_grad:
-            raise ValueError("drop_path carries no gradient; detach it, or multiply the branch by it before the call")
+            raise ValueError(DROP_PATH_IS_CONSTANT)
     if not isinstance(rms, bool):
         raise TypeError(f"rms must be True for RMSNorm or False for LayerNorm, got {rms!r}")
     if rms and bias is not None:

@@ -9,6 +9,7 @@ from ... import dispatch
 from ...layout import TokenLayout
 from .._shared import flops
 from .._shared.autograd import op_or_implementation
+from .._shared.transforms import are_active as transforms_active
 from .._shared.transforms import transformable
 from . import backends, schema, transforms
 from .types import NormDistribution
@@ -45,8 +46,7 @@ accumulate = op_or_implementation(torch.ops.vitreg.accumulate_token_norms, _accu
 
 def token_norms(x: Tensor, backend: str) -> Tensor:
     """``[B, N]`` of ``[B, N, C]``, by a named backend."""
-    (norms,) = _token_norms(x, backend)
-    return norms
+    return _token_norms(x, backend)[0] if transforms_active() else _token_norms_op(x, backend)
 
 
 for _name, _impl in (("token_norms", _token_norms_impl), ("accumulate_token_norms", _accumulate_impl)):

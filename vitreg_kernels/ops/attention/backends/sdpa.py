@@ -37,12 +37,19 @@ def forward(inputs: AttentionInputs) -> AttentionResult:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, inputs: AttentionInputs) -> Tensor:
-    with _twice_differentiable() if transforms.need_more_than_a_gradient() else nullcontext():
+    with _by_formula() if _fused_has_no_derivative(query, key, value, mask) else nullcontext():
         return functional.scaled_dot_product_attention(query, key, value, mask, inputs.dropout_p, scale=inputs.scale)
 
 
-def _twice_differentiable() -> AbstractContextManager:
-    """torch's fused kernels have a first derivative alone; its formula has all of them, and N x N memory."""
+def _fused_has_no_derivative(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether a transform asks, or may ask, for one that torch's fused kernels do not have: a second, or the mask's."""
+    if mask is not None and mask.is_floating_point() and transforms.are_active():
+        return True
+    return transforms.need_more_than_a_gradient((query, key, value))
+
+
+def _by_formula() -> AbstractContextManager:
+    """torch's own formula instead of its fused kernels: it has all derivatives, and N x N memory."""
     return sdpa_kernel(SDPBackend.MATH)
 
 

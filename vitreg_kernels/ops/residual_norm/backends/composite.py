@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....dispatch import Backend
-from ..._shared import requirements
+from ..._shared import requirements, transforms
 from .. import features
 from ..types import NormInputs, ResidualNorm
 
@@ -43,10 +43,19 @@ def _normalized(residual: Tensor, inputs: NormInputs) -> Tensor:
     given += [] if inputs.bias is None else [inputs.bias.dtype]
     given += [torch.float32] if residual.device.type == "cpu" else []
     dtype = functools.reduce(torch.promote_types, given)
+    if transforms.need_more_than_a_gradient([residual]):
+        return _by_formula(residual.to(dtype), inputs)
     tokens, weight, bias = (None if t is None else t.to(dtype) for t in (residual, inputs.weight, inputs.bias))
     if inputs.rms:
         return functional.rms_norm(tokens, weight.shape, weight, inputs.eps)
     return functional.layer_norm(tokens, weight.shape, weight, bias, inputs.eps)
+
+
+def _by_formula(tokens: Tensor, inputs: NormInputs) -> Tensor:
+    """Where more than a gradient is asked for: forward mode within forward mode loses terms of torch's layer_norm."""
+    centred = tokens if inputs.rms else tokens - tokens.mean(-1, keepdim=True)
+    normalized = centred * (centred.square().mean(-1, keepdim=True) + inputs.eps).rsqrt() * inputs.weight
+    return normalized if inputs.bias is None else normalized + inputs.bias
 
 
 BACKEND = Backend(
