@@ -126,7 +126,7 @@ def _reason(path: Path, error: Exception) -> str:
         return "it is a page of HTML or XML, as a failed download leaves it"
     said = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     if re.match(r"Unsupported operand 1[45]\d\b", said):  # the opcodes that protocols 4 and 5 added
-        return "it was pickled with protocol 4 or 5, and what may be read safely with 2, torch.save's own"
+        return "it was pickled with protocol 4 or 5, and weights_only=True reads protocol 2, which torch.save uses"
     sentence = said.partition(". ")[0].partition("\n")[0]
     return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
 

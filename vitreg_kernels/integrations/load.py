@@ -85,8 +85,8 @@ def load_vit(
     weights, taken = find_weights(content)
     _check_tensors(weights)
     library, found = _convert(weights)
-    _check_names(found)
     said = {} if description is None else described(library, description, found)
+    _check_names(found)
     config, unsure = configure(found, said, changes, grid)
     weights = found.weights
     _check(config, weights)
