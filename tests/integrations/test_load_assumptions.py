@@ -44,7 +44,7 @@ KINDS = {
     "DINOv3": (lambda: dinov3_weights(hugging_face("DINOv3ViT", **GATED)), {"eps": 1e-5}),
     "transformers' ViT": (
         lambda: hugging_face("ViT").state_dict(),
-        {"num_heads": 2, "mlp": "gelu", "eps": 1e-12, "grid": (4, 4)},
+        {"num_heads": 2, "mlp": "gelu", "eps": 1e-12, "grid": (4, 4), "antialias": False, "interpolate_offset": 0.0},
     ),
     "transformers' Dinov2": (
         lambda: hugging_face("Dinov2").state_dict(),
@@ -79,7 +79,12 @@ def test_all_that_was_assumed_is_one_sentence_and_giving_it_is_silence(kind):
     message = str(warning.message)
     start, rest = message.split(": ", 1)
     values, end = rest.split("; ")
-    assert (start, end) == ("assumed what the weights do not tell", "give load_vit any of these to say otherwise")
+    assert (start, end) == (
+        "assumed what the weights do not tell",
+        "give load_vit any of these fields to say otherwise",
+    )
+    values, blocks, _ = values.partition(", and pre-norm blocks without rotation")
+    assert bool(blocks) == (assumed.items() >= {"antialias": True, "grid": (4, 4)}.items())  # timm's names
     named = dict(pair.split("=", 1) for pair in re.split(r", (?=[a-z])", values))
     assert named == {name: repr(value) for name, value in assumed.items()}
     told_model, silence = load_and_listen(weights, **assumed)
@@ -206,3 +211,36 @@ def test_what_register_vit_does_not_compute_is_refused():
         weights = timm_vit(**options).state_dict()
         with pytest.raises(ValueError, match=message):
             load_vit(weights)
+
+
+def models_that_leave_no_trace():
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import ResPostBlock
+
+    def eva(**options):
+        sizes = {"img_size": 64, "patch_size": 16, "embed_dim": 128, "depth": 2, "num_heads": 2, "num_classes": 0}
+        return Eva(**sizes, global_pool="token", qkv_bias=False, **options)
+
+    return timm_vit(block_fn=ResPostBlock), eva(use_rot_pos_emb=True), eva(use_post_norm=True)
+
+
+def test_that_blocks_are_pre_norm_and_without_rotation_is_said():
+    """Where nothing in the weights tells otherwise."""
+    for model in models_that_leave_no_trace():
+        with pytest.warns(UserWarning, match=", and pre-norm blocks without rotation; give load_vit any of these"):
+            load_vit(model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:left out.*pooler")
+def test_dpt_has_the_names_of_vit_and_resamples_otherwise():
+    theirs = hugging_face("DPT")
+    with pytest.warns(UserWarning, match="antialias=False, interpolate_offset=0.0"):
+        load_vit(theirs.state_dict())
+
+
+@pytest.mark.parametrize("name", ["DeiT", "Yolos"])
+def test_what_is_unknown_is_named_before_its_position_rows_are_read(name):
+    token = {"DeiT": "distillation_token", "Yolos": "detection_tokens"}[name]
+    size = {"image_size": [64, 64]} if name == "Yolos" else {}
+    with pytest.raises(ValueError, match=f"^RegisterViT has no place for .*{token}"):
+        load_vit(hugging_face(name, **size).state_dict())

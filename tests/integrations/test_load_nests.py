@@ -207,6 +207,59 @@ def test_the_teacher_is_what_a_self_distillation_is_for(others, theirs, expected
         assert_same(load_vit(content, **TOLD), expected)
 
 
+def test_so_of_two_models_in_one_state_dict(theirs, expected):
+    """And the student's names are not called what has no place."""
+    student = timm_vit(depth=1).state_dict()
+    for teacher, other, names in (
+        ("teacher.", "student.", ("teacher", "student")),
+        ("module.teacher.backbone.", "module.student.backbone.", ("teacher", "student")),
+        ("model.teacher.", "model.student.vit.", ("model.teacher", "model.student")),
+        ("teacher.", "", ("teacher", "the rest")),
+    ):
+        weights = {teacher + name: x for name, x in theirs.state_dict().items()}
+        weights |= {other + name: x for name, x in student.items()}
+        for content, path in ((weights, ""), ({"state_dict": weights, "epoch": 1}, "state_dict.")):
+            rest = path.rstrip(".") if path and not other else path * bool(other) + names[1]
+            sentence = (
+                f"took {path}{names[0]} of the source, and not {rest}: give load_vit the state dict that you mean"
+            )
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                assert_same(load_vit(content, **TOLD), expected)
+            assert [str(warning.message) for warning in caught] == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("better", "taken"), [("teacher", "student"), ("state_dict_ema", "state_dict"), ("model_ema", "model")]
+)
+def test_what_holds_no_vit_and_would_have_been_taken_is_said(better, taken, theirs, expected):
+    sentence = (
+        f"^took {taken} of the source, for {better} holds no ViT known: give load_vit the state dict that you mean"
+    )
+    with pytest.warns(UserWarning, match=sentence):
+        assert_same(load_vit({better: {"fc.weight": torch.ones(2)}, taken: theirs.state_dict()}, **TOLD), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_vit({better: None, taken: theirs.state_dict()}, **TOLD)
+
+
+def test_a_mapping_in_itself_is_read_once(theirs, expected):
+    cyclic = dict(theirs.state_dict())
+    cyclic["self"] = {"again": cyclic}
+    assert_same(load_vit(cyclic, **TOLD), expected)
+    nothing = {}
+    nothing["self"] = nothing
+    with pytest.raises(ValueError, match="the source must hold the state dict of a ViT, and there is none"):
+        load_vit(nothing)
+
+
+def test_arrays_are_not_tensors(theirs):
+    arrays = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    for source, where in ((arrays, ""), ({"params": arrays}, " under params")):
+        with pytest.raises(ValueError, match=f"^the values{where} are ndarrays, not tensors: .*with torch.from_numpy$"):
+            load_vit(source)
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -275,3 +328,29 @@ def test_quantised_weights_are_refused(theirs):
     weights["blocks.0.mlp.fc1.weight"] = weights["blocks.0.mlp.fc1.weight"].to(torch.int8)
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc1\.weight must be of a floating dtype, not torch\.int8"):
         load_vit(weights, **TOLD)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.to("meta"), "is on the meta device, and has no numbers"),
+        (lambda x: x.to_sparse(), r"must be dense, not of the layout torch\.sparse_coo"),
+        (
+            lambda x: x.to(torch.float8_e4m3fn),
+            r"is of torch\.float8_e4m3fn, which needs a scale: give .* fp32, fp16 or",
+        ),
+    ],
+)
+def test_tensors_without_numbers_of_their_own_are_refused(change, message, theirs):
+    weights = theirs.state_dict()
+    weights["blocks.0.mlp.fc1.weight"] = change(weights["blocks.0.mlp.fc1.weight"])
+    with pytest.raises(ValueError, match=rf"^blocks\.0\.mlp\.fc1\.weight {message}"):
+        load_vit(weights, **TOLD)
+
+
+def test_on_the_meta_device_nothing_is_copied(theirs, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = load_vit(theirs.state_dict(), **TOLD, device="meta")
+    assert ours.config == expected.config
+    assert all(parameter.is_meta for parameter in ours.parameters())

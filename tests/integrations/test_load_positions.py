@@ -171,7 +171,7 @@ def test_transformers_dinov2_takes_any_rows_for_a_square():
         load_vit(hugging_face("Dinov2", image_size=[64, 128]).state_dict())
 
 
-@pytest.mark.parametrize("grid", [(4,), [4, 4], (4, 0), (4.0, 4), 4])
+@pytest.mark.parametrize("grid", [(4,), [4, 4], (4, 0), (4.0, 4), 4, (True, 16), (16, True)])
 def test_a_grid_is_two_positive_ints(grid):
     with pytest.raises(ValueError, match="grid must be a tuple of two positive ints, rows and columns of patches, not"):
         load_vit(timm_vit().state_dict(), grid=grid)
@@ -229,6 +229,8 @@ def test_every_field_is_taken_or_must_agree():
         ({"image_size": (64, 72)}, r"image_size=\(64, 72\) must be a multiple of patch_size=16"),
         ({"num_registers": -1}, "num_registers must be a positive int, not -1"),
         ({"drop_path": 2.0}, "drop_path must be at least 0 and below 1, not 2.0"),
+        ({"eps": "1e-6"}, "eps must be a positive finite number, not '1e-6'"),
+        ({"antialias": "no"}, "antialias must be True or False, not 'no'"),
     ],
 )
 def test_bad_values_are_one_sentence(changes, message):

@@ -6,25 +6,35 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..nn.config import ViTConfig
+from ..nn.config import ViTConfig, is_positive_int
 from .library import Converted, Library
 from .positions import Reading, read_rows
 
 FIELDS = tuple(field.name for field in dataclasses.fields(ViTConfig))
 
 
-def described(library: Library, description: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+def described(library: Library, description: Mapping[str, Any], found: Converted) -> dict[str, Any]:
     """The fields that a folder's ``config.json`` tells; they agree with the weights."""
     if library.describe is None:
         raise ValueError(
             f"{library.name} writes no config.json, and one lies beside its weights: give the file of these"
         )
-    said = library.describe(description, told)
+    said = library.describe(description, found)
     for field, value in said.items():
         if isinstance(value, list):  # JSON has no tuples; a patch of one side may be given as two
-            said[field] = value[0] if field == "patch_size" and len(set(value)) == 1 else tuple(value)
-    if differing := _disagreement(said, told):
-        raise ValueError(f"config.json says {differing}={said[differing]!r}, and the weights have {told[differing]!r}")
+            equal = field == "patch_size" and len(value) == 2 and value[0] == value[1]
+            said[field] = value[0] if equal else tuple(value)
+    if "image_size" in said:
+        sides = _sides(said["image_size"])
+        if len(sides) != 2 or not all(map(is_positive_int, sides)):
+            raise ValueError(
+                f"config.json says image_size={said['image_size']!r}, which must be a positive int, or a list of two, "
+                "height and width"
+            )
+    if differing := _disagreement(said, found.told):
+        raise ValueError(
+            f"config.json says {differing}={said[differing]!r}, and the weights have {found.told[differing]!r}"
+        )
     return said
 
 
@@ -44,7 +54,7 @@ def configure(
             f"{differing}={given[differing]!r} disagrees with the weights, which have "
             f"{differing}={found.told[differing]!r}"
         )
-    if differing := _disagreement(given, said):
+    if differing := _disagreement(given, {field: said[field] for field in said.keys() - found.told.keys()}):
         raise ValueError(
             f"{differing}={given[differing]!r} disagrees with config.json, which says {said[differing]!r}: give the "
             "file of the weights alone to say otherwise"
@@ -91,14 +101,12 @@ def _learnt_grid(
     given: tuple[int, int] | None, image_size: int | tuple[int, int] | None, patch_size: int
 ) -> tuple[int, int] | None:
     """The grid of the position rows as far as it is known: as given, or of the images that ``config.json`` names."""
-    if given is not None and not (
-        isinstance(given, tuple) and len(given) == 2 and all(isinstance(n, int) and n > 0 for n in given)
-    ):
+    if given is not None and not (isinstance(given, tuple) and len(given) == 2 and all(map(is_positive_int, given))):
         raise ValueError(f"grid must be a tuple of two positive ints, rows and columns of patches, not {given!r}")
     if image_size is None:
         return given
     # Of an image that is no multiple of a patch, timm and transformers leave the rest out.
-    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    height, width = _sides(image_size)
     said = (height // patch_size, width // patch_size)
     if given not in (None, said):
         raise ValueError(
@@ -106,6 +114,10 @@ def _learnt_grid(
             "file of the weights alone to say otherwise"
         )
     return said
+
+
+def _sides(image_size: Any) -> tuple:
+    return image_size if isinstance(image_size, tuple) else (image_size, image_size)
 
 
 def _disagreement(given: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:

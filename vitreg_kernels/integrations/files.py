@@ -25,6 +25,7 @@ _IN_FOLDERS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_CLASS = re.compile(r"GLOBAL ([\w.]+)|<class '([\w.]+)'>")  # in what torch says of one that it does not call safe
 
 
 def read(path: str | PathLike) -> tuple[Any, Mapping[str, Any] | None]:
@@ -40,7 +41,7 @@ def read(path: str | PathLike) -> tuple[Any, Mapping[str, Any] | None]:
     Raises:
         ValueError: if the file is of another kind, or cannot be read; or the folder has no weights.
         pickle.UnpicklingError: if the file holds objects of a class that torch does not call safe.
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file or folder.
         ModuleNotFoundError: if it is a ``.safetensors`` file and safetensors is not installed.
     """
     path = Path(path)
@@ -82,47 +83,56 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def _read_file(path: Path) -> Any:
-    if path.suffix not in (".safetensors", *_PICKLED):
-        raise ValueError(f"{path} must end in .safetensors, .pt, .pth, .bin, .ckpt or .pth.tar, or be a folder")
     if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{path} needs safetensors: run `pip install safetensors`") from error
-        return _or_unreadable(load_file, path)
-    return _or_unreadable(_unpickle, path)
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    suffix = path.suffix.lower()
+    if suffix not in (".safetensors", *_PICKLED):
+        raise ValueError(f"{path} must end in .safetensors, .pt, .pth, .bin, .ckpt or .pth.tar, or be a folder")
+    if suffix != ".safetensors":
+        return _or_unreadable(_unpickle, path, "torch.save")
+    try:
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{path} needs safetensors: run `pip install safetensors`") from error
+    return _or_unreadable(load_file, path, "safetensors")
 
 
-def _or_unreadable(load: Callable[[Path], Any], path: Path) -> Any:
+def _or_unreadable(load: Callable[[Path], Any], path: Path, writer: str) -> Any:
     try:
         return load(path)
-    except (pickle.UnpicklingError, OSError, MemoryError):
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # what garbage makes a parser say is of any kind
-        sentence = str(error).strip().partition(". ")[0].partition("\n")[0]
-        raise ValueError(
-            f"{path} cannot be read as what safetensors or torch.save wrote ({type(error).__name__}: {sentence})"
-        ) from error
+        if isinstance(error, pickle.UnpicklingError) and (found := _CLASS.search(str(error))):
+            raise pickle.UnpicklingError(
+                f"{path} holds objects of {found[1] or found[2]}, and is read with weights_only=True, which runs no "
+                "code of a file: where you trust it, save its state dict alone, "
+                "torch.save(checkpoint['state_dict'], ...), and load that"
+            ) from error
+        if "TorchScript" in str(error):
+            raise ValueError(f"{path} is a TorchScript archive, which is code: save its state_dict() alone") from error
+        raise ValueError(f"{path} cannot be read as what {writer} wrote: {_reason(path, error)}") from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """What the file is instead, or else what the parser said."""
+    with path.open("rb") as file:
+        head = file.read(256).lstrip()
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer to the file: run `git lfs pull`"
+    if re.match(rb"<[!?a-zA-Z]", head):
+        return "it is a page of HTML or XML, as a failed download leaves it"
+    said = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    if re.match(r"Unsupported operand 1[45]\d\b", said):  # the opcodes that protocols 4 and 5 added
+        return "it was pickled with protocol 4 or 5, and weights_only=True reads protocol 2, which torch.save uses"
+    sentence = said.partition(". ")[0].partition("\n")[0]
+    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
 
 
 def _unpickle(path: Path) -> Any:
     # torch takes back what a context has added, even if it was there before.
     known = argparse.Namespace in torch.serialization.get_safe_globals()
     with nullcontext() if known else torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f"objects of {found[1]}" if found else "more than tensors in plain containers"
-            raise pickle.UnpicklingError(
-                f"{path} holds {what}, and is read with weights_only=True, which runs no code of a file: where you "
-                "trust it, save its state dict alone, torch.save(checkpoint['state_dict'], ...), and load that"
-            ) from error
-        except RuntimeError as error:
-            if "TorchScript" in str(error):
-                raise ValueError(
-                    f"{path} is a TorchScript archive, which is code: save its state_dict() alone"
-                ) from error
-            raise
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -35,6 +35,7 @@ class Converted(NamedTuple):
             them and in ``told`` too: a width tells that an MLP has a gate, and not which activation that gate has.
         square: whether the library takes any position rows for those of a square grid.
         left_out: what ``RegisterViT`` has no place for and its features have no part of, by name.
+        blocks_assumed: whether models have the same names whose blocks are not pre-norm, or turn queries and keys.
     """
 
     weights: dict[str, Tensor]
@@ -43,6 +44,7 @@ class Converted(NamedTuple):
     assumed: dict[str, Any]
     square: bool
     left_out: list[str]
+    blocks_assumed: bool
 
 
 class Library(NamedTuple):
@@ -53,15 +55,14 @@ class Library(NamedTuple):
         residual_stream: where the stream of a module of its passes; ``None`` of any other module.
         convert: a state dict of one of its models, ``None`` of any other; no function where its checkpoints are not
             read.
-        describe: fields of ``ViTConfig`` that the ``config.json`` in its folders tells, given that and the mapping
-            ``told`` of ``Converted``; ``image_size`` is of the images that the position rows were learnt on. No
-            function where it writes none.
+        describe: fields of ``ViTConfig`` that the ``config.json`` in its folders tells, given that and the weights;
+            ``image_size`` is of the images that the position rows were learnt on. No function where it writes none.
     """
 
     name: str
     residual_stream: Callable[[nn.Module], ResidualStream | None]
     convert: Callable[[Mapping[str, Tensor]], Converted | None] | None = None
-    describe: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
+    describe: Callable[[Mapping[str, Any], Converted], dict[str, Any]] | None = None
 
 
 def derives_from(model: nn.Module, package: str | None, *names: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from os import PathLike
@@ -44,10 +45,14 @@ def load_vit(
     assumed; give these fields, and there is none. Where the position rows may be read in several ways, with rows for
     CLS tokens and registers or without, nothing is assumed and you are asked.
 
+    Nor do weights under timm's names tell that each norm stands before its branch, or that no rotation turns queries
+    and keys. Without a ``config.json`` these are taken for such, and the warning says "pre-norm blocks without
+    rotation": those of a ``ResPostBlock``, or of an ``Eva`` other than DINOv3, would give other features.
+
     Classifiers and other heads are left out, with a warning that names them; mask tokens in silence. Of the several
-    state dicts of a training's file, that of the teacher is taken, or else what timm's loader takes, averaged weights
-    first, with a warning that says so; names may hold the parts that DistributedDataParallel, ``torch.compile``, FSDP
-    and activation checkpointing put into them.
+    state dicts of a training's file, or models in one, that of the teacher is taken, or else of state dicts what timm's
+    loader takes, averaged weights first, with a warning that says so; names may hold the parts that
+    DistributedDataParallel, ``torch.compile``, FSDP and activation checkpointing put into them.
 
     The state dict of a ``RegisterViT`` does not say all of its configuration: keep that beside it, and load it with
     ``RegisterViT(config).load_state_dict(...)``.
@@ -58,7 +63,7 @@ def load_vit(
             folder as transformers and timm write it, with ``config.json`` and the weights, whole or split.
         grid: rows and columns of patches that the position rows were learnt on.
         backend: of the ops, as ``RegisterViT`` takes it.
-        device, dtype: of the model's parameters; torch's defaults if None.
+        device, dtype: of the model's parameters; torch's defaults if None. On the meta device there are no numbers.
         changes: fields of ``ViTConfig``. What the weights or ``config.json`` tell must agree, but for two:
             ``image_size``, an int or height and width, resamples the position rows to these images, once and for all;
             ``num_registers`` gives a model without registers so many, made like patches of a plain image, which changes
@@ -67,18 +72,21 @@ def load_vit(
     Raises:
         TypeError: if a change is no field of ``ViTConfig``.
         ValueError: if the file is of another kind or cannot be read, the weights are of no known library or of several
-            models, a weight is missing, unknown or of another shape, the position rows can be read in several ways or
-            in none, or a change disagrees with the weights.
-        pickle.UnpicklingError: if the file holds more than tensors and plain values.
-        FileNotFoundError: if there is no such file.
+            models, a weight is missing, unknown, of another shape, or no dense floating tensor of 16 bits or more,
+            the position rows can be read in several ways or in none, ``config.json`` disagrees with the weights or
+            names what ``RegisterViT`` does not compute, or a change is of no use or disagrees with either.
+        pickle.UnpicklingError: if the file holds objects of a class that torch does not call safe.
+        FileNotFoundError: if there is no such file or folder.
         ModuleNotFoundError: if a ``.safetensors`` file is given and safetensors is not installed.
     """
     if unknown := sorted(changes.keys() - set(FIELDS)):
         raise TypeError(f"{', '.join(unknown)} is no field of ViTConfig, which has {', '.join(FIELDS)}")
     content, description = files.read(source) if isinstance(source, str | PathLike) else (source, None)
     weights, taken = find_weights(content)
+    _check_tensors(weights)
     library, found = _convert(weights)
-    said = {} if description is None else described(library, description, found.told)
+    said = {} if description is None else described(library, description, found)
+    _check_names(found)
     config, unsure = configure(found, said, changes, grid)
     weights = found.weights
     _check(config, weights)
@@ -87,13 +95,16 @@ def load_vit(
     if "image_size" in changes:
         config, weights = _for_images_of(changes["image_size"], config, weights)
     left_out = f"left out what RegisterViT has no place for: {', '.join(found.left_out)}" if found.left_out else None
-    for sentence in (taken, left_out, _assumption(unsure, folder=description is not None)):
+    assumption = _assumption(unsure, found.blocks_assumed, folder=description is not None)
+    for sentence in (taken, left_out, assumption):
         if sentence:
             warnings.warn(sentence, stacklevel=2)
     # On the meta device first: no weights are drawn for nothing.
     model = RegisterViT(config, backend=backend, device="meta", dtype=dtype)
-    model.to_empty(device=torch.get_default_device() if device is None else device)
-    model.load_state_dict(weights)
+    device = torch.device(torch.get_default_device() if device is None else device)
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.load_state_dict(weights)
     return model
 
 
@@ -109,18 +120,38 @@ def _convert(weights: Mapping[str, Tensor]) -> tuple[Library, Converted]:
     )
 
 
-def _assumption(unsure: Mapping[str, Any], *, folder: bool) -> str | None:
+def _check_tensors(weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device, and has no numbers: give the weights as they were loaded")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be dense, not of the layout {tensor.layout}: give it with to_dense()")
+        if tensor.is_floating_point() and tensor.element_size() < 2:
+            raise ValueError(
+                f"{name} is of {tensor.dtype}, which needs a scale: give the weights in fp32, fp16 or bf16"
+            )
+
+
+def _check_names(found: Converted) -> None:
+    """Before position rows are read: what is unknown may have rows of its own."""
+    one = {"depth": 1, "num_heads": 1, "image_size": found.told["patch_size"]}
+    known = RegisterViT(ViTConfig(**{**found.told, **one}), device="meta").state_dict().keys()
+    if unknown := [name for name in found.weights if re.sub(r"^blocks\.\d+\.", "blocks.0.", name) not in known]:
+        raise ValueError(f"RegisterViT has no place for {_some(unknown)}, and would give other features without")
+
+
+def _assumption(unsure: Mapping[str, Any], blocks: bool, *, folder: bool) -> str | None:
     if not unsure:
         return None
     nobody = "neither the weights nor config.json tell" if folder else "the weights do not tell"
     values = ", ".join(f"{field}={value!r}" for field, value in unsure.items())
-    return f"assumed what {nobody}: {values}; give load_vit any of these to say otherwise"
+    if blocks and not folder:
+        values += ", and pre-norm blocks without rotation"
+    return f"assumed what {nobody}: {values}; give load_vit any of these fields to say otherwise"
 
 
 def _check(config: ViTConfig, weights: Mapping[str, Tensor]) -> None:
     expected = RegisterViT(config, device="meta").state_dict()
-    if unknown := weights.keys() - expected.keys():
-        raise ValueError(f"RegisterViT has no place for {_some(unknown)}, and would give other features without")
     if missing := expected.keys() - weights.keys():
         raise ValueError(f"the weights lack {_some(missing)}")
     for name, tensor in weights.items():

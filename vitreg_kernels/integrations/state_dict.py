@@ -47,16 +47,13 @@ class Backbone(NamedTuple):
         return weights, sorted(lost)
 
 
-def holds_vit(names: Iterable[str]) -> bool:
-    """Whether one of the names is that of the patch embedding of a ViT known here."""
-    return any(_ANY_PATCH_EMBED.fullmatch(name) for name in names)
+def vit_prefixes(names: Iterable[str]) -> set[str]:
+    """What stands before the names of each ViT known here; the weight of its patch embedding, which all have, tells."""
+    return {fit[1] for fit in map(_ANY_PATCH_EMBED.fullmatch, names) if fit}
 
 
 def backbone(weights: Mapping[str, Tensor], patch_embed: str) -> Backbone | None:
     """The ViT in a state dict.
-
-    The weight of the patch embedding, which every ViT has, tells the prefix of its names. Where there are several, as
-    in the checkpoint of a self-supervised training, the teacher's is taken.
 
     Args:
         weights: a state dict.
@@ -66,11 +63,9 @@ def backbone(weights: Mapping[str, Tensor], patch_embed: str) -> Backbone | None
         None if no name fits.
 
     Raises:
-        ValueError: if there are several ViTs, of whatever library, and none is the teacher's.
+        ValueError: if there are several ViTs, of whatever library.
     """
-    prefixes = {fit[1] for fit in map(_ANY_PATCH_EMBED.fullmatch, weights) if fit}
-    if len(prefixes) > 1:
-        prefixes = {prefix for prefix in prefixes if "teacher" in prefix.split(".")} or prefixes
+    prefixes = vit_prefixes(weights)
     if len(prefixes) > 1:
         raise ValueError(
             f"the weights are of several models, {', '.join(map(repr, sorted(prefixes)))}: give those of one"
@@ -123,6 +118,7 @@ def converted(
     assumed: Mapping[str, Any],
     activation_assumed: bool = True,
     square: bool = False,
+    blocks_assumed: bool = False,
 ) -> Converted:
     """A conversion, from weights that have ``RegisterViT``'s names already.
 
@@ -132,7 +128,7 @@ def converted(
         head_dims: D by C of the published models, if no weight tells the heads; 64 for any other C.
         rope: whether the model has rope, not a position embedding.
         told: fields that weights tell which only this library has.
-        fixed, assumed, square: see ``Converted``.
+        fixed, assumed, square, blocks_assumed: see ``Converted``.
         activation_assumed: whether the library's MLPs may have another activation than those of ``ViTConfig``.
 
     Raises:
@@ -178,7 +174,7 @@ def converted(
         (told if qk_norm and head_dim < dim else assumed)["num_heads"] = dim // head_dim
     if activation_assumed:
         assumed["mlp"] = told["mlp"]
-    return Converted(weights, told, dict(fixed), assumed, square, left_out)
+    return Converted(weights, told, dict(fixed), assumed, square, left_out, blocks_assumed)
 
 
 def _required(weights: Mapping[str, Tensor], name: str, *, rank: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,32 @@ _ARGUMENTS = {
     "rope_temperature": "rope_base",
 }
 _ACTIVATIONS = {"gelu": "gelu", "swiglu": "silu"}  # of the MLPs of ``ViTConfig``
+# Arguments that the weights tell too, that are of heads or training, or of images which ``RegisterViT`` refuses.
+# fmt: off
+_HARMLESS = (
+    "mlp_ratio", "qkv_bias", "qkv_fused", "qk_norm", "proj_bias", "init_values", "attn_only_layer_scale",
+    "class_token", "final_norm", "pre_norm", "scale_attn_norm", "scale_mlp_norm", "scale_attn_inner", "scale_mlp",
+    "swiglu_mlp", "swiglu_align_to", "use_abs_pos_emb", "use_pre_transformer_norm", "use_post_transformer_norm",
+    "num_classes", "global_pool", "pool_include_prefix", "fc_norm", "use_fc_norm", "attn_pool_num_heads",
+    "attn_pool_mlp_ratio", "head_init_scale", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
+    "attn_drop_rate", "drop_path_rate", "weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad",
+    "out_indices", "device", "dtype",
+)
+# fmt: on
+# Arguments that change what is computed, and the one value of which ``RegisterViT`` computes it.
+_ONLY = {
+    "pos_embed": "learn",
+    "norm_layer": "layernorm",
+    "use_post_norm": False,
+    "attn_type": "eva",
+    "use_rot_pos_emb": True,
+    "rope_type": "dinov3",
+    "rope_rotate_half": True,
+    "rope_grid_indexing": "ij",
+    "rope_grid_offset": 0.0,
+}
+# Of models that have weights under the same names: post-norm, and ``Eva``'s and BEiT's, which turn queries and keys.
+_OTHER_BLOCKS = re.compile("rpn|rope|dinov3|eva02|eva_giant|beit_|beitv2|sapiens2|lingbot|vit_pe_")
 
 
 def convert(weights: Mapping[str, Tensor]) -> Converted | None:
@@ -46,8 +73,9 @@ def convert(weights: Mapping[str, Tensor]) -> Converted | None:
 
     Much else has the same names: DeiT, MAE, DINO and MoCo v3, and DINOv2's models without a mask token. What is assumed
     is so of timm's published models: ``VisionTransformer`` resamples positions with antialiasing, most others do not.
-    A DINOv3 model is told by LayerScale under Eva's names and registers, without a position embedding: Eva's other
-    models turn queries and keys in ways that the weights do not tell.
+    A DINOv3 model is told by LayerScale under Eva's names and registers, without a position embedding. Weights do not
+    tell in which way Eva's other models turn queries and keys, nor, of some, that they do, nor that norms stand behind
+    the branches.
 
     Args:
         weights: a state dict, the names with any prefix.
@@ -86,25 +114,35 @@ def convert(weights: Mapping[str, Tensor]) -> Converted | None:
         head_dims=_HEAD_DIMS,
         fixed={},
         assumed={"eps": 1e-6, "antialias": True, "interpolate_offset": 0.0},
+        blocks_assumed=True,
     )
 
 
-def describe(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+def describe(config: Mapping[str, Any], found: Converted) -> dict[str, Any]:
     """What the ``config.json`` of a folder of timm's tells: the arguments of the model, as far as they are not those
     that its architecture has anyway, and that it is timm which resamples its positions.
 
     Args:
         config: that file.
-        told: fields that the weights tell.
+        found: the weights.
 
     Raises:
-        ValueError: if the file is not timm's, or names an activation that ``RegisterViT`` does not compute.
+        ValueError: if the file is not timm's, or names an architecture, an activation or another argument that
+            ``RegisterViT`` does not compute.
     """
-    if not isinstance(config.get("architecture"), str):
+    told, architecture = found.told, config.get("architecture")
+    if not isinstance(architecture, str):
         raise ValueError("config.json, beside weights under timm's names, names no architecture as timm's does")
-    arguments, pretrained = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
-    if pretrained.get("fixed_input_size") and "input_size" in pretrained:  # then timm takes it for img_size
-        arguments = {"img_size": pretrained["input_size"][1:], **arguments}
+    rope = told["position"] == "rope"
+    if (rope and "dinov3" not in architecture) or (not rope and _OTHER_BLOCKS.search(architecture)):
+        raise ValueError(f"config.json says architecture={architecture!r}, whose blocks RegisterViT does not compute")
+    arguments, pretrained = (config.get(key) or {} for key in ("model_args", "pretrained_cfg"))
+    if not isinstance(arguments, Mapping) or not isinstance(pretrained, Mapping):
+        raise ValueError("config.json must have objects for model_args and pretrained_cfg, as timm writes it")
+    _check(arguments)
+    size = pretrained.get("input_size")
+    if pretrained.get("fixed_input_size") and isinstance(size, list):  # then timm takes it for img_size
+        arguments = {"img_size": size[1:], **arguments}
     fields = {field: arguments[name] for name, field in _ARGUMENTS.items() if arguments.get(name) is not None}
     fields |= {"antialias": True, "interpolate_offset": 0.0}
     activation = arguments.get("act_layer")
@@ -119,6 +157,15 @@ def describe(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, An
         with_prefix = "prefix" if told["num_registers"] else "cls"
         fields["position_rows"] = "patches" if arguments["no_embed_class"] else with_prefix
     return fields
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    for name, value in arguments.items():
+        if name in _ONLY:
+            if value != _ONLY[name] and not (name == "norm_layer" and value is None):
+                raise ValueError(f"config.json says {name}={value!r}, and RegisterViT computes {_ONLY[name]!r} alone")
+        elif value is not None and name not in (*_ARGUMENTS, *_HARMLESS, "act_layer", "no_embed_class"):
+            raise ValueError(f"config.json says {name}={value!r}, which RegisterViT has no place for")
 
 
 def residual_stream(model: nn.Module) -> ResidualStream | None:

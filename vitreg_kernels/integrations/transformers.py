@@ -51,6 +51,8 @@ _KEYS = {
     "num_register_tokens": "num_registers",
     "layer_norm_eps": "eps",
     "rope_theta": "rope_base",
+    "qkv_bias": "qkv_bias",
+    "proj_bias": "proj_bias",
 }
 _MODEL_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 # The switch of each model's gated MLP, if it has one. Dinov2's gate is SiLU, whatever hidden_act says.
@@ -61,8 +63,9 @@ def convert(weights: Mapping[str, Tensor]) -> Converted | None:
     """A state dict of one of the models, or None if these weights are not of transformers.
 
     Names of versions 4 and 5 alike. ``Dinov2WithRegisters`` resamples positions with antialiasing and the others
-    without; the epsilons assumed are those of each model's default configuration. ``Dinov2`` takes any position rows
-    for those of a square grid; ``ViT`` does so only where it resamples them.
+    without, which is assumed of ``ViT``: others, as ``DPT``, have its names and resample otherwise. The epsilons
+    assumed are those of each model's default configuration. ``Dinov2`` takes any position rows for those of a square
+    grid; ``ViT`` does so only where it resamples them.
 
     Args:
         weights: a state dict, the names with any prefix.
@@ -81,37 +84,44 @@ def convert(weights: Mapping[str, Tensor]) -> Converted | None:
     if dinov3:
         assumed = {"rope_base": 100.0, "eps": 1e-5}
         return converted(names, left_out, head_dims={4096: 128}, rope=True, fixed={}, assumed=assumed)
+    resampling = {"antialias": "register_tokens" in names, "interpolate_offset": 0.0}
     return converted(
         names,
         left_out,
         head_dims={1280: 80} if plain_vit else None,
-        fixed={"antialias": "register_tokens" in names, "interpolate_offset": 0.0, "position_rows": "cls"},
-        assumed={"eps": 1e-12 if plain_vit else 1e-6},
+        fixed={"position_rows": "cls", **({} if plain_vit else resampling)},
+        assumed={"eps": 1e-12, **resampling} if plain_vit else {"eps": 1e-6},
         # Dinov2's gate is SiLU in any case.
         activation_assumed=plain_vit or not any(".mlp.weights_in." in name for name in vit.weights),
         square=not plain_vit,
     )
 
 
-def describe(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+def describe(config: Mapping[str, Any], found: Converted) -> dict[str, Any]:
     """What the ``config.json`` of a folder of transformers tells.
 
     Args:
         config: that file.
-        told: fields that the weights tell.
+        found: the weights.
 
     Raises:
-        ValueError: if it is of another model, names an activation that ``RegisterViT`` does not compute, or the weights
-            are quantised.
+        ValueError: if it is of another model than the weights, names an activation that ``RegisterViT`` does not
+            compute, or the weights are quantised.
     """
     kind = config.get("model_type")
     if kind not in _MODEL_TYPES:
         raise ValueError(f"config.json says model_type={kind!r}, and RegisterViT computes {', '.join(_MODEL_TYPES)}")
+    if kind not in (ours := _kinds(found)):
+        raise ValueError(f"config.json says model_type={kind!r}, and the weights are of {' or '.join(ours)}")
     if config.get("quantization_config") is not None:
         raise ValueError("config.json says that the weights are quantised: give them unquantised")
     fields = {field: config[key] for key, field in _KEYS.items() if config.get(key) is not None}
-    if kind.startswith("dinov2"):  # whose code never looks at it again
-        fields.pop("image_size", None)
+    if kind == "vit":
+        fields |= {"antialias": False, "interpolate_offset": 0.0}
+    if not kind.startswith("dinov2"):
+        fields |= {"hidden_dim": config["intermediate_size"]} if config.get("intermediate_size") is not None else {}
+    else:
+        fields.pop("image_size", None)  # their code never looks at it again
     gated = bool(config.get(_GATES.get(kind)))
     if gated and kind.startswith("dinov2"):
         return {**fields, "mlp": "swiglu"}
@@ -121,6 +131,15 @@ def describe(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, An
             raise ValueError(f"config.json says hidden_act={activation!r}, and RegisterViT computes {computed!r} there")
         fields["mlp"] = "swiglu" if gated else "gelu"
     return fields
+
+
+def _kinds(found: Converted) -> tuple[str, ...]:
+    """The models that have such weights, as ``config.json`` names them."""
+    if found.told["position"] == "rope":
+        return ("dinov3_vit",)
+    if not found.square:
+        return ("vit",)
+    return ("dinov2_with_registers",) if found.told["num_registers"] else ("dinov2", "dinov2_with_registers")
 
 
 def residual_stream(model: nn.Module) -> ResidualStream | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from ..layout import TokenLayout
@@ -43,7 +44,7 @@ class ViTConfig:
         rope_base: longest period of the rotation, as a multiple of half an image.
 
     Raises:
-        ValueError: if a value is out of range or two do not fit together.
+        ValueError: if a value is of another type or out of range, or two do not fit together.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -75,10 +76,10 @@ class ViTConfig:
             value = getattr(self, name)
             if name == "hidden_dim" and value is None:
                 continue
-            if not _is_positive_int(value):
+            if not is_positive_int(value):
                 raise ValueError(f"{name} must be a positive int, not {value!r}")
         sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
-        if len(sides) != 2 or not all(map(_is_positive_int, sides)):
+        if len(sides) != 2 or not all(map(is_positive_int, sides)):
             raise ValueError(
                 f"image_size must be a positive int, or a tuple of two, height and width, not {self.image_size!r}"
             )
@@ -86,8 +87,22 @@ class ViTConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {getattr(self, name)!r}")
         for name in ("drop_path", "attn_drop", "proj_drop"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (_is_finite(value) and 0.0 <= value < 1.0):
+                raise ValueError(f"{name} must be at least 0 and below 1, not {value!r}")
+        for name in ("qkv_bias", "proj_bias", "qk_norm", "antialias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        for name in ("eps", "rope_base"):
+            value = getattr(self, name)
+            if not (_is_finite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive finite number, not {value!r}")
+        if not (_is_finite(self.interpolate_offset) and self.interpolate_offset >= 0):
+            raise ValueError(
+                f"interpolate_offset must be a finite number of at least 0, not {self.interpolate_offset!r}"
+            )
+        if self.layer_scale is not None and not _is_finite(self.layer_scale):
+            raise ValueError(f"layer_scale must be a finite number or None, not {self.layer_scale!r}")
         if any(side % self.patch_size for side in sides):
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
         if self.dim % self.num_heads:
@@ -127,8 +142,13 @@ class ViTConfig:
         return self.num_prefix_rows + math.prod(self.grid)
 
 
-def _is_positive_int(value: Any) -> bool:
+def is_positive_int(value: Any) -> bool:
+    """Whether a value is an int above 0, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _CHOICES = {
