@@ -55,7 +55,9 @@ def are_active() -> bool:
 
 def need_more_than_a_gradient(tensors: Sequence[Tensor]) -> bool:
     """Whether a call runs under forward-mode differentiation, or within two gradients, as far as can be told."""
-    if torch.compiler.is_compiling() or not are_active():
+    if torch.compiler.is_compiling():  # which cannot look at the levels of torch.func
+        return forward_ad._current_level >= 0
+    if not are_active():
         return False
     gradients = _levels().count(TransformType.Grad) + any(_innermost(x).requires_grad for x in tensors)
     return forward_ad._current_level >= 0 or gradients > 1 or TransformType.Jvp in _levels()
@@ -178,7 +180,7 @@ def transformable(name: str, kernel: Callable[..., tuple[Tensor, ...]], rules: R
             return run(function, rules, arguments)
         try:
             return kernel(*arguments)
-        except RuntimeError as error:
+        except Exception as error:
             if not any(words in str(error) for words in _OF_BATCHED_GRADIENTS):
                 raise
             raise NotImplementedError(
