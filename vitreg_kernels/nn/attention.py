@@ -16,7 +16,7 @@ from ..ops.attention.features import DROPOUT
 from ..ops.attention.types import unpack_qkv
 from ..ops.attention.validation import validated
 from ..ops.catalogue import backend_by_op, check_serves
-from .hooks import hooked
+from .hooks import untouched
 from .inputs import check_meets
 from .tracing import as_leaf, traced
 
@@ -125,7 +125,7 @@ class RegisterAttention(nn.Module):
             TypeError: if ``x`` has another dtype than the weights, without autocast.
         """
         if traced(x):
-            return as_leaf(self, x, attn_mask, rope, outputs=outputs, is_causal=is_causal)
+            return as_leaf(self, x, attn_mask=attn_mask, rope=rope, outputs=outputs, is_causal=is_causal)
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise ValueError(f"x must be [B, N, {self.dim}], not of shape {tuple(x.shape)}")
         check_meets("x", x, self.qkv)
@@ -141,15 +141,17 @@ class RegisterAttention(nn.Module):
             )
 
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        fused = untouched(self.attn_drop, nn.Dropout)
+        explicit = not (fused or untouched(self.attn_drop, nn.Identity))
+        dropping = fused and self.training
         options = {
             "num_prefix_tokens": prefix,
             "attn_mask": attn_mask,
-            "dropout_p": self.attn_drop.p if self.training else 0.0,
+            "dropout_p": self.attn_drop.p if dropping else 0.0,
             "rope": rope,
             "outputs": outputs,
         }
-        explicit = hooked(self.attn_drop)
-        if explicit or self.qk_norm or hooked(self.q_norm) or hooked(self.k_norm):
+        if explicit or not (untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity)):
             query, key, value = unpack_qkv(qkv)
             # A norm may answer in another dtype than its input's, as under autocast.
             query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
@@ -168,7 +170,7 @@ class RegisterAttention(nn.Module):
     def _by_formula(
         self, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Tensor | tuple[Tensor, AttentionOutputs]:
-        """The attention of a module whose ``attn_drop`` is hooked, which is called with the probabilities."""
+        """The attention of a module whose ``attn_drop`` is to be called, with the probabilities."""
         inputs = validated(query, key, value, scale=None, cu_seqlens=None, max_seqlen=None, **options)
         with torch.autocast(query.device.type, enabled=False):  # the inputs have been cast
             output, statistics = reference.attention(inputs, self.attn_drop)

@@ -13,7 +13,7 @@ from .. import functional
 from ..ops.catalogue import backend_by_op
 from ..ops.residual_norm.types import ResidualNorm
 from .attention import RegisterAttention
-from .hooks import hooked
+from .hooks import touched, untouched
 from .mlp import Mlp, SwiGLU
 from .tracing import as_leaf, traced
 
@@ -85,9 +85,12 @@ class ResidualLayerNorm(nn.LayerNorm):
         return result if isinstance(stream, Residual) else result.normalized
 
 
-def normed(norm: ResidualLayerNorm, stream: Residual) -> ResidualNorm:
-    """``norm(stream)``; or, if ``norm`` is hooked or traced, the same with ``norm`` called with and giving a tensor."""
-    if not (hooked(norm) or traced(stream)):
+def normed(norm: nn.Module, stream: Residual) -> ResidualNorm:
+    """``norm(stream)``; or the same with ``norm`` called with and giving a tensor.
+
+    That is if the stream is traced, or ``norm`` is hooked, is of another class or has a forward of its own.
+    """
+    if isinstance(norm, ResidualLayerNorm) and not (touched(norm) or traced(stream)):
         return norm(stream)
     x = stream.added()
     return ResidualNorm(x, norm(x), _token_norms(x))
@@ -101,7 +104,7 @@ def _token_norms(x: Tensor) -> Tensor:
 class LayerScale(nn.Module):
     """A learnt factor a channel on a branch (Touvron et al., arXiv 2103.17239).
 
-    Whoever adds the branch applies it, and calls this module only if it is hooked.
+    Whoever adds the branch applies it, and calls this module only if it is hooked or has a forward of its own.
 
     Args:
         dim: C.
@@ -241,7 +244,7 @@ class RegisterBlock(nn.Module):
             ValueError: if x has another rank, other channels or fewer tokens than the prefix.
         """
         if traced(x):
-            return as_leaf(self, x, rope, outputs=outputs)
+            return as_leaf(self, x, rope=rope, outputs=outputs)
         fused = isinstance(x, Residual)
         residual, normalized, token_norms = normed(self.norm1, x if fused else Residual(x))
         self.residual_norms(token_norms)
@@ -257,15 +260,17 @@ class RegisterBlock(nn.Module):
             result = stream._replace(layer_scale=stream.layer_scale.clone())
         return (result, statistics) if outputs else result
 
-    def _adding(self, x: Tensor, branch: Tensor, scale: LayerScale | None) -> Residual:
+    def _adding(self, x: Tensor, branch: Tensor, scale: nn.Module | None) -> Residual:
         drop_path = None
         if self.training and self.drop_path:
             keep = 1.0 - self.drop_path
             dtype = torch.promote_types(x.dtype, torch.float32)  # 1 / keep unrounded
             drop_path = torch.empty(x.shape[0], device=x.device, dtype=dtype).bernoulli_(keep) / keep
-        if hooked(scale):
-            branch, scale = scale(branch), None
-        return Residual(x, branch, None if scale is None else scale.gamma, drop_path)
+        if scale is None:
+            return Residual(x, branch, None, drop_path)
+        if untouched(scale, LayerScale):
+            return Residual(x, branch, scale.gamma, drop_path)
+        return Residual(x, scale(branch), None, drop_path)
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path}" if self.drop_path else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from ..layout import TokenGroups, TokenLayout
 from ..ops.catalogue import backend_by_op
 from .block import LayerScale, RegisterBlock, Residual, ResidualLayerNorm, normed
 from .config import PRESETS, ViTConfig
-from .hooks import hooked
+from .hooks import hooked, warn_of_hook_on_list
 from .inputs import check_meets
 from .position import resample_positions
 from .rope import PatchRope
@@ -264,11 +263,7 @@ class RegisterViT(nn.Module):
     def _embed(self, images: Tensor) -> tuple[Residual, Rope | None]:
         """The sequence before the first block, and the rotation of its patches."""
         if hooked(self.blocks):
-            warnings.warn(
-                "blocks has a hook but is a list, which is never called: to see the stream after all of them, hook "
-                "the last, blocks[-1]",
-                stacklevel=2,
-            )
+            warn_of_hook_on_list(self.blocks)
         config, positions = self.config, self.pos_embed
         patches = self.patch_embed(images)
         grid = (images.shape[2] // config.patch_size, images.shape[3] // config.patch_size)
@@ -284,18 +279,20 @@ class RegisterViT(nn.Module):
                 offset=config.interpolate_offset,
             )
         x = _assembled(patches, self.cls_token, self.register_tokens, positions, backend=self._assemble_backend)
-        return Residual(x), None if self.rope is None else self.rope(grid, x)
+        return Residual(x), None if self.rope is None else self.rope(grid, x=x)
 
     def _run(
         self, block: RegisterBlock, stream: Residual, rope: Rope | None, outputs: Sequence[str] = ()
     ) -> Residual | tuple[Residual, AttentionOutputs]:
-        # Always by calling the block as a module: FSDP2 gathers its parameters in hooks of that call.
-        plain = hooked(block) or traced(stream)
+        # Always by calling the block as a module: FSDP2 gathers its parameters in hooks of that call. And with one
+        # positional argument: a hook may replace it alone.
+        tracing = traced(stream)
+        plain = tracing or hooked(block)
         given = stream.added() if plain else stream
-        if self.checkpointing and torch.is_grad_enabled() and not traced(stream):
-            result = checkpoint(block, given, rope, outputs=outputs, use_reentrant=False)
+        if self.checkpointing and torch.is_grad_enabled() and not tracing:
+            result = checkpoint(block, given, rope=rope, outputs=outputs, use_reentrant=False)
         else:
-            result = block(given, rope, outputs=outputs)
+            result = block(given, rope=rope, outputs=outputs)
         if not plain:
             return result
         return (Residual(result[0]), result[1]) if outputs else Residual(result)
