@@ -234,7 +234,7 @@ def _stream_of(
         if not isinstance(module, nn.Module):
             raise TypeError(f"the layer {name} must be a torch module, got a {type(module).__name__}")
     if not isinstance(layout, TokenLayout):
-        raise TypeError(f"layout must be a TokenLayout, got a {type(layout).__name__}")
+        raise TypeError(f"layout must be a TokenLayout, not {layout!r}")
     return ResidualStream(list(layers), layout)
 
 

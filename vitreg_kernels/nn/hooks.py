@@ -81,7 +81,7 @@ def warn_of_hook_on_list(blocks: nn.ModuleList) -> None:
     warnings.warn(
         "blocks has a hook but is a list, which is never called: to see the stream after all of them, hook the last, "
         "blocks[-1]",
-        stacklevel=level - 1,
+        stacklevel=level,
     )
 
 
