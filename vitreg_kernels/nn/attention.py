@@ -30,10 +30,11 @@ class RegisterAttention(nn.Module):
     Their state dicts load with no renaming; give ``qkv_bias``, ``qk_norm`` and ``proj_bias`` as the model has them
     (timm and DINOv2 models mostly set ``qkv_bias=True``, the default here).
 
-    Hooks, forward and backward, see what those on timm's modules see. One on ``attn_drop`` asks for the attention
-    probabilities ``[B, H, N, N]``, which no fused kernel has: for as long as it is there, attention is computed by the
-    formula, whatever the backend, and needs that memory; ``outputs=("prefix_attention",)`` gives those of the prefix
-    tokens without. ``torch.fx`` takes the module as a leaf.
+    Hooks on a module itself, forward and backward, see what those on timm's modules see. One on ``attn_drop`` asks for
+    the attention probabilities ``[B, H, N, N]``, which no fused kernel has: for as long as it is there, attention is
+    computed by the formula, whatever the backend, and needs that memory; ``outputs=("prefix_attention",)`` gives those
+    of the prefix tokens without. So it is with another module than a dropout in its place. Register hooks before
+    compiling, and after tracing with ``torch.fx``, which takes the module as a leaf.
 
     Args:
         dim: C, channels in and out; a multiple of ``num_heads``.
@@ -141,17 +142,18 @@ class RegisterAttention(nn.Module):
             )
 
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
-        fused = untouched(self.attn_drop, nn.Dropout)
-        explicit = not (fused or untouched(self.attn_drop, nn.Identity))
-        dropping = fused and self.training
+        parts = self._modules  # which is quicker to ask than self, and this asks for three in every block
+        drop = parts["attn_drop"]
+        fused = untouched(drop, nn.Dropout)
+        explicit = not (fused or untouched(drop, nn.Identity))
         options = {
             "num_prefix_tokens": prefix,
             "attn_mask": attn_mask,
-            "dropout_p": self.attn_drop.p if dropping else 0.0,
+            "dropout_p": drop.p if fused and self.training else 0.0,
             "rope": rope,
             "outputs": outputs,
         }
-        if explicit or not (untouched(self.q_norm, nn.Identity) and untouched(self.k_norm, nn.Identity)):
+        if explicit or not (untouched(parts["q_norm"], nn.Identity) and untouched(parts["k_norm"], nn.Identity)):
             query, key, value = unpack_qkv(qkv)
             # A norm may answer in another dtype than its input's, as under autocast.
             query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)

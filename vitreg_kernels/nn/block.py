@@ -147,10 +147,13 @@ class RegisterBlock(nn.Module):
     ``residual_norms`` is called with the L2 norms ``[B, N]`` of the tokens the block receives, before ``norm1``: a
     forward hook on it sees them at no cost.
 
-    Hooks, forward and backward, see what those on timm's modules see. ``norm1``, ``norm2``, ``ls1`` and ``ls2``, fused
-    into that one call otherwise, are called with plain tensors for as long as they have a hook; attention's own are
-    told of at ``RegisterAttention``. A hook on the block itself sees what the block is called with and gives, which a
-    ``RegisterViT`` makes the stream ``[B, N, C]``. ``torch.fx`` takes the block as a leaf.
+    Hooks on a module itself, forward and backward, see what those on timm's modules see. ``norm1``, ``norm2``, ``ls1``
+    and ``ls2``, fused into that one call otherwise, are called with plain tensors for as long as they have a hook or a
+    forward of their own, and so is another module in their place; attention's own are told of at ``RegisterAttention``.
+    A hook on the block itself sees what the block is called with and gives, which a ``RegisterViT`` makes the stream
+    ``[B, N, C]``. Hooks on all modules, as of ``torch.nn.modules.module.register_module_forward_hook``, see the fused
+    calls: ``Residual`` and ``ResidualNorm``. Under autocast the norms give its dtype, where timm's give fp32. Register
+    hooks before compiling, and after tracing with ``torch.fx``, which takes the block as a leaf.
 
     Args:
         dim: C, channels in and out; a multiple of ``num_heads``.

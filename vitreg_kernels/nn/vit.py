@@ -70,8 +70,11 @@ class RegisterViT(nn.Module):
     ``pos_embed`` ``[1, rows, C]``, ``patch_embed.proj``, ``blocks.i``, ``norm``; what would be empty is absent.
     The adds and norms are fused from block to block, see ``RegisterBlock``.
 
-    Hooks, forward and backward, see what those on timm's modules see: tensors, ``[B, N, C]`` on a block, which is then
-    not fused with its neighbours. ``torch.fx`` traces the model with its modules as leaves.
+    Hooks on a module itself, forward and backward, see what those on timm's modules see: tensors, ``[B, N, C]`` on a
+    block, which is then not fused with its neighbours. Hooks on all modules, as of
+    ``torch.nn.modules.module.register_module_forward_hook``, see the fused calls; under autocast the norms give its
+    dtype, where timm's give fp32. Register hooks before compiling, and after tracing with ``torch.fx``, which traces
+    the model with its modules as leaves.
 
     Args:
         config: sizes and choices.
