@@ -129,7 +129,8 @@ class RegisterAttention(nn.Module):
             return as_leaf(self, x, attn_mask=attn_mask, rope=rope, outputs=outputs, is_causal=is_causal)
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise ValueError(f"x must be [B, N, {self.dim}], not of shape {tuple(x.shape)}")
-        check_meets("x", x, self.qkv)
+        parts = self._modules  # quicker to ask than self
+        check_meets("x", x, parts["qkv"])
         prefix = self.layout.num_prefix_tokens
         if known(x.shape[1] < prefix):
             raise ValueError(
@@ -141,11 +142,10 @@ class RegisterAttention(nn.Module):
                 "is_causal=True is not served; give a lower-triangular bool attn_mask of shape [1, 1, N, N]"
             )
 
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
-        parts = self._modules  # which is quicker to ask than self, and this asks for three in every block
+        qkv = parts["qkv"](x).unflatten(2, (3, self.num_heads, self.head_dim))
         drop = parts["attn_drop"]
-        fused = untouched(drop, nn.Dropout)
-        explicit = not (fused or untouched(drop, nn.Identity))
+        fused = type(drop) is nn.Dropout and untouched(drop)
+        explicit = not (fused or _nothing(drop))
         options = {
             "num_prefix_tokens": prefix,
             "attn_mask": attn_mask,
@@ -153,7 +153,7 @@ class RegisterAttention(nn.Module):
             "rope": rope,
             "outputs": outputs,
         }
-        if explicit or not (untouched(parts["q_norm"], nn.Identity) and untouched(parts["k_norm"], nn.Identity)):
+        if explicit or not (_nothing(parts["q_norm"]) and _nothing(parts["k_norm"])):
             query, key, value = unpack_qkv(qkv)
             # A norm may answer in another dtype than its input's, as under autocast.
             query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
@@ -166,7 +166,7 @@ class RegisterAttention(nn.Module):
         else:
             result = functional.register_attention_qkv(qkv, **options, backend=self.backend)
             attended, statistics = result if outputs else (result, None)
-        attended = self.proj_drop(self.proj(attended))
+        attended = parts["proj_drop"](parts["proj"](attended))
         return (attended, statistics) if outputs else attended
 
     def _by_formula(
@@ -183,3 +183,8 @@ class RegisterAttention(nn.Module):
             f"{self.dim}, num_heads={self.num_heads}, num_registers={self.layout.num_registers}, "
             f"num_cls_tokens={self.layout.num_cls_tokens}, backend={self.backend!r}"
         )
+
+
+def _nothing(module: nn.Module) -> bool:
+    """Whether calling a module does nothing that anybody would notice."""
+    return type(module) is nn.Identity and untouched(module)

@@ -13,7 +13,7 @@ from .. import functional
 from ..ops.catalogue import backend_by_op
 from ..ops.residual_norm.types import ResidualNorm
 from .attention import RegisterAttention
-from .hooks import touched, untouched
+from .hooks import untouched
 from .mlp import Mlp, SwiGLU
 from .tracing import as_leaf, traced
 
@@ -85,12 +85,13 @@ class ResidualLayerNorm(nn.LayerNorm):
         return result if isinstance(stream, Residual) else result.normalized
 
 
-def normed(norm: nn.Module, stream: Residual) -> ResidualNorm:
+def normed(norm: nn.Module, stream: Residual, *, plain: bool = False) -> ResidualNorm:
     """``norm(stream)``; or the same with ``norm`` called with and giving a tensor.
 
-    That is if the stream is traced, or ``norm`` is hooked, is of another class or has a forward of its own.
+    That is if ``plain``, as a traced stream needs it, or if ``norm`` is hooked, is of another class or has a forward of
+    its own.
     """
-    if isinstance(norm, ResidualLayerNorm) and not (touched(norm) or traced(stream)):
+    if not plain and isinstance(norm, ResidualLayerNorm) and untouched(norm):
         return norm(stream)
     x = stream.added()
     return ResidualNorm(x, norm(x), _token_norms(x))
@@ -248,13 +249,14 @@ class RegisterBlock(nn.Module):
         """
         if traced(x):
             return as_leaf(self, x, rope=rope, outputs=outputs)
+        parts = self._modules  # quicker to ask than self; what is None may not be there
         fused = isinstance(x, Residual)
-        residual, normalized, token_norms = normed(self.norm1, x if fused else Residual(x))
-        self.residual_norms(token_norms)
-        attended = self.attn(normalized, rope=rope, outputs=outputs)
+        residual, normalized, token_norms = normed(parts["norm1"], x if fused else Residual(x))
+        parts["residual_norms"](token_norms)
+        attended = parts["attn"](normalized, rope=rope, outputs=outputs)
         attended, statistics = attended if outputs else (attended, None)
-        residual, normalized, _ = normed(self.norm2, self._adding(residual, attended, self.ls1))
-        stream = self._adding(residual, self.mlp(normalized), self.ls2)
+        residual, normalized, _ = normed(parts["norm2"], self._adding(residual, attended, parts.get("ls1")))
+        stream = self._adding(residual, parts["mlp"](normalized), parts.get("ls2"))
         if not fused:
             result = stream.added()
         elif stream.layer_scale is None:
@@ -271,7 +273,7 @@ class RegisterBlock(nn.Module):
             drop_path = torch.empty(x.shape[0], device=x.device, dtype=dtype).bernoulli_(keep) / keep
         if scale is None:
             return Residual(x, branch, None, drop_path)
-        if untouched(scale, LayerScale):
+        if type(scale) is LayerScale and untouched(scale):
             return Residual(x, branch, scale.gamma, drop_path)
         return Residual(x, scale(branch), None, drop_path)
 

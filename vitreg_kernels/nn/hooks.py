@@ -34,31 +34,29 @@ class Transparent:
     covered: Any = None
 
 
-def hooked(module: nn.Module | None) -> bool:
-    """Whether a module is there and has a hook that wants to see its tensors, before or after, forward or backward."""
-    if module is None:
-        return False
+def hooked(module: nn.Module) -> bool:
+    """Whether a module has a hook that wants to see its tensors, before or after, forward or backward."""
     state = module.__dict__
-    before, after = state["_forward_pre_hooks"], state["_forward_hooks"]
-    if state["_backward_hooks"] or state["_backward_pre_hooks"]:
-        return True
-    if not (before or after):
-        return False
-    return any(not _of_fsdp(hook) for hook in (*after.values(), *before.values()))
+    return bool(
+        state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or ((state["_forward_hooks"] or state["_forward_pre_hooks"]) and not all(map(_of_fsdp, _around(state))))
+    )
 
 
-def touched(module: nn.Module) -> bool:
-    """Whether a module is ``hooked`` or has a ``forward`` beside its class's."""
-    if "forward" in module.__dict__:
-        own = module.__dict__["forward"]
-        if not isinstance(own, Transparent) or own.covered is not None:
-            return True
-    return hooked(module)
-
-
-def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of this very class and not ``touched``, so that what it would do is known."""
-    return type(module) is kind and not touched(module)
+def untouched(module: nn.Module) -> bool:
+    """Whether a module is not ``hooked`` and has no ``forward`` beside its class's."""
+    state = module.__dict__
+    if not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    ):
+        return True  # nearly always, and quickly told
+    own = state.get("forward")
+    return (own is None or (isinstance(own, Transparent) and own.covered is None)) and not hooked(module)
 
 
 def hooked_for_tracing(module: nn.Module) -> bool:
@@ -66,8 +64,7 @@ def hooked_for_tracing(module: nn.Module) -> bool:
     state = module.__dict__
     if state["_backward_hooks"] or state["_backward_pre_hooks"]:
         return True
-    hooks = (*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values())
-    return any(not (_of_fsdp(hook) or isinstance(hook, Watcher)) for hook in hooks)
+    return any(not (_of_fsdp(hook) or isinstance(hook, Watcher)) for hook in _around(state))
 
 
 def warn_of_hook_on_list(blocks: nn.ModuleList) -> None:
@@ -83,6 +80,11 @@ def warn_of_hook_on_list(blocks: nn.ModuleList) -> None:
         "blocks[-1]",
         stacklevel=level,
     )
+
+
+def _around(state: dict[str, Any]) -> tuple[object, ...]:
+    """The forward hooks of a module, before and after."""
+    return *state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()
 
 
 def _of_fsdp(hook: object) -> bool:

@@ -226,7 +226,7 @@ class RegisterViT(nn.Module):
             stream = self._run(block, stream, rope)
         stream = self._run(last, stream, rope, outputs)
         stream, statistics = stream if outputs else (stream, None)
-        _, normalized, token_norms = normed(self.norm, stream)
+        _, normalized, token_norms = normed(self.norm, stream, plain=traced(stream))
         self.residual_norms(token_norms)
         return (normalized, statistics) if outputs else normalized
 
@@ -255,7 +255,7 @@ class RegisterViT(nn.Module):
         for i in range(last + 1):
             stream = self._run(self.blocks[i], stream, rope)
             if i in wanted:
-                residual, normalized, token_norms = normed(self.norm, stream)
+                residual, normalized, token_norms = normed(self.norm, stream, plain=traced(stream))
                 if i == last:  # no block follows, whose first norm would show these
                     after = self if i == depth - 1 else self.blocks[i + 1]
                     after.residual_norms(token_norms)
