@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 
@@ -113,11 +114,53 @@ def test_what_a_hook_gives_instead_is_taken(kind, name):
     assert not torch.allclose(model.forward_features(images()), plain, atol=1e-3)
 
 
-def test_a_hook_on_the_list_of_blocks_is_told_that_nobody_calls_it():
+def doubled(_, args):
+    return 2.0 * args[0]
+
+
+def doubled_with_kwargs(_, args, kwargs):
+    return (2.0 * args[0], *args[1:]), kwargs
+
+
+@every_module
+@pytest.mark.parametrize(("with_kwargs", "checkpointing"), [(False, False), (True, False), (False, True)])
+def test_what_a_hook_before_gives_instead_is_all_that_changes(kind, name, with_kwargs, checkpointing):
+    """The other arguments, such as the rotation, are as without it."""
+    model = vit(CONFIGS[kind])
+    model.checkpointing = checkpointing
+    module = model.get_submodule(name)
+    inner = module.forward
+    # What is right: the same module, called fused or not, whose first argument its forward doubles itself.
+    handle = module.register_forward_hook(lambda *_: None)
+    module.forward = lambda first, *args, **options: inner(2.0 * first, *args, **options)
+    expected = outcome(model)
+    del module.forward
+    handle.remove()
+    hook = doubled_with_kwargs if with_kwargs else doubled
+    module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+    torch.testing.assert_close(outcome(model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_hook_before_the_rotation_gives_another_grid():
+    model = vit(CONFIGS["no layer scale, rope"])
+    plain = model.forward_features(images())
+    module = model.rope
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs), with_kwargs=True)
+    assert torch.equal(model.forward_features(images()), plain)
+    handle.remove()
+    module.register_forward_pre_hook(lambda _, args: ((2, 8),))
+    assert not torch.allclose(model.forward_features(images()), plain, atol=1e-4)
+
+
+def test_a_hook_on_the_list_of_blocks_is_told_once_where_the_model_is_called_that_nobody_calls_it():
     model = vit()
     model.blocks.register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match=r"blocks has a hook but is a list, which is never called: .* blocks\[-1\]"):
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
         model(images())
+        model.forward_features(images())
+    assert [warning.filename for warning in given] == [__file__]
+    assert re.match(r"blocks has a hook but is a list, .* never called: .* blocks\[-1\]", str(given[0].message))
 
 
 def test_without_hooks_all_is_fused(monkeypatch):
@@ -144,7 +187,6 @@ def test_hooks_of_fsdp_do_not_count():
 
     module = block()
     assert not hooked(module)
-    assert not hooked(None)
     handle = module.register_forward_pre_hook(State().before)
     assert hooked(module)
     handle.remove()
@@ -219,6 +261,73 @@ def test_a_block_alone_gives_its_hooks_what_it_is_given():
     module(x)
     module(Residual(x))
     assert seen == [(Tensor, Tensor), (Residual, Residual)]
+
+
+class Scaled(nn.Module):
+    """Somebody's own module in the place of another."""
+
+    def __init__(self, factor=0.5):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
+PLACES = ["norm1", "norm2", "ls1", "ls2", "attn.q_norm", "attn.k_norm", "attn.attn_drop"]
+EVERY_PLACE = pytest.mark.parametrize("place", PLACES)
+
+
+def replace_module(model, place, module):
+    parent, _, name = f"blocks.1.{place}".rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+@EVERY_PLACE
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_module_in_the_place_of_another_is_called(place, training, qk_norm):
+    config = replace(PLAIN, qk_norm=qk_norm)
+    models = [vit(config).train(training) for _ in range(2)]
+    replace_module(models[0], place, Scaled())
+    # The reference: the same as a hook on what stands there, which is called with plain tensors.
+    module = models[1].blocks[1].get_submodule(place)
+    module.register_forward_hook(lambda _, args, __: 0.5 * args[0])
+    torch.testing.assert_close(models[0].forward_features(images()), models[1].forward_features(images()))
+
+
+@EVERY_PLACE
+def test_a_forward_on_the_instance_is_called(place):
+    model, other = vit(PLAIN), vit(PLAIN)
+    model.blocks[1].get_submodule(place).forward = lambda x: 0.5 * x
+    replace_module(other, place, Scaled())
+    assert torch.equal(model.forward_features(images()), other.forward_features(images()))
+
+
+@EVERY_PLACE
+@pytest.mark.parametrize("training", [False, True])
+def test_an_identity_in_the_place_of_another(place, training):
+    model, other = vit(PLAIN).train(training), vit(PLAIN).train(training)
+    replace_module(model, place, nn.Identity())
+    replace_module(other, place, Scaled(1.0))
+    torch.testing.assert_close(model.forward_features(images()), other.forward_features(images()))
+
+
+@pytest.mark.parametrize("place", ["norm1", "norm2"])
+def test_a_plain_layer_norm_in_the_place_of_ours(place):
+    model = vit(PLAIN)
+    expected = outcome(model)
+    norm = nn.LayerNorm(DIM, eps=PLAIN.eps)
+    norm.load_state_dict(model.blocks[1].get_submodule(place).state_dict())
+    replace_module(model, place, norm)
+    torch.testing.assert_close(outcome(model)[0], expected[0], atol=1e-5, rtol=1e-5)
+
+
+def test_no_dropout_at_all_stays_fused(monkeypatch):
+    module, x = RegisterAttention(DIM, HEADS, attn_drop=0.5).train(), torch.randn(STREAM)
+    module.attn_drop = nn.Identity()
+    monkeypatch.setattr(RegisterAttention, "_by_formula", None)
+    assert torch.equal(module(x), module.eval()(x))
 
 
 class GradCam:

@@ -108,8 +108,56 @@ def test_a_register_vit(kind, hold):
     assert all(isinstance(output, torch.Tensor) for output in seen.values())
 
 
-def test_a_traced_model_is_monitored_as_the_model_is():
+REGISTERED = {
+    "forward": lambda module, hook: module.register_forward_hook(hook),
+    "forward, with kwargs": lambda module, hook: module.register_forward_hook(hook, with_kwargs=True),
+    "pre-forward": lambda module, hook: module.register_forward_pre_hook(hook),
+    "backward": lambda module, hook: module.register_full_backward_hook(hook),
+}
+
+
+@pytest.mark.parametrize("name", ["patch_embed", "rope", "blocks.1", "norm"])
+@pytest.mark.parametrize("kind", REGISTERED)
+def test_hooks_are_registered_after_tracing(name, kind):
+    """Those from before would be written into the graph, and be run again by the leaf."""
+    model, images, calls = vit(CONFIGS["rope"]), torch.randn(2, 3, 16, 16, requires_grad=True), []
+    handle = REGISTERED[kind](model.get_submodule(name), lambda *_: calls.append(name))
+    with pytest.raises(RuntimeError, match=rf"^{name} has hooks, .* register hooks after tracing"):
+        fx.symbolic_trace(model)
+    handle.remove()
+    calls.clear()
+    traced = fx.symbolic_trace(model)
+    REGISTERED[kind](traced.get_submodule(name), lambda *_: calls.append(name))
+    sum(group.sum() for group in traced(images)).backward()
+    assert calls == ([] if (name, kind) == ("rope", "backward") else [name])  # what it gives takes no gradient
+
+
+def test_hooks_on_a_traced_model_may_replace_what_they_see():
+    """Before a block and after it, with all other arguments as they were, such as the rotation."""
+    model, images = vit(CONFIGS["rope"]), torch.randn(2, 3, 16, 16)
+    traced = fx.symbolic_trace(model)
+    plain = model.forward_features(images)
+    for name in ("blocks.1", "norm", "patch_embed"):
+        traced.get_submodule(name).register_forward_pre_hook(lambda _, args: 1.0 * args[0])
+        traced.get_submodule(name).register_forward_hook(lambda _, __, output: 1.0 * output)
+    torch.testing.assert_close(torch.cat(traced(images), 1), plain, atol=1e-5, rtol=1e-5)
+    traced.get_submodule("blocks.1").register_forward_hook(lambda _, __, output: 2.0 * output)
+    model = vit(CONFIGS["rope"])
+    model.blocks[1].register_forward_hook(lambda _, __, output: 2.0 * output)
+    torch.testing.assert_close(torch.cat(traced(images), 1), model.forward_features(images), atol=1e-5, rtol=1e-5)
+
+
+def test_hooks_within_a_leaf_run_once():
+    model, calls = vit(), []
+    model.blocks[1].attn.register_forward_hook(lambda *_: calls.append(1))
+    fx.symbolic_trace(model)(torch.randn(2, 3, 16, 16))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_traced_model_is_monitored_as_the_model_is(blocks):
     model, images = vit(), torch.randn(2, 3, 16, 16)
-    with TokenNormMonitor(model) as monitor:
+    layers = [(str(i), block) for i, block in enumerate(model.blocks)] if blocks else None
+    with TokenNormMonitor(model, layers=layers) as monitor:
         fx.symbolic_trace(model)(images)
-    assert monitor.compute().stats.cls.count.tolist() == [2] * 4
+    assert monitor.compute().stats.cls.count.tolist() == [2] * (3 if blocks else 4)

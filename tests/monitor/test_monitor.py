@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
 import io
 import pickle
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -293,6 +296,9 @@ def test_the_state_is_saved_and_resumed():
     assert_same_counts(monitor.compute(), counted_at_once(first))
 
 
+ABSENT = object()
+
+
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     model = Doublings()
     monitor = monitored(model)
@@ -300,12 +306,25 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     state = monitor.state_dict()
     for change, fragments in (
         ({"layers": ["a", "b", "c"]}, ["of the layers a, b, c, where the monitor's are blocks.0, blocks.1, blocks.2"]),
-        ({"histogram": state["histogram"][..., :64]}, ["histogram must be [3, 3, 2048], got [3, 3, 64]"]),
-        ({"sums": None}, ["lacks sums", "state_dict()"]),
+        (
+            {"histogram": state["histogram"][..., :64]},
+            ["histogram must be [3, 3, 2048] of int64, got [3, 3, 64] of int64"],
+        ),
+        ({"sums": ABSENT}, ["lacks sums", "state_dict()"]),
+        ({"layers": None}, ["layers must be a list of names, got None"]),
+        ({"layers": "abc"}, ["layers must be a list of names, got 'abc'"]),
+        ({"layers": [0, 1, 2]}, ["layers must be a list of names, got [0, 1, 2]"]),
+        ({"nonfinite": state["nonfinite"].to("meta")}, ["nonfinite must be [3, 3, 2] of int64, got", "meta device"]),
+        ({"nonfinite": state["nonfinite"].double()}, ["nonfinite must be", "of int64, got [3, 3, 2] of float64"]),
+        ({"nonfinite": "counts"}, ["nonfinite must be", "got a str"]),
+        ({"extremes": None}, ["extremes must be", "got a NoneType"]),
     ):
-        changed = {key: value for key, value in (state | change).items() if value is not None}
+        # All others differ, so that one that is copied too early shows.
+        changed = {key: x + 1 if isinstance(x, torch.Tensor) else x for key, x in state.items()} | change
+        changed = {key: value for key, value in changed.items() if value is not ABSENT}
         refused(ValueError, fragments, monitor.load_state_dict, changed)
         assert_same_counts(monitor.compute(), counted_at_once(tokens()))
+    refused(ValueError, ["what state_dict() returned, got a NoneType"], monitor.load_state_dict, None)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -322,6 +341,57 @@ def test_a_copy_of_the_model_is_not_monitored(copied, monkeypatch):
 
     monkeypatch.setattr("vitreg_kernels.monitor.monitor.accumulate", refuse)
     copy_of_model(tokens())
+
+
+SHALLOW = [copy.copy, lambda block: block._replicate_for_data_parallel()]
+
+
+@pytest.mark.parametrize("copied", SHALLOW)
+def test_a_shallow_copy_of_a_monitored_module_is_refused(copied):
+    """It would compute with the original's weights."""
+    model = Doublings()
+    monitor = monitored(model)
+    copied_block = copied(model.blocks[0])
+    refused(RuntimeError, ["shallow copy", "remove()", "deepcopy"], copied_block, tokens())
+    monitor.remove()
+    refused(RuntimeError, ["shallow copy", "remove()", "deepcopy"], copied_block, tokens())
+    assert torch.equal(model.blocks[0](tokens()), 2.0 * tokens())
+    copied_block = copy.copy(model.blocks[0])
+    copied_block.weight = nn.Parameter(torch.full_like(copied_block.weight, 3.0))
+    del model.blocks[0]
+    assert torch.equal(copied_block(tokens()), 3.0 * tokens())
+
+
+def test_a_copy_computes_with_its_own_weights():
+    model = Doublings()
+    monitored(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.blocks[0].weight.mul_(5.0)
+    for _ in range(2):
+        assert torch.equal(copied.blocks[0](tokens()), 10.0 * tokens())
+    assert "forward" not in copied.blocks[0].__dict__
+    assert torch.equal(model.blocks[0](tokens()), 2.0 * tokens())
+
+
+def test_a_monitored_module_goes_with_its_last_user():
+    gc.disable()
+    try:
+        model = Doublings()
+        monitor = monitored(model)
+        block = weakref.ref(model.blocks[0])
+        model(tokens())
+        del model, monitor
+        assert block() is None
+    finally:
+        gc.enable()
+
+
+def test_a_monitored_forward_has_the_signature_of_its_module():
+    block = Doublings().blocks[0]
+    expected = inspect.signature(block.forward)
+    with TokenNormMonitor(block, layers=[("block", block)], layout=LAYOUT):
+        assert inspect.signature(block.forward) == expected
 
 
 def refused(error, fragments, function, *args, **options):
@@ -343,6 +413,8 @@ def test_mistakes_are_refused_in_one_sentence_and_leave_no_hook():
         (ValueError, ["Doublings", "layout=TokenLayout"], {"layers": layers}),
         (ValueError, ["at least one", "got []"], {"layers": [], "layout": LAYOUT}),
         (ValueError, ["a name of its own", "blocks.0"], {"layers": layers + layers[:1], "layout": LAYOUT}),
+        (TypeError, ["the layer b must be", "a str"], {"layers": [layers[0], ("b", "nomodule")], "layout": LAYOUT}),
+        (TypeError, ["layout must be a TokenLayout, not 4"], {"layers": layers, "layout": 4}),
         (ValueError, ["no parameters"], {"model": nn.ReLU(), "layers": [("relu", nn.ReLU())], "layout": LAYOUT}),
     ):
         refused(error, fragments, TokenNormMonitor, **{"model": model, **options})

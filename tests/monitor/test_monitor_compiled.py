@@ -7,7 +7,7 @@ from functools import partial, update_wrapper
 
 import pytest
 import torch
-from monitor_cases import Doublings, layers_of, monitored, small_vit, tokens
+from monitor_cases import LAYOUT, Doublings, layers_of, monitored, small_vit, tokens
 from torch import nn
 
 from vitreg_kernels import RegisterViT, TokenNormMonitor, ViTConfig
@@ -115,15 +115,38 @@ def test_a_monitored_module_is_left_as_it_was(own):
     assert [dict(block.__dict__) for block in model.blocks] == before
 
 
-def test_a_forward_that_was_put_over_the_monitors_stays():
+@pytest.mark.parametrize("monitored_again", [False, True])
+def test_a_forward_that_was_put_over_the_monitors_stays(monitored_again):
     model = Doublings()
     monitor = monitored(model)
     # As accelerate puts one: over whatever is there, which it keeps to call it and to put it back.
     forward = update_wrapper(partial(lambda inner, x: inner(x) + 1.0, model.blocks[0].forward), model.blocks[0].forward)
     model.blocks[0].forward = forward
+    covered = forward.__wrapped__
     monitor.remove()
     assert model.blocks[0].forward is forward
     assert torch.equal(model.blocks[0](tokens()), 2.0 * tokens() + 1.0)
+    model.blocks[0].forward = covered  # and takes it off again
+    if monitored_again:
+        monitored(model).remove()
+    else:
+        assert torch.equal(model.blocks[0](tokens()), 2.0 * tokens())
+    assert "forward" not in model.blocks[0].__dict__
+    assert torch.equal(model.blocks[0](tokens()), 2.0 * tokens())
+
+
+def test_one_module_under_two_names_is_counted_under_both(dynamo):
+    model = Doublings()
+    run = whole(model)
+    run(tokens())
+    layers = [("a", model.blocks[0]), ("b", model.blocks[0])]
+    monitor = TokenNormMonitor(model, layers=layers, layout=LAYOUT)
+    run(tokens())
+    assert counts(monitor) == [2, 2]
+    monitor.remove()
+    run(tokens())
+    assert counts(monitor) == [2, 2]
+    assert "forward" not in model.blocks[0].__dict__
 
 
 @pytest.mark.parametrize("layers", [1, 2, [0], [-2], [0, 2], [2, 0], [1, 1]])

@@ -14,9 +14,11 @@ from ..integrations.library import ResidualStream
 from ..integrations.residual_stream import residual_stream, unwrapped
 from ..layout import TokenLayout
 from ..nn.block import Residual
+from ..nn.hooks import Watcher
+from ..nn.tracing import traced
 from ..ops.token_norms.api import accumulate
 from ..ops.token_norms.types import GROUPS, NormDistribution, TokenNormStats
-from .recompile import mark, unmark
+from .recompile import mark, refuse_copy, unmark
 from .report import NormReport
 
 
@@ -37,7 +39,8 @@ class TokenNormMonitor:
 
     Outputs and gradients stay bitwise what they are. Only ``compute`` waits for the device. A forward that activation
     checkpointing runs again in the backward is not counted again. Under DDP and FSDP2, attached before or after
-    wrapping, each rank counts its own tokens. A copy or a pickle of the model is not monitored.
+    wrapping, each rank counts its own tokens. A deep copy or a pickle of the model is not monitored; a shallow copy of
+    a monitored module, as ``copy.copy`` and ``DataParallel`` make them, does not run: call ``remove()`` before copying.
 
     Under ``torch.compile`` the counting is part of the graph, without a break, and blocks compiled one by one still
     share theirs. A graph that was compiled before the monitor was attached is compiled anew, and serves again once it
@@ -61,7 +64,7 @@ class TokenNormMonitor:
         layout: as given or found.
 
     Raises:
-        TypeError: if ``model`` is not a module.
+        TypeError: if ``model`` or a layer is not a module, or ``layout`` is no ``TokenLayout``.
         ValueError: if ``layers`` or ``layout`` is missing and the model is not known, if ``layers`` names none or one
             twice, or if the model has no parameters.
     """
@@ -85,10 +88,10 @@ class TokenNormMonitor:
         self.layout = stream.layout
         self._taps = [_Tap(self.layout, NormDistribution.zeros((len(GROUPS),), device)) for _ in stream.layers]
         self._modules = [module for _, module in stream.layers]
+        unmarked = {id(module): module for module in self._modules if not _taps_on(module)}
         self._handles = [m.register_forward_hook(tap) for m, tap in zip(self._modules, self._taps, strict=True)]
-        for module in self._modules:
-            if len(_taps_on(module)) == 1:
-                mark(module)
+        for module in unmarked.values():
+            mark(module)
 
     def compute(self, *, all_reduce: bool = False, process_group: dist.ProcessGroup | None = None) -> NormReport:
         """What has been counted since the start or the last reset. Waits for the device and copies to the host.
@@ -125,15 +128,20 @@ class TokenNormMonitor:
         Raises:
             ValueError: if it is of other layers or of another form; nothing has changed then.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the state must be what state_dict() returned, got a {type(state).__name__}")
         missing = {"layers", *NormDistribution._fields} - state.keys()
         if missing:
             raise ValueError(f"the state lacks {', '.join(sorted(missing))}; give what state_dict() returned")
-        if tuple(state["layers"]) != self.layers:
-            theirs, ours = _some(state["layers"]), _some(self.layers)
+        layers = state["layers"]
+        if not isinstance(layers, list | tuple) or not all(isinstance(name, str) for name in layers):
+            raise ValueError(f"the state's layers must be a list of names, got {layers!r}")
+        if tuple(layers) != self.layers:
+            theirs, ours = _some(layers), _some(self.layers)
             raise ValueError(f"the state is of the layers {theirs}, where the monitor's are {ours}")
         for name, x in self._counted()._asdict().items():
-            if state[name].shape != x.shape:
-                raise ValueError(f"the state's {name} must be {list(x.shape)}, got {list(state[name].shape)}")
+            if (got := _described(state[name])) != (wanted := _described(x)):
+                raise ValueError(f"the state's {name} must be {wanted}, got {got}")
         self._copy(state)
 
     def remove(self) -> None:
@@ -162,7 +170,7 @@ class TokenNormMonitor:
                 getattr(tap.into, name).copy_(layer)
 
 
-class _Tap:
+class _Tap(Watcher):
     """A forward hook that counts a module's output.
 
     It holds the counts of its layer alone, not the layer's number: a number would make every block a graph of its own
@@ -174,8 +182,10 @@ class _Tap:
         self.into = into
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.into is None:
+        if self.into is None or traced(output):
             return
+        if not torch.compiler.is_compiling():
+            refuse_copy(module)
         if isinstance(output, Residual):
             output = output.added()
         for x in output if isinstance(output, list) else [output[0] if isinstance(output, tuple) else output]:
@@ -220,6 +230,11 @@ def _stream_of(
     names = [name for name, _ in layers]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"layers must be at least one, each with a name of its own, got {names}")
+    for name, module in layers:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"the layer {name} must be a torch module, got a {type(module).__name__}")
+    if not isinstance(layout, TokenLayout):
+        raise TypeError(f"layout must be a TokenLayout, not {layout!r}")
     return ResidualStream(list(layers), layout)
 
 
@@ -232,6 +247,14 @@ def _over_ranks(counted: NormDistribution, process_group: dist.ProcessGroup | No
     extremes = counted.extremes * sign
     dist.all_reduce(extremes, dist.ReduceOp.MIN, group=process_group)
     return NormDistribution(histogram, sums, extremes * sign, nonfinite)
+
+
+def _described(x: object) -> str:
+    """What a field of a state must have in common with the monitor's."""
+    if not isinstance(x, Tensor):
+        return f"a {type(x).__name__}"
+    where = " on the meta device" if x.is_meta else ""
+    return f"{list(x.shape)} of {str(x.dtype).removeprefix('torch.')}{where}"
 
 
 def _some(names: Sequence[str]) -> str:

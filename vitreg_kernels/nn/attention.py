@@ -16,7 +16,7 @@ from ..ops.attention.features import DROPOUT
 from ..ops.attention.types import unpack_qkv
 from ..ops.attention.validation import validated
 from ..ops.catalogue import backend_by_op, check_serves
-from .hooks import hooked
+from .hooks import untouched
 from .inputs import check_meets
 from .tracing import as_leaf, traced
 
@@ -30,10 +30,11 @@ class RegisterAttention(nn.Module):
     Their state dicts load with no renaming; give ``qkv_bias``, ``qk_norm`` and ``proj_bias`` as the model has them
     (timm and DINOv2 models mostly set ``qkv_bias=True``, the default here).
 
-    Hooks, forward and backward, see what those on timm's modules see. One on ``attn_drop`` asks for the attention
-    probabilities ``[B, H, N, N]``, which no fused kernel has: for as long as it is there, attention is computed by the
-    formula, whatever the backend, and needs that memory; ``outputs=("prefix_attention",)`` gives those of the prefix
-    tokens without. ``torch.fx`` takes the module as a leaf.
+    Hooks on a module itself, forward and backward, see what those on timm's modules see. One on ``attn_drop`` asks for
+    the attention probabilities ``[B, H, N, N]``, which no fused kernel has: for as long as it is there, attention is
+    computed by the formula, whatever the backend, and needs that memory; ``outputs=("prefix_attention",)`` gives those
+    of the prefix tokens without. So it is with another module than a dropout in its place. Register hooks before
+    compiling, and after tracing with ``torch.fx``, which takes the module as a leaf.
 
     Args:
         dim: C, channels in and out; a multiple of ``num_heads``.
@@ -125,10 +126,11 @@ class RegisterAttention(nn.Module):
             TypeError: if ``x`` has another dtype than the weights, without autocast.
         """
         if traced(x):
-            return as_leaf(self, x, attn_mask, rope, outputs=outputs, is_causal=is_causal)
+            return as_leaf(self, x, attn_mask=attn_mask, rope=rope, outputs=outputs, is_causal=is_causal)
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise ValueError(f"x must be [B, N, {self.dim}], not of shape {tuple(x.shape)}")
-        check_meets("x", x, self.qkv)
+        parts = self._modules  # quicker to ask than self
+        check_meets("x", x, parts["qkv"])
         prefix = self.layout.num_prefix_tokens
         if known(x.shape[1] < prefix):
             raise ValueError(
@@ -140,16 +142,18 @@ class RegisterAttention(nn.Module):
                 "is_causal=True is not served; give a lower-triangular bool attn_mask of shape [1, 1, N, N]"
             )
 
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        qkv = parts["qkv"](x).unflatten(2, (3, self.num_heads, self.head_dim))
+        drop = parts["attn_drop"]
+        fused = type(drop) is nn.Dropout and untouched(drop)
+        explicit = not (fused or _nothing(drop))
         options = {
             "num_prefix_tokens": prefix,
             "attn_mask": attn_mask,
-            "dropout_p": self.attn_drop.p if self.training else 0.0,
+            "dropout_p": drop.p if fused and self.training else 0.0,
             "rope": rope,
             "outputs": outputs,
         }
-        explicit = hooked(self.attn_drop)
-        if explicit or self.qk_norm or hooked(self.q_norm) or hooked(self.k_norm):
+        if explicit or not (_nothing(parts["q_norm"]) and _nothing(parts["k_norm"])):
             query, key, value = unpack_qkv(qkv)
             # A norm may answer in another dtype than its input's, as under autocast.
             query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
@@ -162,13 +166,13 @@ class RegisterAttention(nn.Module):
         else:
             result = functional.register_attention_qkv(qkv, **options, backend=self.backend)
             attended, statistics = result if outputs else (result, None)
-        attended = self.proj_drop(self.proj(attended))
+        attended = parts["proj_drop"](parts["proj"](attended))
         return (attended, statistics) if outputs else attended
 
     def _by_formula(
         self, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Tensor | tuple[Tensor, AttentionOutputs]:
-        """The attention of a module whose ``attn_drop`` is hooked, which is called with the probabilities."""
+        """The attention of a module whose ``attn_drop`` is to be called, with the probabilities."""
         inputs = validated(query, key, value, scale=None, cu_seqlens=None, max_seqlen=None, **options)
         with torch.autocast(query.device.type, enabled=False):  # the inputs have been cast
             output, statistics = reference.attention(inputs, self.attn_drop)
@@ -179,3 +183,8 @@ class RegisterAttention(nn.Module):
             f"{self.dim}, num_heads={self.num_heads}, num_registers={self.layout.num_registers}, "
             f"num_cls_tokens={self.layout.num_cls_tokens}, backend={self.backend!r}"
         )
+
+
+def _nothing(module: nn.Module) -> bool:
+    """Whether calling a module does nothing that anybody would notice."""
+    return type(module) is nn.Identity and untouched(module)

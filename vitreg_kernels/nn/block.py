@@ -13,7 +13,7 @@ from .. import functional
 from ..ops.catalogue import backend_by_op
 from ..ops.residual_norm.types import ResidualNorm
 from .attention import RegisterAttention
-from .hooks import hooked
+from .hooks import untouched
 from .mlp import Mlp, SwiGLU
 from .tracing import as_leaf, traced
 
@@ -85,9 +85,13 @@ class ResidualLayerNorm(nn.LayerNorm):
         return result if isinstance(stream, Residual) else result.normalized
 
 
-def normed(norm: ResidualLayerNorm, stream: Residual) -> ResidualNorm:
-    """``norm(stream)``; or, if ``norm`` is hooked or traced, the same with ``norm`` called with and giving a tensor."""
-    if not (hooked(norm) or traced(stream)):
+def normed(norm: nn.Module, stream: Residual, *, plain: bool = False) -> ResidualNorm:
+    """``norm(stream)``; or the same with ``norm`` called with and giving a tensor.
+
+    That is if ``plain``, as a traced stream needs it, or if ``norm`` is hooked, is of another class or has a forward of
+    its own.
+    """
+    if not plain and isinstance(norm, ResidualLayerNorm) and untouched(norm):
         return norm(stream)
     x = stream.added()
     return ResidualNorm(x, norm(x), _token_norms(x))
@@ -101,7 +105,7 @@ def _token_norms(x: Tensor) -> Tensor:
 class LayerScale(nn.Module):
     """A learnt factor a channel on a branch (Touvron et al., arXiv 2103.17239).
 
-    Whoever adds the branch applies it, and calls this module only if it is hooked.
+    Whoever adds the branch applies it, and calls this module only if it is hooked or has a forward of its own.
 
     Args:
         dim: C.
@@ -144,10 +148,13 @@ class RegisterBlock(nn.Module):
     ``residual_norms`` is called with the L2 norms ``[B, N]`` of the tokens the block receives, before ``norm1``: a
     forward hook on it sees them at no cost.
 
-    Hooks, forward and backward, see what those on timm's modules see. ``norm1``, ``norm2``, ``ls1`` and ``ls2``, fused
-    into that one call otherwise, are called with plain tensors for as long as they have a hook; attention's own are
-    told of at ``RegisterAttention``. A hook on the block itself sees what the block is called with and gives, which a
-    ``RegisterViT`` makes the stream ``[B, N, C]``. ``torch.fx`` takes the block as a leaf.
+    Hooks on a module itself, forward and backward, see what those on timm's modules see. ``norm1``, ``norm2``, ``ls1``
+    and ``ls2``, fused into that one call otherwise, are called with plain tensors for as long as they have a hook or a
+    forward of their own, and so is another module in their place; attention's own are told of at ``RegisterAttention``.
+    A hook on the block itself sees what the block is called with and gives, which a ``RegisterViT`` makes the stream
+    ``[B, N, C]``. Hooks on all modules, as of ``torch.nn.modules.module.register_module_forward_hook``, see the fused
+    calls: ``Residual`` and ``ResidualNorm``. Under autocast the norms give its dtype, where timm's give fp32. Register
+    hooks before compiling, and after tracing with ``torch.fx``, which takes the block as a leaf.
 
     Args:
         dim: C, channels in and out; a multiple of ``num_heads``.
@@ -241,14 +248,15 @@ class RegisterBlock(nn.Module):
             ValueError: if x has another rank, other channels or fewer tokens than the prefix.
         """
         if traced(x):
-            return as_leaf(self, x, rope, outputs=outputs)
+            return as_leaf(self, x, rope=rope, outputs=outputs)
+        parts = self._modules  # quicker to ask than self; what is None may not be there
         fused = isinstance(x, Residual)
-        residual, normalized, token_norms = normed(self.norm1, x if fused else Residual(x))
-        self.residual_norms(token_norms)
-        attended = self.attn(normalized, rope=rope, outputs=outputs)
+        residual, normalized, token_norms = normed(parts["norm1"], x if fused else Residual(x))
+        parts["residual_norms"](token_norms)
+        attended = parts["attn"](normalized, rope=rope, outputs=outputs)
         attended, statistics = attended if outputs else (attended, None)
-        residual, normalized, _ = normed(self.norm2, self._adding(residual, attended, self.ls1))
-        stream = self._adding(residual, self.mlp(normalized), self.ls2)
+        residual, normalized, _ = normed(parts["norm2"], self._adding(residual, attended, parts.get("ls1")))
+        stream = self._adding(residual, parts["mlp"](normalized), parts.get("ls2"))
         if not fused:
             result = stream.added()
         elif stream.layer_scale is None:
@@ -257,15 +265,17 @@ class RegisterBlock(nn.Module):
             result = stream._replace(layer_scale=stream.layer_scale.clone())
         return (result, statistics) if outputs else result
 
-    def _adding(self, x: Tensor, branch: Tensor, scale: LayerScale | None) -> Residual:
+    def _adding(self, x: Tensor, branch: Tensor, scale: nn.Module | None) -> Residual:
         drop_path = None
         if self.training and self.drop_path:
             keep = 1.0 - self.drop_path
             dtype = torch.promote_types(x.dtype, torch.float32)  # 1 / keep unrounded
             drop_path = torch.empty(x.shape[0], device=x.device, dtype=dtype).bernoulli_(keep) / keep
-        if hooked(scale):
-            branch, scale = scale(branch), None
-        return Residual(x, branch, None if scale is None else scale.gamma, drop_path)
+        if scale is None:
+            return Residual(x, branch, None, drop_path)
+        if type(scale) is LayerScale and untouched(scale):
+            return Residual(x, branch, scale.gamma, drop_path)
+        return Residual(x, scale(branch), None, drop_path)
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path}" if self.drop_path else ""

@@ -60,7 +60,7 @@ class PatchRope(nn.Module):
     def forward(self, grid: tuple[int, int], x: Tensor) -> Rope:
         """The rotation of a grid of patches, on the device of ``x`` and in its dtype, or fp32 if that is narrower."""
         if traced(x):
-            return as_leaf(self, grid, x)
+            return as_leaf(self, grid, x=x)
         options = {"base": self.base, "device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
         # A graph computes it: a tensor from here would be baked into it. Nor is a mode's tensor, a fake one say, kept.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():

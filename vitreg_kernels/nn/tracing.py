@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
+
+from .hooks import hooked_for_tracing
 
 
 def traced(x: object) -> bool:
     """Whether x is ``torch.fx``'s stand-in for a tensor, or a tuple of tensors that begins with one."""
-    return isinstance(_first(x), Proxy)
+    if type(x) is Tensor:  # nearly always, and quickly told
+        return False
+    return isinstance(x[0] if isinstance(x, tuple) and x else x, Proxy)
 
 
 def as_leaf(module: nn.Module, *args: Any, **options: Any) -> Proxy:
@@ -22,15 +26,20 @@ def as_leaf(module: nn.Module, *args: Any, **options: Any) -> Proxy:
 
     Raises:
         TypeError: if the module is not within the model that is traced but that model itself.
+        RuntimeError: if the module has hooks. They have run on the proxies then, or will; what they do would be in the
+            graph, and be done again by the leaf.
     """
-    tracer = next(_first(x).tracer for x in args if traced(x))
+    first = next(x for x in (*args, *options.values()) if traced(x))
+    tracer = (first[0] if isinstance(first, tuple) else first).tracer
     if tracer.root is module:
         raise TypeError(
             f"torch.fx takes a {type(module).__name__} as a leaf and traces nothing within it; trace a model that "
             f"holds it"
         )
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, options)
-
-
-def _first(x: object) -> object:
-    return x[0] if isinstance(x, tuple) and x else x
+    path = tracer.path_of_module(module)
+    if hooked_for_tracing(module):
+        raise RuntimeError(
+            f"{path} has hooks, which torch.fx would trace here and the leaf would run again; register hooks after "
+            f"tracing, on the modules of the traced model"
+        )
+    return tracer.create_proxy("call_module", path, args, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from ..layout import TokenGroups, TokenLayout
 from ..ops.catalogue import backend_by_op
 from .block import LayerScale, RegisterBlock, Residual, ResidualLayerNorm, normed
 from .config import PRESETS, ViTConfig
-from .hooks import hooked
+from .hooks import hooked, warn_of_hook_on_list
 from .inputs import check_meets
 from .position import resample_positions
 from .rope import PatchRope
@@ -71,8 +70,11 @@ class RegisterViT(nn.Module):
     ``pos_embed`` ``[1, rows, C]``, ``patch_embed.proj``, ``blocks.i``, ``norm``; what would be empty is absent.
     The adds and norms are fused from block to block, see ``RegisterBlock``.
 
-    Hooks, forward and backward, see what those on timm's modules see: tensors, ``[B, N, C]`` on a block, which is then
-    not fused with its neighbours. ``torch.fx`` traces the model with its modules as leaves.
+    Hooks on a module itself, forward and backward, see what those on timm's modules see: tensors, ``[B, N, C]`` on a
+    block, which is then not fused with its neighbours. Hooks on all modules, as of
+    ``torch.nn.modules.module.register_module_forward_hook``, see the fused calls; under autocast the norms give its
+    dtype, where timm's give fp32. Register hooks before compiling, and after tracing with ``torch.fx``, which traces
+    the model with its modules as leaves.
 
     Args:
         config: sizes and choices.
@@ -224,7 +226,7 @@ class RegisterViT(nn.Module):
             stream = self._run(block, stream, rope)
         stream = self._run(last, stream, rope, outputs)
         stream, statistics = stream if outputs else (stream, None)
-        _, normalized, token_norms = normed(self.norm, stream)
+        _, normalized, token_norms = normed(self.norm, stream, plain=traced(stream))
         self.residual_norms(token_norms)
         return (normalized, statistics) if outputs else normalized
 
@@ -253,7 +255,7 @@ class RegisterViT(nn.Module):
         for i in range(last + 1):
             stream = self._run(self.blocks[i], stream, rope)
             if i in wanted:
-                residual, normalized, token_norms = normed(self.norm, stream)
+                residual, normalized, token_norms = normed(self.norm, stream, plain=traced(stream))
                 if i == last:  # no block follows, whose first norm would show these
                     after = self if i == depth - 1 else self.blocks[i + 1]
                     after.residual_norms(token_norms)
@@ -264,11 +266,7 @@ class RegisterViT(nn.Module):
     def _embed(self, images: Tensor) -> tuple[Residual, Rope | None]:
         """The sequence before the first block, and the rotation of its patches."""
         if hooked(self.blocks):
-            warnings.warn(
-                "blocks has a hook but is a list, which is never called: to see the stream after all of them, hook "
-                "the last, blocks[-1]",
-                stacklevel=2,
-            )
+            warn_of_hook_on_list(self.blocks)
         config, positions = self.config, self.pos_embed
         patches = self.patch_embed(images)
         grid = (images.shape[2] // config.patch_size, images.shape[3] // config.patch_size)
@@ -284,18 +282,20 @@ class RegisterViT(nn.Module):
                 offset=config.interpolate_offset,
             )
         x = _assembled(patches, self.cls_token, self.register_tokens, positions, backend=self._assemble_backend)
-        return Residual(x), None if self.rope is None else self.rope(grid, x)
+        return Residual(x), None if self.rope is None else self.rope(grid, x=x)
 
     def _run(
         self, block: RegisterBlock, stream: Residual, rope: Rope | None, outputs: Sequence[str] = ()
     ) -> Residual | tuple[Residual, AttentionOutputs]:
-        # Always by calling the block as a module: FSDP2 gathers its parameters in hooks of that call.
-        plain = hooked(block) or traced(stream)
+        # Always by calling the block as a module: FSDP2 gathers its parameters in hooks of that call. And with one
+        # positional argument: a hook may replace it alone.
+        tracing = traced(stream)
+        plain = tracing or hooked(block)
         given = stream.added() if plain else stream
-        if self.checkpointing and torch.is_grad_enabled() and not traced(stream):
-            result = checkpoint(block, given, rope, outputs=outputs, use_reentrant=False)
+        if self.checkpointing and torch.is_grad_enabled() and not tracing:
+            result = checkpoint(block, given, rope=rope, outputs=outputs, use_reentrant=False)
         else:
-            result = block(given, rope, outputs=outputs)
+            result = block(given, rope=rope, outputs=outputs)
         if not plain:
             return result
         return (Residual(result[0]), result[1]) if outputs else Residual(result)
