@@ -142,7 +142,7 @@ def _checked_packing(
     cu_seqlens: Tensor, max_seqlen: int | None, query: Tensor, num_prefix_tokens: int
 ) -> tuple[Tensor, int]:
     batch, _, tokens, _ = query.shape
-    if isinstance(cu_seqlens, Tensor) and is_mapped(cu_seqlens):
+    if isinstance(cu_seqlens, Tensor) and not torch.compiler.is_compiling() and is_mapped(cu_seqlens):
         raise ValueError("cu_seqlens cannot be mapped by torch.vmap, only packs that are cut alike; make them one pack")
     if (
         not isinstance(cu_seqlens, Tensor)
