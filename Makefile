@@ -18,9 +18,12 @@ NATIVE := vitreg_kernels/_native/cpu.json
 # Suites that a sanitizer watches, of what is native; and where the library is that was built for it.
 NATIVE_SUITES := $(addprefix tests/,native $(addsuffix .py,$(addprefix test_,residual_norm token_norms assemble parity masks edges packing statistics)))
 SANITIZED := build/sanitized
+# What `make test` runs beside the ops and modules, each in a process of its own.
+MODEL_SUITES := tests/integrations tests/monitor tests/benchmarks
+APART := contract interpreter aot $(notdir $(MODEL_SUITES))
 SANITIZERS := address,undefined
 
-.PHONY: bench gpu test test-library test-interpreter test-aot sanitize lint clean
+.PHONY: bench gpu test test-library test-contract test-models test-interpreter test-aot sanitize lint clean
 .DEFAULT_GOAL := test
 
 bench: $(READY) $(NATIVE)
@@ -35,12 +38,20 @@ test: $(READY)
 	@echo "== lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "== three suites on two cores; what each prints comes when it ends"
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-aot test-interpreter test-library
+	@echo "== five suites on two cores, the longest first; what each prints comes when it ends"
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-library test-interpreter test-contract test-models test-aot
 
 test-library: $(READY) $(NATIVE)
-	@echo "== tests: library, modules, benchmarks"
-	$(BIN)/python -m pytest tests --ignore=tests/interpreter --ignore=tests/aot
+	@echo "== tests: ops and modules"
+	$(BIN)/python -m pytest tests $(addprefix --ignore=tests/,$(APART))
+
+test-contract: $(READY) $(NATIVE)
+	@echo "== tests: what every op and backend promises"
+	$(BIN)/python -m pytest tests/contract
+
+test-models: $(READY) $(NATIVE)
+	@echo "== tests: other libraries' models, the monitor, benchmarks"
+	$(BIN)/python -m pytest $(MODEL_SUITES)
 
 # Each in a process of its own: the interpreter replaces the compiler for a whole process.
 test-interpreter: $(READY)

@@ -63,13 +63,14 @@ def outcome(trial: Trial, op: Op, backend: str, folder: Path) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    """This library's own words, wherever torch wraps them; else the first line of torch's."""
+    """This library's own words, wherever torch wraps them; else the first sentence of torch's."""
     chain = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(inner)
     ours = [e for e in chain if "vitreg_kernels" in _raised_in(e)]
-    lines = str((ours or chain)[-1]).strip().splitlines()
-    return re.sub(r"\s+", " ", lines[0]) if lines else type(error).__name__
+    words = str(ours[0] if ours else chain[-1]).strip() or type(error).__name__
+    line = re.sub(r"\s+", " ", words.splitlines()[0])
+    return line if ours else line.partition(". ")[0]
 
 
 def _raised_in(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import transforms
+from . import levels, transforms
 from .transforms import Rules
 
 
@@ -17,7 +17,7 @@ def needs_node(tensors: Iterable[Tensor]) -> bool:
     """Whether a call is to be a node of the autograd graph: somebody may ask for a derivative, or maps the call."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return True
-    return transforms.are_active()
+    return levels.are_active()
 
 
 def op_or_implementation(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,7 +37,7 @@ def op_or_implementation(op: Callable[..., Any], implementation: Callable[..., A
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
-            transforms.refuse_to_be_traced()
+            levels.refuse_to_be_traced()
             return op(*arguments)
         return op(*arguments) if _are_observed(arguments) else implementation(*arguments)
 
@@ -88,9 +88,9 @@ def differentiable(
 
     def apply(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
-            transforms.refuse_to_be_traced()
+            levels.refuse_to_be_traced()
             return compiled.apply(*arguments)
-        if transforms.are_active():
+        if levels.are_active():
             return transforms.run(transformed, rules, arguments)
         return eager.apply(*arguments[:tensors], arguments[tensors:])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import transforms
+from . import levels
 
 TRANSFORMS = "torch.func and forward-mode derivatives"
 TRACED = "torch.jit.trace"
@@ -24,7 +24,7 @@ def present() -> tuple[str, ...]:
     """The features that a call made now asks for."""
     if torch.compiler.is_compiling():  # where torch.compile itself says what it cannot trace
         return (ONNX,) if _in_onnx_export() else ()
-    transformed = (TRANSFORMS,) if transforms.are_active() else ()
+    transformed = (TRANSFORMS,) if levels.are_active() else ()
     if torch._C._get_tracing_state() is None:
         return transformed
     if _in_onnx_export():

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch.autograd import forward_ad
+
+from . import levels
 
 Dims = Sequence[int | None]
 Mapped = tuple[tuple[Tensor, ...], tuple[int, ...]]
@@ -39,62 +39,6 @@ class Rules(NamedTuple):
     fold: Callable[[int, Dims, tuple, Callable[..., tuple[Tensor, ...]]], Mapped | None]
     derivable: tuple[int, ...] = ()
     constant: str = ""
-
-
-def are_active() -> bool:
-    """Whether a transform of torch.func, or forward-mode differentiation, would see what is called now.
-
-    ``functionalize`` sees ops as they are, and needs no rule.
-    """
-    if forward_ad._current_level >= 0:
-        return True
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    return torch.compiler.is_compiling() or any(kind != TransformType.Functionalize for kind in _levels())
-
-
-def need_more_than_a_gradient(tensors: Sequence[Tensor]) -> bool:
-    """Whether a call runs under forward-mode differentiation, or within two gradients, as far as can be told."""
-    if torch.compiler.is_compiling():  # which cannot look at the levels of torch.func
-        return forward_ad._current_level >= 0
-    if not are_active():
-        return False
-    gradients = _levels().count(TransformType.Grad) + any(_innermost(x).requires_grad for x in tensors)
-    return forward_ad._current_level >= 0 or gradients > 1 or TransformType.Jvp in _levels()
-
-
-def refuse_to_be_traced() -> None:
-    """For a kernel that torch.compile is about to trace.
-
-    Raises:
-        NotImplementedError: within a transform; what the compiler cannot trace it runs eagerly.
-    """
-    if are_active():
-        raise NotImplementedError(
-            "a kernel cannot be traced by torch.compile inside torch.func or forward mode; compile without fullgraph "
-            "or name a backend that is torch code, such as 'reference'"
-        )
-
-
-def is_mapped(x: Tensor) -> bool:
-    """Whether ``torch.vmap`` maps a tensor, at any level."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
-            return True
-        x = torch._C._functorch.get_unwrapped(x)
-    return False
-
-
-def _innermost(x: Tensor) -> Tensor:
-    """A tensor without what torch.func's levels wrap around it."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
-
-
-def _levels() -> list[TransformType]:
-    """The transforms of torch.func that a call runs in, outermost first."""
-    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
 
 
 def node(
@@ -146,7 +90,7 @@ def node(
 def run(function: type[torch.autograd.Function], rules: Rules, arguments: tuple) -> Any:
     """A call of a node with rules, under some transform."""
     # torch runs a node's jvp with forward mode off, so that a second one around it would see a constant.
-    if not torch.compiler.is_compiling() and _levels().count(TransformType.Jvp) > 1:
+    if levels.forward_mode_is_nested():
         return rules.formula(*arguments)
     # What torch.compile leaves to eager code it looks at again, frame by frame, and these are none that it can trace.
     if "torch._dynamo" in sys.modules:
@@ -174,9 +118,9 @@ def transformable(name: str, kernel: Callable[..., tuple[Tensor, ...]], rules: R
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
-            refuse_to_be_traced()
+            levels.refuse_to_be_traced()
             return kernel(*arguments)
-        if are_active() or (torch.is_grad_enabled() and _want_derivatives(rules, arguments)):
+        if levels.are_active() or (torch.is_grad_enabled() and _want_derivatives(rules, arguments)):
             return run(function, rules, arguments)
         try:
             return kernel(*arguments)

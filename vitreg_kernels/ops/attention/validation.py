@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..._symbolic import known
 from .._shared.arguments import DTYPES, autocast_dtype, described
-from .._shared.transforms import is_mapped
+from .._shared.levels import is_mapped
 from .packing import lengths
 from .types import OUTPUT_NAMES, ROPE_IS_CONSTANT, AttentionInputs, Rope
 

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from ... import dispatch
 from ...layout import TokenLayout
-from .._shared import flops
+from .._shared import flops, levels
 from .._shared.autograd import op_or_implementation
-from .._shared.transforms import are_active as transforms_active
 from .._shared.transforms import transformable
 from . import backends, schema, transforms
 from .types import NormDistribution
@@ -46,7 +45,7 @@ accumulate = op_or_implementation(torch.ops.vitreg.accumulate_token_norms, _accu
 
 def token_norms(x: Tensor, backend: str) -> Tensor:
     """``[B, N]`` of ``[B, N, C]``, by a named backend."""
-    return _token_norms(x, backend)[0] if transforms_active() else _token_norms_op(x, backend)
+    return _token_norms(x, backend)[0] if levels.are_active() else _token_norms_op(x, backend)
 
 
 for _name, _impl in (("token_norms", _token_norms_impl), ("accumulate_token_norms", _accumulate_impl)):

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ....dispatch import Backend
-from ..._shared import requirements, transforms
+from ..._shared import levels, requirements
 from .. import features, statistics
 from ..masks import without_hidden_keys
 from ..packing import as_batch, runs_of_equal_length
@@ -43,9 +43,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, inpu
 
 def _fused_has_no_derivative(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether a transform asks, or may ask, for one that torch's fused kernels do not have: a second, or the mask's."""
-    if mask is not None and mask.is_floating_point() and transforms.are_active():
+    if mask is not None and mask.is_floating_point() and levels.are_active():
         return True
-    return transforms.need_more_than_a_gradient((query, key, value))
+    return levels.need_more_than_a_gradient((query, key, value))
 
 
 def _by_formula() -> AbstractContextManager:

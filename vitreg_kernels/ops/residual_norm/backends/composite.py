@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....dispatch import Backend
-from ..._shared import requirements, transforms
+from ..._shared import levels, requirements
 from .. import features
 from ..types import NormInputs, ResidualNorm
 
@@ -43,7 +43,7 @@ def _normalized(residual: Tensor, inputs: NormInputs) -> Tensor:
     given += [] if inputs.bias is None else [inputs.bias.dtype]
     given += [torch.float32] if residual.device.type == "cpu" else []
     dtype = functools.reduce(torch.promote_types, given)
-    if transforms.need_more_than_a_gradient([residual]):
+    if levels.need_more_than_a_gradient([residual]):
         return _by_formula(residual.to(dtype), inputs)
     tokens, weight, bias = (None if t is None else t.to(dtype) for t in (residual, inputs.weight, inputs.bias))
     if inputs.rms:
