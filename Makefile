@@ -20,10 +20,10 @@ NATIVE_SUITES := $(addprefix tests/,native $(addsuffix .py,$(addprefix test_,res
 SANITIZED := build/sanitized
 # What `make test` runs beside the ops and modules, each in a process of its own.
 MODEL_SUITES := tests/integrations tests/monitor tests/benchmarks
-APART := contract interpreter aot $(notdir $(MODEL_SUITES))
+APART := contract native measure interpreter aot $(notdir $(MODEL_SUITES))
 SANITIZERS := address,undefined
 
-.PHONY: bench gpu test test-library test-contract test-models test-interpreter test-aot sanitize lint clean
+.PHONY: bench gpu test test-library test-contract test-native test-models test-interpreter test-aot sanitize lint clean
 .DEFAULT_GOAL := test
 
 bench: $(READY) $(NATIVE)
@@ -38,8 +38,8 @@ test: $(READY)
 	@echo "== lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "== five suites on two cores, the longest first; what each prints comes when it ends"
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-library test-interpreter test-contract test-models test-aot
+	@echo "== six suites on two cores, the longest first; what each prints comes when it ends"
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(addprefix test-,library interpreter contract native models aot)
 
 test-library: $(READY) $(NATIVE)
 	@echo "== tests: ops and modules"
@@ -48,6 +48,10 @@ test-library: $(READY) $(NATIVE)
 test-contract: $(READY) $(NATIVE)
 	@echo "== tests: what every op and backend promises"
 	$(BIN)/python -m pytest tests/contract
+
+test-native: $(READY) $(NATIVE)
+	@echo "== tests: the C++ library, and what measures"
+	$(BIN)/python -m pytest tests/native tests/measure
 
 test-models: $(READY) $(NATIVE)
 	@echo "== tests: other libraries' models, the monitor, benchmarks"
