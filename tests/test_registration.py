@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import Spec, make_mask, make_qkv, views
 
+from vitreg_kernels._native import library
 from vitreg_kernels.ops.attention.statistics import LOGIT_STATISTICS
 
 
@@ -32,3 +33,13 @@ def test_attention_statistics(spec, outputs):
         fake = torch.ops.vitreg.attention_statistics(*faked)
     for name, a, b in zip(outputs, real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), name
+
+
+@pytest.mark.skipif(not library.isa(), reason="; ".join(library.faults()))
+def test_a_prefix_longer_than_the_image_is_refused_by_the_kernel_itself():
+    """A graph of torch.export for any number of tokens does not ask before."""
+    query, key, value = torch.randn(3, 1, 1, 4, 16)
+    with pytest.raises(RuntimeError, match="as many tokens as the prefix has"):
+        torch.ops.vitreg.attention_forward(
+            query, key, value, None, None, None, False, None, 0, 5, 0.25, "prefix_attention", "cpu"
+        )

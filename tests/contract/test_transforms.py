@@ -42,6 +42,27 @@ def test_the_table_has_nothing_else():
     assert TABLE.keys() <= tried
 
 
+@every_backend
+def test_calls_of_one_image(op, backend):
+    """Joined, a tensor that is the same for all would not be laid out as a kernel lays out its own."""
+    if not op.OUTPUTS:
+        return
+    call, *others = calls_of(op, op.resized(op.KINDS[0], 1, 9))
+    # Of the tokens alone: gradients of parameters are the mapped formula's, and no kernel's.
+    loss, tokens = loss_of(op, backend.name, call), {name: call[name] for name in op.TOKENS if name in call}
+    upstream = torch.randn(transforms.SIZE)
+    _, pull = vjp(loss, tokens)
+    expected = one_by_one(lambda one: pull(one["upstream"])[0], {"upstream": upstream})
+    close(vmap(pull)(upstream)[0], expected)
+    name, rest = op.TOKENS[0], {n: x for n, x in tokens.items() if n != op.TOKENS[0]}
+    batch = torch.stack([call[name], *(other[name] for other in others)])
+
+    def gradient(one: dict) -> dict:
+        return grad(loss)({**rest, **one})
+
+    close(vmap(gradient)({name: batch}), one_by_one(gradient, {name: batch}))
+
+
 class TestMapped:
     """Every input alone, wherever its mapped dimension lies, and what else of a call may be mapped."""
 
@@ -67,22 +88,6 @@ class TestMapped:
             dims = {n: 0 if n == name else None for n in fixed}
             only = {n: batch[n] if n == name else y.expand(transforms.SIZE, *y.shape) for n, y in fixed.items()}
             close(vmap(grad(loss), (dims,))({**fixed, name: batch[name]}), one_by_one(grad(loss), only))
-
-    @every_backend
-    def test_calls_of_one_image(self, op, backend):
-        """Joined, a tensor that is the same for all would not be laid out as a kernel lays out its own."""
-        if not op.OUTPUTS:
-            return
-        made = calls_of(op, op.resized(op.KINDS[0], 1, 9))
-        loss, batch, fixed = loss_of(op, backend.name, made[0]), stacked(op, made), inputs_of(op, made[0])
-        upstream = torch.randn(transforms.SIZE)
-        _, pull = vjp(loss, fixed)
-        expected = one_by_one(lambda one: pull(one["upstream"])[0], {"upstream": upstream})
-        close(vmap(pull)(upstream)[0], expected)
-        name = op.INPUTS[0]
-        dims = {n: 0 if n == name else None for n in fixed}
-        only = {n: batch[n] if n == name else y.expand(transforms.SIZE, *y.shape) for n, y in fixed.items()}
-        close(vmap(grad(loss), (dims,))({**fixed, name: batch[name]}), one_by_one(grad(loss), only))
 
     @every_backend
     def test_twice(self, op, backend):
@@ -158,11 +163,13 @@ def test_statistics_have_no_tangent(backend):
     """As they have no gradient: forward and reverse mode agree."""
     query, tangent = torch.randn(2, 2, 2, 7, 8)
 
-    def loss(query):
+    def loss(query, lse_of=lambda x: x):
         output, found = register_attention(query, query, query, outputs=("lse",), backend=backend)
-        return (output * found.lse[..., None]).sum()
+        return (output * lse_of(found.lse)[..., None]).sum()
 
-    close(jvp(loss, (query,), (tangent,))[1], (grad(loss)(query) * tangent).sum())
+    expected = (grad(partial(loss, lse_of=torch.Tensor.detach))(query) * tangent).sum()
+    close(jvp(loss, (query,), (tangent,))[1], expected)
+    close((grad(loss)(query) * tangent).sum(), expected)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="of the backend cpu")

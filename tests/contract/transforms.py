@@ -10,6 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,9 +81,9 @@ def _raised_in(error: BaseException) -> str:
     return path
 
 
-def calls(op: Op, dtype: torch.dtype = torch.float32) -> list[Call]:
+def calls(op: Op) -> list[Call]:
     """Calls of the fullest kind, alike but for their numbers."""
-    return calls_of(op, op.KINDS[0]._replace(dtype=dtype))
+    return calls_of(op, op.KINDS[0])
 
 
 def calls_of(op: Op, spec: Any) -> list[Call]:
@@ -140,7 +141,7 @@ def close(actual: Any, expected: Any) -> None:
     )
 
 
-def exact(op: Op, call: Call) -> Call:
+def exact(call: Call) -> Call:
     return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, call)
 
 
@@ -184,8 +185,8 @@ def _ensemble(op: Op, backend: str, _: Path) -> None:
 
 def _pushed(op: Op, call: Call, inputs: Tensors, tangents: Tensors) -> Tensors:
     """The Jacobian-vector product of the specification in fp64, by differences of what is smooth."""
-    function = of_inputs(op, "reference", exact(op, call))
-    inputs, tangents = exact(op, inputs), exact(op, tangents)
+    function = of_inputs(op, "reference", exact(call))
+    inputs, tangents = exact(inputs), exact(tangents)
     step = 1e-6
     ahead, behind = (function({n: x + s * tangents[n] for n, x in inputs.items()}) for s in (step, -step))
     return {name: (ahead[name] - behind[name]) / (2 * step) for name in op.OUTPUTS}
@@ -217,8 +218,8 @@ def _dual(op: Op, backend: str, _: Path) -> None:
 
 def _second(op: Op, call: Call, inputs: Tensors, vector: Tensors) -> Tensors:
     """The Hessian of the loss times a vector, by differences of the specification's gradients in fp64."""
-    gradient = grad(loss_of(op, "reference", exact(op, call)))
-    inputs, vector = exact(op, inputs), exact(op, vector)
+    gradient = grad(loss_of(op, "reference", exact(call)))
+    inputs, vector = exact(inputs), exact(vector)
     step = 1e-5
     ahead, behind = (gradient({n: x + s * vector[n] for n, x in inputs.items()}) for s in (step, -step))
     return {name: (ahead[name] - behind[name]) / (2 * step) for name in inputs}
@@ -264,8 +265,8 @@ def _jvp_of_jvp(op: Op, backend: str, _: Path) -> None:
     def along(function: Callable[[Tensors], Any]) -> Callable[[Tensors], Any]:
         return lambda inputs: jvp(function, (inputs,), (tangents,))[1]
 
-    doubled = loss_of(op, "reference", exact(op, first))
-    wide, line = exact(op, inputs), exact(op, tangents)
+    doubled = loss_of(op, "reference", exact(first))
+    wide, line = exact(inputs), exact(tangents)
 
     def slope(t: float) -> Tensor:
         found = grad(doubled)({name: x + t * line[name] for name, x in wide.items()})
@@ -349,8 +350,8 @@ class _Module(torch.nn.Module):
         return tuple(call[name].contiguous() for name in self.tokens)
 
 
-def _module(op: Op, backend: str, **changes: Any) -> _Module:
-    return _Module(op, backend, op.make_call(op.resized(op.TRACED, 2, 21)._replace(**changes))).eval()
+def _module(op: Op, backend: str) -> _Module:
+    return _Module(op, backend, op.make_call(op.resized(op.TRACED, 2, 21))).eval()
 
 
 def _same(traced: Callable[..., Any], module: _Module, *sizes: tuple[int, int]) -> None:
@@ -424,10 +425,10 @@ def _jit_without_gradients(op: Op, backend: str, folder: Path) -> None:
         _jit(op, backend, folder)
 
 
-def _onnx(op: Op, backend: str, folder: Path, *, dynamo: bool, **changes: Any) -> None:
+def _onnx(op: Op, backend: str, folder: Path, *, dynamo: bool) -> None:
     import onnxruntime
 
-    module, path = _module(op, backend, **changes), folder / "exported.onnx"
+    module, path = _module(op, backend), folder / "exported.onnx"
     names = list(module.tokens)
     axes = {name: {0: "batch"} for name in names}
     options = {"dynamic_shapes": (tuple(axes.values()),)} if dynamo else {"dynamic_axes": axes}
@@ -444,14 +445,6 @@ def _onnx(op: Op, backend: str, folder: Path, *, dynamo: bool, **changes: Any) -
         ]
 
     _same(run, module, (2, 21), (3, 21), (1, 21))
-
-
-def _onnx_dynamo(op: Op, backend: str, folder: Path) -> None:
-    _onnx(op, backend, folder, dynamo=True)
-
-
-def _onnx_torchscript(op: Op, backend: str, folder: Path) -> None:
-    _onnx(op, backend, folder, dynamo=False)
 
 
 def _flops(op: Op, backend: str, _: Path) -> None:
@@ -490,7 +483,7 @@ TRIALS = (
     Trial("`torch.export`, any batch, any number of tokens", _export, interpreted=False),
     Trial("`torch.jit.trace`, with gradients", _jit, interpreted=False),
     Trial("`torch.jit.trace` under `torch.no_grad()`", _jit_without_gradients, interpreted=False),
-    Trial("`torch.onnx.export(dynamo=True)`, any batch", _onnx_dynamo, interpreted=False),
-    Trial("`torch.onnx.export(dynamo=False)`, any batch", _onnx_torchscript, interpreted=False),
+    Trial("`torch.onnx.export(dynamo=True)`, any batch", partial(_onnx, dynamo=True), interpreted=False),
+    Trial("`torch.onnx.export(dynamo=False)`, any batch", partial(_onnx, dynamo=False), interpreted=False),
     Trial("`FlopCounterMode`", _flops),
 )

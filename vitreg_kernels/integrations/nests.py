@@ -12,8 +12,8 @@ from .state_dict import vit_prefixes
 # Of DistributedDataParallel and AveragedModel, torch.compile, FSDP and activation checkpointing, anywhere in a name.
 _WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 _COUNT = "n_averaged"  # which AveragedModel keeps beside the weights
-# What timm's training writes and its loader looks for, in this order.
 _TEACHER = "teacher"
+# What timm's training writes and its loader looks for, in this order.
 _OF_TIMM = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 

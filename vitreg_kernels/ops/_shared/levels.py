@@ -15,10 +15,9 @@ def are_active() -> bool:
 
     ``functionalize`` sees ops as they are, and needs no rule.
     """
-    if forward_ad._current_level >= 0:
-        return True
-    if not torch._C._are_functorch_transforms_active():
-        return False
+    in_forward_mode = forward_ad._current_level >= 0
+    if in_forward_mode or not torch._C._are_functorch_transforms_active():
+        return in_forward_mode
     return torch.compiler.is_compiling() or any(kind != TransformType.Functionalize for kind in _levels())
 
 

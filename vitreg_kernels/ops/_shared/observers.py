@@ -20,8 +20,12 @@ OF_KERNELS = (TRANSFORMS, TRACED)
 OF_NAMED_KERNELS = (TRACED,)
 
 
-def present() -> tuple[str, ...]:
-    """The features that a call made now asks for."""
+def present(*, gradients: bool = True) -> tuple[str, ...]:
+    """The features that a call made now asks for.
+
+    Args:
+        gradients: whether the op has any. A trace loses those of a kernel, and asks nothing of an op without.
+    """
     if torch.compiler.is_compiling():  # where torch.compile itself says what it cannot trace
         return (ONNX,) if _in_onnx_export() else ()
     transformed = (TRANSFORMS,) if levels.are_active() else ()
@@ -29,6 +33,8 @@ def present() -> tuple[str, ...]:
         return transformed
     if _in_onnx_export():
         return (*transformed, ONNX)
+    if not gradients:
+        return transformed
     return (*transformed, TRACED, TRACED_WITH_GRADIENTS) if torch.is_grad_enabled() else (*transformed, TRACED)
 
 

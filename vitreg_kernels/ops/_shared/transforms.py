@@ -125,7 +125,7 @@ def transformable(name: str, kernel: Callable[..., tuple[Tensor, ...]], rules: R
         try:
             return kernel(*arguments)
         except Exception as error:
-            if not any(words in str(error) for words in _OF_BATCHED_GRADIENTS):
+            if not any(isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x) for x in arguments):
                 raise
             raise NotImplementedError(
                 "a kernel has no rule for is_grads_batched=True or vectorize=True; take torch.func.vmap, jacrev or "
@@ -228,12 +228,6 @@ def _refuse_derivatives(rules: Rules, arguments: tuple, wanted: Sequence[bool]) 
 def _want_derivatives(rules: Rules, arguments: tuple) -> bool:
     return any(arguments[place] is not None and arguments[place].requires_grad for place in rules.derivable)
 
-
-# What torch says where a kernel meets several gradients in one tensor.
-_OF_BATCHED_GRADIENTS = (
-    "Batching rule not implemented",
-    "Cannot access data pointer of Tensor",
-)
 
 _TENSOR = object()  # stands where a tensor was: a node that kept one itself would keep it alive, and at another level
 

@@ -66,7 +66,7 @@ def validated(
     if not (heads and tokens and head_dim):
         raise ValueError(f"there must be at least one head, token and channel, got query {described(query)}")
 
-    if not isinstance(num_prefix_tokens, _INTS) or known(num_prefix_tokens < 0) or known(num_prefix_tokens > tokens):
+    if not isinstance(num_prefix_tokens, _INTS) or num_prefix_tokens < 0 or known(num_prefix_tokens > tokens):
         raise ValueError(f"num_prefix_tokens must be an int from 0 to the {tokens} tokens, got {num_prefix_tokens!r}")
     if not isinstance(dropout_p, _NUMBERS) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be a number of at least 0 and below 1, got {dropout_p!r}")

@@ -37,9 +37,7 @@ def statistics_reasons(request: Request) -> list[str]:
 
 
 def _request(x: Tensor, images: int, tokens: int, channels: int | None, features: tuple[str, ...]) -> Request:
-    # There is no gradient that a trace could lose.
-    of_traces = (observers.TRACED, observers.TRACED_WITH_GRADIENTS)
-    observing = tuple(feature for feature in observers.present() if feature not in of_traces)
+    features += observers.present(gradients=False)
     device, of_gpu = x.device.type, capability(x.device)
     size = preferences.size("token_norms", device, of_gpu, tokens, images)
-    return Request("token_norms", device, of_gpu, x.dtype, None, channels, (*features, *observing), size)
+    return Request("token_norms", device, of_gpu, x.dtype, None, channels, features, size)
