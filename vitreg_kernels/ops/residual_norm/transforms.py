@@ -25,7 +25,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     nothing = schema.without_elements(inputs.x)
     wide = _wide(residual.detach())
     mean = None if inputs.rms else wide.mean(-1)
-    rstd = (_variance(wide, rms=inputs.rms) + inputs.eps).rsqrt()
+    centred = wide if mean is None else wide - mean[..., None]
+    rstd = (centred.square().mean(-1) + inputs.eps).rsqrt()
     return (
         nothing if inputs.branch is None else residual,
         normalized,
@@ -42,7 +43,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     rms = inputs.mean is None
     wide = _wide(inputs.residual)
     centred = wide if rms else wide - wide.mean(-1, keepdim=True)
-    variance = _variance(wide, rms=rms)
+    variance = centred.square().mean(-1)
     # The kernel's own rstd, which knows eps, with the derivative that it has by way of the variance.
     rstd = (variance + (inputs.rstd.pow(-2) - variance).detach()).rsqrt()[..., None]
     normal = centred * rstd
@@ -73,11 +74,6 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _variance(wide: Tensor, *, rms: bool) -> Tensor:
-    centred = wide if rms else wide - wide.mean(-1, keepdim=True)
-    return centred.square().mean(-1)
 
 
 def _folding(
