@@ -12,10 +12,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitreg_kernels import UnsupportedError, explain, functional
 from vitreg_kernels._native import library
-from vitreg_kernels.dispatch import Backend, Request, Requirements, preferences, tables
+from vitreg_kernels.dispatch import Backend, Request, Requirements, Workload, devices, preferences, tables
 from vitreg_kernels.dispatch import rules as dispatch
-from vitreg_kernels.dispatch.preferences import Table
-from vitreg_kernels.dispatch.tables import Default, Key, Size
+from vitreg_kernels.dispatch.tables import Default, Key, Table
 from vitreg_kernels.functional import register_attention
 from vitreg_kernels.ops._shared import observers
 from vitreg_kernels.ops.attention import features
@@ -28,8 +27,9 @@ TRITON, SDPA, XFORMERS = (dispatch.find(BACKENDS, name) for name in ("triton", "
 ABLE = replace(TRITON, faults=list)  # as on a machine that has a GPU
 DECLARED = Requirements(("cuda",), (torch.float16, torch.bfloat16), (16, 128), (features.ROPE,), (80, 2**31 - 1))
 CALL = Request("attention", "cuda", 90, torch.float16, 64)
-SIZE = Size(272, 128)
-ROW = Key("attention", "sm_90", 16, 64, *SIZE, ())
+GPU = torch.device("cuda", 0)
+SIZE = Workload(272, 128, gradients=False)
+ROW = Key("attention", "sm_90", "float16", 64, 272, 128, False, ())
 
 
 def a_table(name, **backends):
@@ -42,7 +42,7 @@ def a_table(name, **backends):
 def measured(monkeypatch, dynamo):
     """The shipped table of a GPU says that triton is the fastest up to 272 tokens and sdpa up to 2048."""
     shipped = a_table("the shipped table", _272="triton", _2048="sdpa")
-    monkeypatch.setattr(preferences, "TABLES", (preferences.USER, shipped))
+    monkeypatch.setattr(preferences, "TABLES", (shipped,))
     dispatch.select_cached.cache_clear()
 
 
@@ -169,7 +169,7 @@ class TestMeasurements:
     BACKENDS = fake("a", default="if measured"), fake("b"), fake("c"), fake("d", default="never")
 
     def chosen(self, tokens=272, backends=BACKENDS, **changes):
-        call = CALL._replace(size=SIZE._replace(tokens=tokens), **changes)
+        call = CALL._replace(workload=SIZE._replace(tokens=tokens), **changes)
         return dispatch.explain(backends, call, None)
 
     def test_any_backend_can_be_named_by_a_row(self, monkeypatch):
@@ -198,15 +198,17 @@ class TestMeasurements:
             {"dtype": torch.float32},
             {"head_dim": 63},
             {"features": (features.ROPE,)},
-            {"size": SIZE._replace(heads=512)},
-            {"size": SIZE._replace(tokens=2048)},
-            {"size": None},
+            {"dtype": torch.bfloat16},
+            {"workload": SIZE._replace(heads=512)},
+            {"workload": SIZE._replace(tokens=2048)},
+            {"workload": SIZE._replace(gradients=True)},
+            {"workload": None},
         ],
-        ids=lambda change: next(iter(change)),
+        ids=str,
     )
     def test_a_row_decides_for_nothing_else(self, change, monkeypatch):
         monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="c"),))
-        call = CALL._replace(size=SIZE)
+        call = CALL._replace(workload=SIZE)
         assert preferences.measured(call) == ("c", "2026-12-01", "a table")
         assert preferences.measured(call._replace(**change)) is None
 
@@ -227,22 +229,35 @@ class TestMeasurements:
 
     def test_a_named_backend_needs_no_row(self, monkeypatch):
         monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="c"),))
-        assert dispatch.select(self.BACKENDS, CALL._replace(size=SIZE), "d").name == "d"
+        assert dispatch.select(self.BACKENDS, CALL._replace(workload=SIZE), "d").name == "d"
 
     def test_sizes_are_told_apart_where_there_are_rows_only(self, monkeypatch):
         """Elsewhere a graph that is compiled for any size stays so."""
-        assert preferences.size("attention", "cuda", 90, 201, 12) is None
+        x = torch.zeros(1)
+        assert preferences.workload("attention", GPU, 90, 201, 12, (x,)) is None
         monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="c"),))
-        assert preferences.size("attention", "cuda", 90, 201, 12) == (272, 32)
-        assert preferences.size("attention", "cuda", 80, 201, 12) is None
-        assert preferences.size("residual_norm", "cuda", 90, 201, 12) is None
-        assert preferences.size("attention", "cpu", 0, 201, 12) is None
+        assert preferences.workload("attention", GPU, 90, 201, 12, (x,)) == (272, 32, False, "")
+        assert preferences.workload("attention", GPU, 80, 201, 12, (x,)) is None
+        assert preferences.workload("residual_norm", GPU, 90, 201, 12, (x,)) is None
+        assert preferences.workload("attention", torch.device("cpu"), 0, 201, 12, (x,)) is None
+
+    def test_calls_with_gradients_are_told_from_those_without(self, monkeypatch):
+        monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="c"),))
+
+        def gradients(*inputs):
+            return preferences.workload("attention", GPU, 90, 201, 12, inputs).gradients
+
+        plain, wanted = torch.zeros(1), torch.zeros(1, requires_grad=True)
+        assert gradients(None, plain, wanted)
+        assert not gradients(None, plain)
+        with torch.no_grad():
+            assert not gradients(wanted)
 
     def test_a_cpu_can_have_rows(self, monkeypatch):
         """SDPA of a CPU too, by the instruction set that runs there."""
-        device = preferences.device_name("cpu", 0)
+        device = devices.kind("cpu", 0)
         assert device == (f"cpu_{library.isa()}" if library.isa() else "cpu")
-        key = Key("attention", device, 32, 16, 64, 32, ())
+        key = Key("attention", device, "float32", 16, 64, 32, False, ())
         monkeypatch.setattr(preferences, "TABLES", (Table.of("mine", {key: Default("sdpa", "2026-12-01")}),))
         query = views(make_qkv(Spec()))[0]
         explanation = explain(query)
@@ -258,7 +273,7 @@ class TestMeasurements:
             "token_norms": partial(functional.token_norms, x),
             "assemble": partial(functional.assemble_tokens, x),
         }
-        key = Key(op, preferences.device_name("cpu", 0), 32, 16, 64, 32, ())
+        key = Key(op, devices.kind("cpu", 0), "float32", 16, 64, 32, False, ())
         ran = []
         for name in ("reference", "composite"):
             monkeypatch.setattr(preferences, "TABLES", (Table.of("a table", {key: Default(name, "2026-12-01")}),))
@@ -353,20 +368,21 @@ class TestAttention:
 
     @pytest.mark.parametrize("capability", [80, 90, 100])
     def test_triton_is_no_default_where_it_was_not_measured(self, capability):
-        call = CALL._replace(capability=capability, size=SIZE)
+        call = CALL._replace(capability=capability, workload=SIZE)
         explanation = dispatch.explain((ABLE, SDPA), call, None)
         assert explanation.backend == "sdpa"
         assert f"has not been measured on sm_{capability}" in explanation.reasons["triton"][0]
 
     def test_the_default_on_a_gpu_is_what_its_table_shows_fastest(self, measured):
         backends = ABLE, SDPA
-        call = CALL._replace(size=SIZE)
+        call = CALL._replace(workload=SIZE)
         assert dispatch.select(backends, call, None).name == "triton"
-        longer = call._replace(size=SIZE._replace(tokens=2048))
+        longer = call._replace(workload=SIZE._replace(tokens=2048))
         explanation = dispatch.explain(backends, longer, None)
         assert explanation.backend == "sdpa"
         assert "the shipped table names sdpa for such a call" in explanation.reasons["triton"][0]
-        for change in ({"capability": 80}, {"dtype": torch.float32}, {"head_dim": 65}, {"size": Size(0, 128)}):
+        other = SIZE._replace(tokens=0)
+        for change in ({"capability": 80}, {"dtype": torch.float32}, {"head_dim": 65}, {"workload": other}):
             unmeasured = dispatch.explain(backends, call._replace(**change), None)
             assert unmeasured.backend == "sdpa"
             assert "has not been measured on sm_" in unmeasured.reasons["triton"][0]
@@ -377,8 +393,8 @@ class TestAttention:
         backends = ABLE, SDPA
 
         def chosen(x):
-            size = preferences.size("attention", "cuda", 90, x.shape[0], x.shape[2])
-            call = CALL._replace(dtype=x.dtype, head_dim=x.shape[1], size=size)
+            workload = preferences.workload("attention", GPU, 90, x.shape[0], x.shape[2], (x,))
+            call = CALL._replace(dtype=x.dtype, head_dim=x.shape[1], workload=workload)
             return x + 1 if dispatch.select(backends, call, None) is ABLE else x - 1
 
         counter = CompileCounterWithBackend("eager")
@@ -407,7 +423,7 @@ class TestAttention:
         assert request(spec) == Request(
             "attention", "cpu", 0, torch.float16, 24, None, (features.BOOL_MASK, features.ROPE)
         )
-        assert request(spec).size is None, "without rows no graph may hang on the size"
+        assert request(spec).workload is None, "without rows no graph may hang on the size"
         assert request(Spec(mask="key_padding")).features == (features.KEY_PADDING_MASK,)
         assert request(Spec(mask="additive"), dropout_p=0.1).features == (features.ADDITIVE_MASK, features.DROPOUT)
         assert request(Spec(batch=1, lengths=(9, 12))).features == (features.PACKING,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from . import functional
 from ._version import __version__
 from .dispatch import Explanation
@@ -14,8 +16,12 @@ from .ops.attention.api import explain
 from .ops.attention.types import AttentionOutputs, Rope
 from .ops.token_norms.types import NormDistribution, TokenNormStats
 
+if TYPE_CHECKING:
+    from .measure.calibrate import Calibration, calibrate
+
 __all__ = [
     "AttentionOutputs",
+    "Calibration",
     "Explanation",
     "NormDistribution",
     "NormReport",
@@ -30,7 +36,17 @@ __all__ = [
     "UnsupportedError",
     "ViTConfig",
     "__version__",
+    "calibrate",
     "explain",
     "functional",
     "load_vit",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What measures is imported when it is first asked for: training needs none of it."""
+    if name in ("Calibration", "calibrate"):
+        from .measure import calibrate
+
+        return getattr(calibrate, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ import torch
 
 from .._version import __version__
 from ..ops.catalogue import OPS
+from . import calibrate
 from .check import check
 from .info import info
 
@@ -26,8 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     checking.add_argument("--op", action="append", help=f"check this one only, of {', '.join(OPS)} (may be repeated)")
     checking.add_argument("--backend", action="append", help="check this one only (may be repeated)")
     checking.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    calibrate.add_to(commands)
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         print(info())
         return 0
+    if arguments.command == "calibrate":
+        return calibrate.run(arguments)
     return check(arguments.op, arguments.backend, arguments.device)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from ..measure.accuracy import Accuracy
+from ..measure.cases.tensors import short
 from ..measure.check import Result, reasons_against, usable_backends
 from ..measure.check import check as measure
 from ..ops.catalogue import OPS
-from .table import short
 
 _COLUMNS = "{:<13} {:<9} {:<43} {:<5} {:<20} {:>8} {:>8} {:>8} {:>8}  {}"
 

@@ -10,8 +10,10 @@ import torch
 from .._native import library
 from .._version import __version__
 from ..dispatch import ANY_SIZE, Requirements
+from ..measure.cases.tensors import short
 from ..ops.catalogue import OPS
-from .table import markdown, short
+from .calibrate import calibrated
+from .table import markdown
 
 
 def info() -> str:
@@ -22,6 +24,7 @@ def info() -> str:
         f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         f"GPU: {_gpu()}",
         f"native kernels: {library.summary()}",
+        calibrated(),
         "",
         "\n\n".join(map(support_table, OPS)),
     ]

@@ -6,33 +6,17 @@ once, when this is imported: torch.compile traces through the choice of a backen
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from .._native import library
-from . import tables
-from .request import Request
-from .tables import Default, Key, Size
-
-
-class Table(NamedTuple):
-    """Rows of one origin.
-
-    Attributes:
-        name: for a person.
-        rows: what they decide for -> what they say.
-        covers: the ops and devices that it has rows of.
-    """
-
-    name: str
-    rows: dict[Key, Default]
-    covers: frozenset[tuple[str, str]]
-
-    @staticmethod
-    def of(name: str, rows: dict[Key, Default]) -> Table:
-        """The table of these rows."""
-        return Table(name, rows, frozenset((key.op, key.device) for key in rows))
+from . import calibration, devices, tables
+from .request import Request, Workload
+from .tables import Key, Table
 
 
 class Measured(NamedTuple):
@@ -49,50 +33,99 @@ class Measured(NamedTuple):
     table: str
 
 
-# For what a user measures on the machine at hand. Nothing writes it yet, so it is empty.
-USER = Table.of("your calibration", {})
 SHIPPED = Table.of("the shipped table", tables.defaults(tables.read(tables.CONFIGS, "defaults")))
 
 # In the order they are asked.
-TABLES: tuple[Table, ...] = (USER, SHIPPED)
+TABLES: tuple[Table, ...] = (calibration.table(), SHIPPED)
 
-_CPU = f"cpu_{library.isa()}" if library.isa() else "cpu"
-
-
-def device_name(device: str, capability: int) -> str:
-    """What tables call a device: ``"sm_90"``, ``"cpu_avx512"`` (by the instruction set in use), or its type."""
-    if device == "cuda":
-        return f"sm_{capability}"
-    return _CPU if device == "cpu" else device
+_SUGGESTED = False
 
 
-def size(op: str, device: str, capability: int, tokens: int, heads: int) -> Size | None:
-    """The size of a call where some table has rows of its op on its device, elsewhere ``None``.
+def read_calibration() -> None:
+    """Read again what the user measured. Graphs that are compiled keep the backends that they have."""
+    global TABLES
+    TABLES = (calibration.table(), SHIPPED)
+
+
+def workload(
+    op: str, device: torch.device, capability: int, tokens: int, heads: int, inputs: Iterable[Tensor | None]
+) -> Workload | None:
+    """What measurements tell apart of a call where some table has rows of its op on its device, elsewhere ``None``.
 
     A graph that is compiled for any size is bound to this one; where no choice hangs on the size it stays free.
+
+    Args:
+        op, device, capability: of the call.
+        tokens, heads: as ``tables.size_of`` takes them.
+        inputs: what the op gives gradients of.
     """
-    subject = (op, device_name(device, capability))
     for table in TABLES:
-        if subject in table.covers:
-            return tables.size_of(tokens, heads)
+        if table.covers and (op, _device(table, device, capability)) in table.covers:
+            gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+            return of_size(device, tokens, heads, gradients=gradients)
     return None
+
+
+def of_size(device: torch.device, tokens: int, heads: int, *, gradients: bool) -> Workload:
+    """The workload of a call with so many tokens an image and heads, or images, in all."""
+    named = device.type == "cuda" and any(table.of_one_gpu for table in TABLES)
+    return Workload(*tables.size_of(tokens, heads), gradients, devices.gpu(device) if named else "")
 
 
 def measured(request: Request) -> Measured | None:
     """What the first table that has a row for exactly this call says; ``None`` if there is none."""
-    if request.size is None:
+    if request.workload is None:
         return None
-    key = (
-        request.op,
-        device_name(request.device, request.capability),
-        torch.finfo(request.dtype).bits,
-        request.head_dim or request.channels or 0,
-        request.size.tokens,
-        request.size.heads,
-        request.features,
-    )
     for table in TABLES:
-        row = table.rows.get(key)
+        row = table.rows.get(_key(table, request))
         if row is not None:
             return Measured(row.backend, row.date, table.name)
     return None
+
+
+def wrong(request: Request) -> dict[str, str]:
+    """The backends that a measurement of such a call found wrong on this machine, and what was wrong."""
+    found = {}
+    if request.workload is not None:
+        for table in TABLES:
+            found.update(table.wrong.get(_key(table, request), {}))
+    return found
+
+
+def ignored() -> str:
+    """Why what the user measured does not count, or not all of it; empty if it does or there is nothing."""
+    return "; ".join(table.ignored for table in TABLES if table.ignored)
+
+
+def suggest_calibration(device: str) -> None:
+    """Say once a process, on a GPU that was never calibrated, that it can be. Of several ranks the first says it."""
+    global _SUGGESTED
+    first = os.environ.get("RANK", "0") == "0" and os.environ.get("LOCAL_RANK", "0") == "0"
+    if device != "cuda" or _SUGGESTED or not first or calibration.path() is None:
+        return
+    _SUGGESTED = True
+    if not any(devices.is_gpu(name) for table in TABLES for _, name in table.covers if table.of_one_gpu):
+        warnings.warn(
+            "torch's own kernels serve this GPU until it is calibrated: `vitreg calibrate` takes about a minute and "
+            "makes the fastest kernels the default (VITREG_CALIBRATION=0 leaves it so, without this line)",
+            stacklevel=2,
+        )
+
+
+def key_of(request: Request, device: str) -> Key:
+    """What a row decides for that is made for such a call, its workload known, on a device of that name."""
+    tokens, heads, gradients, _ = request.workload
+    dtype = str(request.dtype).removeprefix("torch.")
+    width = request.head_dim or request.channels or 0
+    return Key(request.op, device, dtype, width, tokens, heads, gradients, request.features)
+
+
+def _key(table: Table, request: Request) -> Key:
+    name = request.workload.gpu if table.of_one_gpu else ""
+    return key_of(request, name or devices.kind(request.device, request.capability))
+
+
+def _device(table: Table, device: torch.device, capability: int) -> str:
+    if table.of_one_gpu and device.type == "cuda":
+        return devices.gpu(device)
+    return devices.kind(device.type, capability)

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from .tables import Size
-
 ANY_SIZE = (1, 2**31 - 1)
 ANY_CAPABILITY = (0, 2**31 - 1)
 
@@ -34,6 +32,21 @@ class Requirements(NamedTuple):
     features_if_named: tuple[str, ...] = ()
 
 
+class Workload(NamedTuple):
+    """What measurements tell apart beside what a backend must serve.
+
+    Attributes:
+        tokens, heads: buckets, as in ``tables.Size``.
+        gradients: whether a backward will follow.
+        gpu: the GPU's own name where a table has rows of single GPUs; empty elsewhere.
+    """
+
+    tokens: int
+    heads: int
+    gradients: bool
+    gpu: str = ""
+
+
 class Request(NamedTuple):
     """What a call needs.
 
@@ -45,7 +58,7 @@ class Request(NamedTuple):
         head_dim: of an op that has heads.
         channels: of a token, for an op that takes whole tokens.
         features: what the call uses beyond the plain one.
-        size: which of the sizes that measurements tell apart; ``None`` where none was measured on the device.
+        workload: what measurements tell apart; ``None`` where nothing was measured on the device.
     """
 
     op: str
@@ -55,4 +68,4 @@ class Request(NamedTuple):
     head_dim: int | None = None
     channels: int | None = None
     features: tuple[str, ...] = ()
-    size: Size | None = None
+    workload: Workload | None = None

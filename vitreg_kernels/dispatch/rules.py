@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ..errors import UnsupportedError
-from . import preferences
+from . import devices, preferences
 from .request import ANY_CAPABILITY, Request, Requirements
 
 
@@ -127,14 +127,19 @@ def _select(backends: tuple[Backend, ...], request: Request, name: str | None) -
                 "can"
             )
         return backend
-    able = [b for b in backends if not b.reasons_against(request) and not _only_if_named(b, request)]
+    able = eligible(backends, request)
+    wrong = preferences.wrong(request)
+    able = [b for b in able if b.name not in wrong] or able
     measured = preferences.measured(request)
     if measured is not None:
         for backend in able:
-            if backend.name == measured.backend and backend.default != "never":
+            if backend.name == measured.backend:
                 return backend
     for backend in able:
         if backend.default == "yes":
+            # The compiler would trace what is said once a process.
+            if not torch.compiler.is_compiling() and any(b.default == "if measured" for b in able):
+                preferences.suggest_calibration(request.device)
             return backend
     reasons = {b.name: b.reasons_against(request) or [_not_by_default(b, request)] for b in backends}
     listing = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
@@ -142,6 +147,21 @@ def _select(backends: tuple[Backend, ...], request: Request, name: str | None) -
 
 
 select_cached = lru_cache(maxsize=1024)(_select)
+
+
+def eligible(backends: tuple[Backend, ...], request: Request) -> list[Backend]:
+    """The backends that may be the default of such a call, in the declared order."""
+    return [
+        b
+        for b in backends
+        if b.default != "never" and not _only_if_named(b, request) and not b.reasons_against(request)
+    ]
+
+
+def read_calibration() -> None:
+    """Choose from now on by what the user's file of measurements says now."""
+    preferences.read_calibration()
+    select_cached.cache_clear()
 
 
 def find(backends: tuple[Backend, ...], name: str) -> Backend:
@@ -168,7 +188,8 @@ def explain(backends: tuple[Backend, ...], request: Request, name: str | None) -
     elif row is not None and row.backend == taken:
         decided_by = f"{row.table}, measured {row.date}"
     else:
-        decided_by = "the declared order"
+        ignored = preferences.ignored()
+        decided_by = f"the declared order ({ignored})" if ignored else "the declared order"
     reasons = {b.name: _reasons_against(b, request, name, taken, row) for b in backends if b.name != taken}
     return Explanation(taken, reasons, decided_by)
 
@@ -183,6 +204,8 @@ def _reasons_against(
         return [f"{name} was named"]
     if _only_if_named(backend, request):
         return [_not_by_default(backend, request)]
+    if said := preferences.wrong(request).get(backend.name):
+        return [f"was wrong on this machine by your calibration: {said}"]
     if row is not None and row.backend == taken:
         return [f"{row.table} names {taken} for such a call; name this one to use it"]
     if backend.default == "yes":
@@ -203,7 +226,7 @@ def _not_by_default(backend: Backend, request: Request) -> str:
         return "is never the default; name it to use it"
     if (row := preferences.measured(request)) is not None:
         return f"{row.table} names {row.backend} for such a call, which cannot serve it here; name this one to use it"
-    device = preferences.device_name(request.device, request.capability)
+    device = devices.kind(request.device, request.capability)
     return f"has not been measured on {device} for such a call yet; name it to use it"
 
 

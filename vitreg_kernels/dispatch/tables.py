@@ -4,8 +4,8 @@ A file is of one device, ``sm_90.json`` or ``cpu_amx.json``. It holds lists of f
 
     {
         "defaults": [
-            {"op": "attention", "device": "sm_90", "bits": 16, "width": 64, "tokens": 272, "heads": 512, "features": [],
-             "backend": "triton", "date": "2026-12-01"}
+            {"op": "attention", "device": "sm_90", "dtype": "bfloat16", "width": 64, "tokens": 272, "heads": 512,
+             "gradients": true, "features": [], "backend": "triton", "date": "2026-12-01"}
         ],
         "attention_tiles": [
             {"kernel": "forward", "bits": 16, "width": 64, "tokens": 272,
@@ -13,8 +13,8 @@ A file is of one device, ``sm_90.json`` or ``cpu_amx.json``. It holds lists of f
         ]
     }
 
-A row of ``defaults`` decides for calls of its own op, width of the inputs, head dim or channels, size and features, and
-for no others.
+A row of ``defaults`` decides for calls of its own op, dtype, head dim or channels, size and features, with or without
+gradients, and for no others. What a user measures is kept elsewhere, see ``calibration``.
 """
 
 from __future__ import annotations
@@ -48,19 +48,21 @@ class Key(NamedTuple):
 
     Attributes:
         op: the op's name.
-        device: ``"sm_90"``, ``"cpu_avx512"``, ...
-        bits: of a number of the inputs.
+        device: ``"sm_90"``, ``"cpu_avx512"``, ...; of what a user measured, one GPU's own name.
+        dtype: of the inputs, ``"bfloat16"``.
         width: head dim of an op that has heads, channels of one that takes whole tokens; 0 where there is neither.
         tokens, heads: as in ``Size``.
+        gradients: whether a backward will follow.
         features: what a call uses beyond the plain one, in the order of the op's vocabulary.
     """
 
     op: str
     device: str
-    bits: int
+    dtype: str
     width: int
     tokens: int
     heads: int
+    gradients: bool
     features: tuple[str, ...]
 
 
@@ -68,13 +70,47 @@ class Default(NamedTuple):
     """What a row says.
 
     Attributes:
-        backend: what such a call gets if it names none: the fastest of those that were right, or torch's own where none
-            won every race.
+        backend: what such a call gets if it names none: the fastest of those that were right, or what it got before
+            where none won every race.
         date: when that was measured, ISO 8601.
     """
 
     backend: str
     date: str
+
+
+class Table(NamedTuple):
+    """Rows of one origin.
+
+    Attributes:
+        name: for a person.
+        rows: what they decide for -> what they say.
+        wrong: what they decide for -> the backends that were wrong there, each with what was wrong.
+        covers: the ops and devices that it has rows of.
+        of_one_gpu: whether the rows of GPUs are of one by its own name, and not of an architecture.
+        ignored: why some or all of what it should hold does not count; empty if all does.
+    """
+
+    name: str
+    rows: Mapping[Key, Default]
+    wrong: Mapping[Key, Mapping[str, str]]
+    covers: frozenset[tuple[str, str]]
+    of_one_gpu: bool = False
+    ignored: str = ""
+
+    @staticmethod
+    def of(
+        name: str,
+        rows: Mapping[Key, Default],
+        wrong: Mapping[Key, Mapping[str, str]] | None = None,
+        *,
+        of_one_gpu: bool = False,
+        ignored: str = "",
+    ) -> Table:
+        """The table of these rows."""
+        wrong = wrong or {}
+        covers = frozenset((key.op, key.device) for key in (*rows, *wrong))
+        return Table(name, rows, wrong, covers, of_one_gpu, ignored)
 
 
 def size_of(tokens: int, heads: int) -> Size:

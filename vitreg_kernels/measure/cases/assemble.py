@@ -19,18 +19,21 @@ from .tensors import SHAPE, Shape, permuted, size, uniform
 INPUTS = ("patches", "cls_token", "register_tokens", "pos_embed")
 
 
-def call(patches: Tensor, *, name: str = "", grad_tokens: Tensor | None = None, **parameters: Tensor) -> Call:
+def call(
+    patches: Tensor, *, name: str = "", backward: bool = True, grad_tokens: Tensor | None = None, **parameters: Tensor
+) -> Call:
     """A call of ``assemble_tokens``.
 
     Args:
         patches: ``[B, M, C]``.
         name: what it exercises.
+        backward: whether gradients count too.
         grad_tokens: the upstream gradient, ``[B, N, C]``; random by default.
         parameters: further arguments of ``assemble_tokens``.
     """
     inputs = validated(**with_defaults(assemble_tokens, patches=patches, **parameters))
     batch, _, channels = patches.shape
-    if grad_tokens is None:
+    if backward and grad_tokens is None:
         shape = (batch, num_tokens(sizes_of(*inputs)), channels)
         grad_tokens = uniform(torch.Generator(patches.device).manual_seed(0), inputs.dtype, *shape)
     return Call(
@@ -67,8 +70,8 @@ def kinds(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         )
 
 
-def _assemble(backend: str, grad_tokens: Tensor, **inputs: Any) -> Tensors:
+def _assemble(backend: str, grad_tokens: Tensor | None, **inputs: Any) -> Tensors:
     def assemble(**inputs: Tensor) -> Tensors:
         return {"tokens": assemble_tokens(**inputs, backend=backend)}
 
-    return outputs_and_gradients(assemble, inputs, {"tokens": grad_tokens})
+    return outputs_and_gradients(assemble, inputs, {} if grad_tokens is None else {"tokens": grad_tokens})

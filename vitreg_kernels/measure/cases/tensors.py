@@ -32,3 +32,8 @@ def permuted(x: Tensor) -> Tensor:
 def size(shape: Sequence[int]) -> str:
     """A shape as the name of a case."""
     return " x ".join(map(str, shape))
+
+
+def short(dtype: torch.dtype) -> str:
+    """A dtype in four letters."""
+    return {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]

@@ -21,6 +21,6 @@ def request_of(inputs: AssembleInputs) -> Request:
     mixed = dtype != torch.bfloat16 and torch.bfloat16 in dtypes
     images, tokens, channels = patches.shape
     features = (*((MIXED_BF16,) if mixed else ()), *observers.present())
-    device, of_gpu = patches.device.type, capability(patches.device)
-    size = preferences.size("assemble", device, of_gpu, tokens, images)
-    return Request("assemble", device, of_gpu, dtype, None, channels, features, size)
+    device, of_gpu = patches.device, capability(patches.device)
+    workload = preferences.workload("assemble", device, of_gpu, tokens, images, (patches, *parameters))
+    return Request("assemble", device.type, of_gpu, dtype, None, channels, features, workload)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ...dispatch import Request, preferences
 from .._shared import observers
@@ -40,8 +41,13 @@ OF_SDPA = tuple(feature for feature in OF_REFERENCE if feature != ONNX_STATISTIC
 _OF_MASK = {"key_padding": KEY_PADDING_MASK, "bool": BOOL_MASK, "additive": ADDITIVE_MASK}
 
 
-def request_of(inputs: AttentionInputs) -> Request:
-    """What a validated call needs of a backend."""
+def request_of(inputs: AttentionInputs, differentiable: tuple[Tensor, ...] | None = None) -> Request:
+    """What a validated call needs of a backend.
+
+    Args:
+        inputs: the call.
+        differentiable: what gradients may be asked of; query, key and value, unless those are views made for checking.
+    """
     query, mask = inputs.query, inputs.attn_mask
     features = []
     if mask is not None:
@@ -62,6 +68,8 @@ def request_of(inputs: AttentionInputs) -> Request:
     images = batch
     if inputs.cu_seqlens is not None:
         images, tokens = inputs.cu_seqlens.shape[0] - 1, inputs.max_seqlen
-    device, of_gpu = query.device.type, capability(query.device)
-    size = preferences.size("attention", device, of_gpu, tokens, images * heads)
-    return Request("attention", device, of_gpu, query.dtype, head_dim, None, tuple(features), size)
+    device, of_gpu = query.device, capability(query.device)
+    workload = preferences.workload(
+        "attention", device, of_gpu, tokens, images * heads, differentiable or (query, inputs.key, inputs.value)
+    )
+    return Request("attention", device.type, of_gpu, query.dtype, head_dim, None, tuple(features), workload)

@@ -22,6 +22,6 @@ def request_of(inputs: NormInputs) -> Request:
     mixed = x.dtype != torch.bfloat16 and torch.bfloat16 in dtypes
     images, tokens, channels = x.shape
     features = (*((MIXED_BF16,) if mixed else ()), *observers.present())
-    device, of_gpu = x.device.type, capability(x.device)
-    size = preferences.size("residual_norm", device, of_gpu, tokens, images)
-    return Request("residual_norm", device, of_gpu, x.dtype, None, channels, features, size)
+    device, of_gpu = x.device, capability(x.device)
+    workload = preferences.workload("residual_norm", device, of_gpu, tokens, images, (x, *others))
+    return Request("residual_norm", device.type, of_gpu, x.dtype, None, channels, features, workload)

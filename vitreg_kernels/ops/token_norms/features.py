@@ -38,6 +38,6 @@ def statistics_reasons(request: Request) -> list[str]:
 
 def _request(x: Tensor, images: int, tokens: int, channels: int | None, features: tuple[str, ...]) -> Request:
     features += observers.present(gradients=False)
-    device, of_gpu = x.device.type, capability(x.device)
-    size = preferences.size("token_norms", device, of_gpu, tokens, images)
-    return Request("token_norms", device, of_gpu, x.dtype, None, channels, features, size)
+    device, of_gpu = x.device, capability(x.device)
+    workload = preferences.workload("token_norms", device, of_gpu, tokens, images, ())
+    return Request("token_norms", device.type, of_gpu, x.dtype, None, channels, features, workload)

@@ -1,0 +1,302 @@
+"""What the user measured on the machine at hand (``vitreg calibrate``): kept in one file of their cache.
+
+The file is ``calibration.json`` in ``$VITREG_CACHE_DIR``, else in ``$XDG_CACHE_HOME/vitreg_kernels``, else in
+``~/.cache/vitreg_kernels``. ``VITREG_CALIBRATION=FILE`` names another, which the ranks of a cluster can share, and
+``VITREG_CALIBRATION=0`` reads none. A measurement counts only where everything is as it was when it was made: the
+processor or GPU, its driver, torch, triton, and this package down to its kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _version
+from . import devices, tables
+from .tables import Default, Key, Table
+
+NAME = "your calibration"
+
+_FORMAT = 1
+_PACKAGE = Path(__file__).parents[1]
+# What a time or a result can hang on, beside the code: whichever of them is installed.
+_LIBRARIES = ("torch", "triton", "xformers", "flash_attn", "flash_attn_3", "flash_attn_4")
+
+
+class Measurement(NamedTuple):
+    """What was measured of one call, on one machine.
+
+    Attributes:
+        op, device, dtype, width, gradients, features: as of ``tables.Key``.
+        tokens, heads: of the call itself, not their buckets.
+        backend: the one that is to be the default; ``None`` where none was clearly the fastest.
+        wrong: the backends that broke the accuracy rule, each with what was wrong.
+        times_ms: milliseconds a call, by backend.
+        errors: of the tensor nearest to its bound, the largest error, and that of the eager formula; by backend.
+        date: ISO 8601.
+    """
+
+    op: str
+    device: str
+    dtype: str
+    width: int
+    tokens: int
+    heads: int
+    gradients: bool
+    features: tuple[str, ...]
+    backend: str | None
+    wrong: Mapping[str, str]
+    times_ms: Mapping[str, float]
+    errors: Mapping[str, tuple[float, float]]
+    date: str
+
+    @property
+    def key(self) -> Key:
+        """What it decides for."""
+        size = tables.size_of(self.tokens, self.heads)
+        return Key(self.op, self.device, self.dtype, self.width, *size, self.gradients, self.features)
+
+    @property
+    def call(self) -> tuple[Any, ...]:
+        """What tells it from the measurements of other calls."""
+        return self[: self._fields.index("backend")]
+
+
+class Contents(NamedTuple):
+    """What a file says here and now.
+
+    Attributes:
+        measurements: those that count.
+        ignored: why some or all do not; empty if all do, or there is no file.
+    """
+
+    measurements: tuple[Measurement, ...]
+    ignored: str
+
+
+def path() -> Path | None:
+    """The file; ``None`` where the user turned it off."""
+    named = os.environ.get("VITREG_CALIBRATION", "")
+    if named:
+        return None if named == "0" else Path(named).expanduser()
+    if folder := os.environ.get("VITREG_CACHE_DIR"):
+        return Path(folder).expanduser() / "calibration.json"
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "vitreg_kernels" / "calibration.json"
+
+
+def table() -> Table:
+    """The defaults that the user's measurements make. Never raises, and never touches a GPU.
+
+    Where two calls of one bucket were measured to have different fastest backends, neither decides.
+    """
+    contents = read()
+    backends: dict[Key, set[str]] = {}
+    wrong: dict[Key, dict[str, str]] = {}
+    dates: dict[Key, str] = {}
+    for one in contents.measurements:
+        dates[one.key] = max(one.date, dates.get(one.key, ""))
+        if one.backend is not None:
+            backends.setdefault(one.key, set()).add(one.backend)
+        if one.wrong:
+            wrong.setdefault(one.key, {}).update(one.wrong)
+    rows = {
+        key: Default(*names, dates[key])
+        for key, names in backends.items()
+        if len(names) == 1 and not names & wrong.get(key, {}).keys()
+    }
+    return Table.of(NAME, rows, wrong, of_one_gpu=True, ignored=contents.ignored)
+
+
+def read() -> Contents:
+    """What the user's file says; a file that cannot be read is told once, in a warning, and counts for nothing."""
+    file = path()
+    if file is None or not file.exists():
+        named = file is not None and os.environ.get("VITREG_CALIBRATION")
+        return Contents((), f"VITREG_CALIBRATION names {file}, which is not there" if named else "")
+    try:
+        entries = _entries(file)
+    except (OSError, ValueError) as error:
+        ignored = f"{file} cannot be read ({error}); vitreg calibrate --clear removes it"
+        warnings.warn(f"{NAME} does not count: {ignored}", stacklevel=2)
+        return Contents((), ignored)
+    here: dict[bool, dict[str, str]] = {}
+    measurements, reasons = [], []
+    for identity, one in entries:
+        of_gpu = devices.is_gpu(one.device)
+        if of_gpu not in here:
+            here[of_gpu] = identity_of_machine(gpu=of_gpu)
+        if identity == here[of_gpu]:
+            measurements.append(one)
+        else:
+            reasons.append(_difference(identity, here[of_gpu]))
+    if not reasons:
+        return Contents(tuple(measurements), "")
+    what = "; ".join(dict.fromkeys(reasons))
+    return Contents(tuple(measurements), f"{len(reasons)} of {len(entries)} measurements in {file} are of {what}")
+
+
+def identity_of_machine(*, gpu: bool) -> dict[str, str]:
+    """What a measurement must have been made with to count, beside the GPU, whose name is in its rows."""
+    identity = {
+        "vitreg_kernels": _version.__version__,
+        "kernels": _digest_of_kernels(),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "processor": _processor(),
+        **{name: version for name in _LIBRARIES if (version := _version_of(name))},
+    }
+    if gpu:
+        identity["driver"] = _driver()
+    else:
+        identity["threads"] = str(torch.get_num_threads())
+    return identity
+
+
+def record(measurements: Iterable[Measurement]) -> Path:
+    """Put measurements into the user's file, in place of those of the same calls on this machine; all others stay.
+
+    Two processes may do so at once. A cut leaves the old file or the new one.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: if it cannot be written.
+        ValueError: if VITREG_CALIBRATION=0 turned it off.
+    """
+    file = _writable()
+    new = [(identity_of_machine(gpu=devices.is_gpu(one.device)), one) for one in measurements]
+    with _locked(file):
+        try:
+            entries = _entries(file) if file.exists() else []
+        except ValueError:
+            entries = []  # it counted for nothing, and had been told
+        merged = {(_frozen(identity), one.call): (identity, one) for identity, one in (*entries, *new)}
+        text = json.dumps({"format": _FORMAT, "entries": [_row(*entry) for entry in merged.values()]}, indent=1)
+        beside = file.with_name(f"{file.name}.{os.getpid()}.part")
+        beside.write_text(text + "\n")
+        os.replace(beside, file)
+    return file
+
+
+def clear() -> Path | None:
+    """Remove the user's file; which, or ``None`` if there is none."""
+    file = path()
+    if file is None or not file.exists():
+        return None
+    file.unlink()
+    return file
+
+
+def check_writable() -> None:
+    """Raise what ``record`` would, before anything is measured."""
+    with _locked(_writable()):
+        pass
+
+
+def _writable() -> Path:
+    file = path()
+    if file is None:
+        raise ValueError("VITREG_CALIBRATION=0 turns calibration off: unset it to calibrate")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+class _locked:
+    """Holds a lock beside the file, so that of two processes neither loses what the other writes."""
+
+    def __init__(self, file: Path) -> None:
+        self._path = file.with_name(file.name + ".lock")
+
+    def __enter__(self) -> None:
+        self._lock = self._path.open("w")
+        try:
+            import fcntl
+
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass  # not every system and file system has locks; the file is replaced as a whole all the same
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+
+def _entries(file: Path) -> list[tuple[dict[str, str], Measurement]]:
+    """Every measurement of a file with its machine.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no file of measurements of this format.
+    """
+    contents = json.loads(file.read_text())
+    if not isinstance(contents, dict) or contents.get("format") != _FORMAT:
+        raise ValueError("it is of another version of this package")
+    try:
+        return [_entry(row) for row in contents["entries"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"an entry is not as it should be: {type(error).__name__}: {error}") from error
+
+
+def _entry(row: Mapping[str, Any]) -> tuple[dict[str, str], Measurement]:
+    fields = {name: row[name] for name in Measurement._fields}
+    return dict(row["machine"]), Measurement(**{**fields, "features": tuple(fields["features"])})
+
+
+def _row(identity: Mapping[str, str], one: Measurement) -> dict[str, Any]:
+    return {**one._asdict(), "features": list(one.features), "machine": dict(identity)}
+
+
+def _frozen(identity: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(identity.items()))
+
+
+def _difference(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The first thing in which a machine is not what it was."""
+    for name in now.keys() | then.keys():
+        if then.get(name) != now.get(name):
+            if name == "kernels":
+                return "other kernels than this package's"
+            return f"{name} {then.get(name, 'absent')}, and this is {now.get(name, 'absent')}"
+    return "this machine"
+
+
+def _digest_of_kernels() -> str:
+    """Of all that computes: a kernel that was changed has to be measured anew."""
+    digest = hashlib.sha256()
+    files = (path for room in ("ops", "_triton", "_native") for path in (_PACKAGE / room).rglob("*.py"))
+    for path in (*sorted(files), _PACKAGE / "_native" / "cpu.json"):
+        if path.exists():
+            digest.update(path.relative_to(_PACKAGE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> str:
+    """The CPU's marketing name, and the instruction set in use."""
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    name = match.group(1).strip() if match else platform.processor() or platform.machine()
+    return f"{name}, {devices.kind('cpu', 0)}"
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version, which the kernel tells without a GPU being touched; empty where it does not."""
+    told = Path("/proc/driver/nvidia/version")
+    match = re.search(r"Module\s+(\S+)", told.read_text()) if told.exists() else None
+    return match.group(1) if match else ""
+
+
+def _version_of(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,264 @@
+"""Which backend is to be the default of a call on this machine: of those that are right, the clearly fastest.
+
+Times are by the wall clock, with all that the host does, of calls one after another as a model makes them: on a GPU
+that is the device's time where the batch is large, and the host's where it is small.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ... import dispatch
+from ...dispatch import Backend, Request, devices, preferences
+from ...dispatch.calibration import Measurement
+from ...ops.catalogue import OPS
+from .. import timing
+from ..accuracy import Accuracy
+from ..oracle import Call
+from ..race import Stopped, attempted, lost
+from ..timing import Timing
+from .judge import Judge, Verdict
+from .subjects import Subject
+
+# One whose lead is less than this in either of two races leads by luck.
+LEAST_LEAD = 1.03
+# Slow times beside fast ones of the same backend: above this, something else is using the machine.
+MOST_SPREAD = 1.15
+
+_FAR_BEHIND = 3.0  # whoever takes so many times as long as the fastest in the warm-up is not raced
+_SAMPLE_MS = 2.0  # of one sample at least: the clock and a neighbour's short visit count for little then
+_MOST_CALLS_A_SAMPLE = 200
+_MOST_COPIES = 64
+_BUDGET_S = 0.4  # a race
+
+
+class Outcome(NamedTuple):
+    """What came of one call.
+
+    Attributes:
+        subject: the call.
+        gradients: with its backward, or without.
+        backend: what such a call takes from now on.
+        before: what it took.
+        decided: whether the race decided, so that ``backend`` is written down.
+        reason: why it did not; empty if it did.
+        times_ms: of a call, by backend, of those that were right.
+        errors: of the tensor nearest to its bound, by backend.
+        wrong: the backends that broke the accuracy rule, or broke, and what was wrong.
+        refused: the backends that could not run, and why.
+    """
+
+    subject: Subject
+    gradients: bool
+    backend: str
+    before: str
+    decided: bool
+    reason: str
+    times_ms: Mapping[str, float]
+    errors: Mapping[str, Accuracy]
+    wrong: Mapping[str, str]
+    refused: Mapping[str, str]
+
+    @property
+    def lead(self) -> float | None:
+        """The next best's time beside the backend's own; ``None`` where it has no time, or no other has."""
+        others = [ms for name, ms in self.times_ms.items() if name != self.backend]
+        own = self.times_ms.get(self.backend)
+        return min(others) / own if others and own else None
+
+
+def request_of(subject: Subject, call: Call, gradients: bool, device: torch.device) -> Request:
+    """What a user's call asks of a backend, told apart as measurements are."""
+    workload = preferences.of_size(device, subject.tokens, subject.heads, gradients=gradients)
+    return call.request._replace(workload=workload)
+
+
+def contest(subject: Subject, gradients: bool, device: torch.device) -> Outcome:
+    """Judges every backend that may be the default of a call, and races those that are right.
+
+    Raises:
+        RuntimeError: if a backend broke the process's hold of the GPU; it is named.
+    """
+    judge = Judge(subject, gradients, device)
+    request = request_of(subject, judge.call, gradients, device)
+    backends = OPS[subject.op].backends
+    before = dispatch.select(backends, request, None).name
+    verdicts: dict[str, Verdict] = {}
+    refused: dict[str, str] = {}
+    for backend in dispatch.eligible(backends, request):
+        if backend.name == "reference":  # what the others are held against
+            continue
+        verdict = _judged(judge, backend, device)
+        if isinstance(verdict, str):
+            refused[backend.name] = verdict
+        else:
+            verdicts[backend.name] = verdict
+    right = [name for name, verdict in verdicts.items() if not verdict.wrong]
+    wrong = {name: verdict.wrong for name, verdict in verdicts.items() if verdict.wrong}
+    outcome = Outcome(
+        subject=subject,
+        gradients=gradients,
+        backend=before,
+        before=before,
+        decided=False,
+        reason="no backend was right",
+        times_ms={},
+        errors={name: verdict.worst for name, verdict in verdicts.items() if verdict.worst is not None},
+        wrong=wrong,
+        refused=refused,
+    )
+    if not right:
+        return outcome
+    race = run_race(judge.call, right, device)
+    winner, objection = decide(race, before)
+    outcome = outcome._replace(times_ms=race.times_ms, reason=objection)
+    return outcome if objection else outcome._replace(backend=winner, decided=True)
+
+
+def measurement_of(outcome: Outcome, device: torch.device, date: str) -> Measurement | None:
+    """What is written down of an outcome; ``None`` where it decided nothing and nothing was wrong."""
+    if not outcome.decided and not outcome.wrong:
+        return None
+    subject = outcome.subject
+    call = subject.make(False)
+    request = request_of(subject, call, outcome.gradients, device)
+    name = devices.gpu(device) if device.type == "cuda" else devices.kind(device.type, 0)
+    key = preferences.key_of(request, name)
+    return Measurement(
+        op=key.op,
+        device=key.device,
+        dtype=key.dtype,
+        width=key.width,
+        tokens=subject.tokens,
+        heads=subject.heads,
+        gradients=outcome.gradients,
+        features=key.features,
+        backend=outcome.backend if outcome.decided else None,
+        wrong=dict(outcome.wrong),
+        times_ms=dict(outcome.times_ms),
+        errors={name: (worst.max_error, worst.eager_max_error) for name, worst in outcome.errors.items()},
+        date=date,
+    )
+
+
+def _judged(judge: Judge, backend: Backend, device: torch.device) -> Verdict | str:
+    """What was found of a backend, or why it could not run."""
+    found = attempted(partial(judge.verdict, backend), ours=backend.opaque)
+    if not isinstance(found, Stopped):
+        return found
+    if lost(device):
+        raise RuntimeError(
+            f"{backend.name} broke the process's hold of the GPU on {judge.call.request.op} ({found.reason}); what was "
+            "measured before is kept"
+        )
+    return Verdict(f"broke: {found.reason}", None) if found.failed else found.reason
+
+
+class Race(NamedTuple):
+    """What a race gave.
+
+    Attributes:
+        single_ms: of one call of each in the warm-up.
+        rounds: the timings of two races, by backend, of those that were not far behind in the warm-up.
+    """
+
+    single_ms: Mapping[str, float]
+    rounds: tuple[Mapping[str, Timing], ...]
+
+    @property
+    def times_ms(self) -> dict[str, float]:
+        """Of each the mean of its medians, or else its time in the warm-up."""
+        raced = {name: statistics.mean(r[name].median_ms for r in self.rounds) for name in self.rounds[0]}
+        return {**self.single_ms, **raced}
+
+
+def decide(race: Race, before: str) -> tuple[str, str]:
+    """The backend that won a race of those that are right, and what speaks against making it the default.
+
+    Args:
+        race: with at least one backend.
+        before: what the call took until now. Where that is not among them it was wrong, and whoever is fastest takes
+            its place.
+
+    Returns:
+        The winner, and one sentence, which is empty where it won clearly.
+    """
+    times = race.times_ms
+    winner = min(race.rounds[0], key=times.__getitem__)
+    if before not in times:
+        return winner, ""
+    rivals = [before] if winner != before else [name for name in times if name != winner]
+    if not rivals:
+        return winner, f"{winner} alone is right and serves the call"
+    rivals = [name for name in rivals if name in race.rounds[0]]
+    if not rivals:  # all far behind
+        return winner, ""
+    for timings in race.rounds:
+        rival = min(rivals, key=lambda name: timings[name].median_ms)
+        for name in (winner, rival):
+            spread = timings[name].p80_ms / timings[name].p20_ms
+            if spread > MOST_SPREAD:
+                return winner, f"the times of {name} vary by {spread:.2f}: something else is using the machine"
+        lead = timings[rival].median_ms / timings[winner].median_ms
+        if lead < LEAST_LEAD:
+            return winner, f"{winner} is {lead:.3f} x {rival} in one of two races, and {LEAST_LEAD} is asked for"
+    return winner, ""
+
+
+def run_race(call: Call, names: Sequence[str], device: torch.device) -> Race:
+    """Races backends that can all run a call, twice."""
+    size = sum(x.nbytes for x in tree_leaves(dict(call.arguments)) if isinstance(x, Tensor))
+    count = math.ceil(2 * timing.last_level_cache(device) / max(size, 1))
+    copies = [call, *(call.changed(torch.clone) for _ in range(min(max(count, 2), _MOST_COPIES) - 1))]
+    single_ms = {name: _single_ms(_calling(name, copies, 1, device)) for name in names}
+    fastest = min(single_ms.values())
+    calls = min(_MOST_CALLS_A_SAMPLE, max(1, math.ceil(_SAMPLE_MS / fastest)))
+    variants = {
+        name: timing.Variant(_calling(name, copies, calls, device))
+        for name, ms in single_ms.items()
+        if ms <= _FAR_BEHIND * fastest
+    }
+    rounds = []
+    for _ in range(2):
+        # By the clock of the host: each variant waits for its device.
+        timings = timing.interleave(variants, [None], device=torch.device("cpu"), budget_s=_BUDGET_S)
+        rounds.append({name: _of_one_call(its, calls) for name, its in timings.items()})
+    return Race(single_ms, tuple(rounds))
+
+
+def _calling(name: str, copies: Sequence[Call], count: int, device: torch.device) -> Callable[[Any], None]:
+    """Makes so many calls, one after another, and waits for the last."""
+    turns = itertools.cycle(copies)
+
+    def calls(_: Any = None) -> None:
+        for call in itertools.islice(turns, count):
+            call.run(name)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return calls
+
+
+def _single_ms(call: Callable[[], None]) -> float:
+    call()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def _of_one_call(sample: Timing, calls: int) -> Timing:
+    *times, samples = sample
+    return Timing(*(ms / calls for ms in times), samples)
