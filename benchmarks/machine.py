@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import platform
 import re
 import subprocess
@@ -16,6 +15,7 @@ from typing import TypedDict
 import torch
 
 import vitreg_kernels
+from vitreg_kernels.measure.warm import cores
 
 PACKAGES = ("torch", "triton", "xformers", "onnxruntime", "timm", "numpy")
 ROOT = Path(__file__).parent.parent
@@ -36,11 +36,6 @@ class Machine(TypedDict):
     commit: str  # "unknown" outside a git checkout
     dirty: bool  # the checkout holds changes that no commit has
     sources: str | None  # ``sources()``; None in files older than that
-
-
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import results
-from benchmarks.gpu import warm
 from benchmarks.gpu.stage import Setup, sentence
 from benchmarks.machine import Machine
 from benchmarks.results import Row, Writer
@@ -32,7 +31,7 @@ from vitreg_kernels._triton import mode
 from vitreg_kernels._triton.launch import Launch
 from vitreg_kernels._triton.replay import recording
 from vitreg_kernels.dispatch import tables
-from vitreg_kernels.measure import timing
+from vitreg_kernels.measure import timing, warm
 from vitreg_kernels.measure.cases import attention
 from vitreg_kernels.measure.oracle import Oracle
 from vitreg_kernels.measure.race import lost

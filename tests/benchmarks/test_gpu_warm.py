@@ -1,15 +1,9 @@
-"""Kernels compiled ahead are those that the stages' own calls launch, and triton finds them in its cache."""
+"""What a stage compiles ahead is what its own calls launch."""
 
 from __future__ import annotations
 
 import math
-import threading
-import time
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,18 +12,16 @@ from benchmarks.gpu import accuracy, calls, norms, outputs, race, warm
 from benchmarks.gpu.stage import Setup
 from benchmarks.results import Writer
 from benchmarks.shapes import Case
-from vitreg_kernels import dispatch, functional
+from vitreg_kernels import dispatch
 from vitreg_kernels._triton import mode
+from vitreg_kernels.measure.warm import Compiled
+from vitreg_kernels.measure.warm import launched as launches_of
 from vitreg_kernels.ops._shared import capability
 from vitreg_kernels.ops.catalogue import OPS
 
 pytest.importorskip("triton", reason="triton is not installed: it exists for Linux x86-64 only")
 if mode.INTERPRETING:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from vitreg_kernels._triton import offline
 
@@ -54,7 +46,7 @@ def pretending(monkeypatch, change_backends):
 
 
 def keys(call):
-    return {offline.compilation(launch, ARCH).key for launch in warm.launched(call)}
+    return {offline.compilation(launch, ARCH).key for launch in launches_of(call)}
 
 
 def rehearsed(rehearse, pieces):
@@ -107,128 +99,59 @@ def test_the_norms_stage_launches_what_was_rehearsed(writer, monkeypatch, ceilin
     assert {row["backend"].partition(":")[0] for row in served if not row["reasons"]} == {op.name for op in calls.OPS}
 
 
-class NoDriver:
-    """Stands in for a GPU's driver so that triton's launcher gets as far as compiling."""
+class Compiler:
+    """Stands in for the one that compiles: pieces are names of kernels, of which triton's cache has "old"."""
 
-    def get_current_target(self):
-        return GPUTarget("cuda", ARCH, 32)
+    def __init__(self, device, *, deadline):
+        self.began, self.waited = [], []
 
-    def get_current_device(self):
-        return 0
+    def __enter__(self):
+        return self
 
-    def get_current_stream(self, device):
-        return 0
+    def __exit__(self, *error):
+        names = {name for kernels in self.began for name in kernels}
+        self.told = Compiled(len(names & {"old"}), len(names - {"old", "wrong"}), len(names & {"wrong"}), 3.2)
 
+    def begin(self, call):
+        self.began.append(call())
+        return self.began[-1]
 
-@pytest.mark.usefixtures("pretending")
-def test_what_was_compiled_ahead_is_what_a_launch_loads(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    qkv = torch.randn(2, 22, 3, 2, 16)
-
-    def rehearse(dtype):
-        functional.register_attention_qkv(qkv.to(dtype), num_prefix_tokens=5, backend="triton")
-
-    dtypes = (torch.bfloat16, torch.float16, torch.bfloat16)
-    assert list(warm.ahead(dtypes, rehearse, GPU)) == list(dtypes)
-    assert "    2 of 2 kernels compiled ahead in " in capsys.readouterr().out
-    launches = [launch for dtype in dtypes for launch in warm.launched(partial(rehearse, dtype))]
-    assert all(offline.compilation(launch, ARCH).cached for launch in launches)
-
-    monkeypatch.setattr(driver, "_active", NoDriver())
-    loaded = []
-    monkeypatch.setattr(knobs.compilation, "listener", lambda **told: loaded.append(told["cache_hit"]))
-    for launch in launches:
-        monkeypatch.setattr(launch.kernel, "device_caches", defaultdict(launch.kernel.create_binder))
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "grid": launch.grid, "warmup": True}
-        compiled = launch.kernel.run(**launch.arguments, **launch.constants, **options)
-        assert compiled.hash == offline.compilation(launch, ARCH).key
-    assert loaded == [True] * 3
-
-    warm.up(dtypes, rehearse, GPU)
-    assert capsys.readouterr().out == ""  # nothing is left to compile
+    def wait(self, jobs):
+        self.waited.append(jobs)
 
 
-@pytest.fixture
-def compiling(monkeypatch):
-    """Pieces are names of kernels, and ``compile`` is told to compile each in a thread."""
-    told = SimpleNamespace(compile=lambda name: True, began=[], ended=[])
-
-    @contextmanager
-    def processes():
-        pool = ThreadPoolExecutor(1)
-        try:
-            yield pool
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def compile_one(kernel):
-        told.began.append(kernel.key)
-        compiled = told.compile(kernel.key)
-        told.ended.append(kernel.key)
-        return compiled
-
-    monkeypatch.setattr(capability, "capability", lambda device: ARCH)
-    monkeypatch.setattr(warm, "processes", processes)
-    monkeypatch.setattr(warm, "launched", lambda call: call())
-    monkeypatch.setattr(warm, "_compile", compile_one)
-    monkeypatch.setattr(offline, "compilation", lambda name, arch: SimpleNamespace(key=name, cached=name == "old"))
-    return told
-
-
-def test_a_kernel_is_compiled_once_and_only_if_no_cache_has_it(compiling, capsys):
-    pieces = [["a", "b"], ["old"], ["b", "c"], []]
+@pytest.mark.parametrize(
+    ("pieces", "told"),
+    [
+        (
+            [["a", "b"], ["old"], ["b", "c"]],
+            "1 of 4 kernels were in triton's cache; 3 of the 3 others compiled ahead in 3 s",
+        ),
+        ([["a"], ["wrong"]], "0 of 2 kernels were in triton's cache; 1 of the 2 others compiled ahead in 3 s"),
+        ([["old"]], "1 of 1 kernels were in triton's cache"),
+    ],
+)
+def test_pieces_come_in_their_order_and_the_kernels_are_counted(monkeypatch, capsys, pieces, told):
+    monkeypatch.setattr(warm, "Compiler", Compiler)
     assert list(warm.ahead(pieces, list, GPU)) == pieces
-    assert compiling.began == ["a", "b", "c"]
-    assert capsys.readouterr().out == "    3 of 3 kernels compiled ahead in 0 s\n"
+    assert capsys.readouterr().out == f"    {told}\n"
 
 
-def test_a_piece_does_not_wait_for_the_kernels_of_later_ones(compiling):
-    first_is_judged = threading.Event()
-    compiling.compile = lambda name: name == "a" or first_is_judged.wait(10)
+def test_a_stage_that_is_cut_still_says_how_far_the_compiler_came(monkeypatch, capsys):
+    monkeypatch.setattr(warm, "Compiler", Compiler)
     pieces = warm.ahead([["a"], ["b"]], list, GPU)
     assert next(pieces) == ["a"]
-    assert compiling.ended == ["a"]
-    first_is_judged.set()
-    assert next(pieces) == ["b"]
-
-
-def test_what_fails_is_left_to_the_real_call(compiling, capsys):
-    def rehearse(piece):
-        if piece == "wrong":
-            raise IndexError("out of its bounds")
-        return [piece]
-
-    def compile(name):
-        if name == "crash":
-            raise MemoryError
-        return name != "refused"
-
-    compiling.compile = compile
-    pieces = ["wrong", "crash", "refused", "right"]
-    assert list(warm.ahead(pieces, rehearse, GPU)) == pieces
-    assert "    1 of 3 kernels compiled ahead" in capsys.readouterr().out
-
-
-def test_nothing_is_waited_for_after_the_deadline(compiling):
-    judged = threading.Event()
-    compiling.compile = lambda name: judged.wait(10)
-    setup = GPU._replace(deadline=time.monotonic() + 0.2)
-    pieces = warm.ahead([["a"], ["b"], ["c"]], list, setup)
-    assert next(pieces) == ["a"]
-    assert setup.expired
-    assert (compiling.began, compiling.ended) == (["a"], [])
-    judged.set()
     pieces.close()
-    assert list(warm.ahead([["d"]], list, setup)) == [["d"]]
-    assert "d" not in compiling.began
+    assert "2 of the 2 others compiled ahead" in capsys.readouterr().out
+
+
+def test_without_kernels_nothing_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(warm, "Compiler", Compiler)
+    warm.up([[]], list, GPU)
+    assert capsys.readouterr().out == ""
 
 
 def test_off_a_gpu_nothing_is_rehearsed():
     asked = []
     assert list(warm.ahead(["piece"], asked.append, DRY)) == ["piece"]
     assert asked == []
-
-
-def test_a_kernel_that_does_not_compile_is_no_error():
-    broken = SimpleNamespace(run=lambda: 1 / 0)
-    assert not warm._compile(broken)
