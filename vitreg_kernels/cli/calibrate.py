@@ -151,8 +151,10 @@ def _model(name: str, device: torch.device, batch: int) -> tuple[RegisterViT, Te
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights that are left out; only the sizes of the calls matter here
         if name.startswith("timm:"):
-            import timm
-
+            try:
+                import timm
+            except ImportError as error:
+                raise ValueError(f"--model timm:NAME needs timm, which cannot be imported: {error}") from error
             theirs = timm.create_model(name.removeprefix("timm:"), pretrained=False)
             heads = theirs.blocks[0].attn.num_heads
             model = load_vit(theirs.state_dict(), num_heads=heads, device=device)

@@ -27,6 +27,15 @@ from .tables import Default, Key, Table
 
 NAME = "your calibration"
 
+# Of the fields of a ``Measurement`` that anything is decided by.
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("op", "device", "dtype", "date"), str),
+    **dict.fromkeys(("width", "tokens", "heads"), int),
+    "gradients": bool,
+    "backend": (str, type(None)),
+    **dict.fromkeys(("wrong", "times_ms"), dict),
+}
+
 _FORMAT = 1
 _PACKAGE = Path(__file__).parents[1]
 # What a time or a result can hang on, beside the code: whichever of them is installed.
@@ -184,8 +193,11 @@ def record(measurements: Iterable[Measurement]) -> Path:
         merged = {(_frozen(identity), one.call): (identity, one) for identity, one in (*entries, *new)}
         text = json.dumps({"format": _FORMAT, "entries": [_row(*entry) for entry in merged.values()]}, indent=1)
         beside = file.with_name(f"{file.name}.{os.getpid()}.part")
-        beside.write_text(text + "\n")
-        os.replace(beside, file)
+        try:
+            beside.write_text(text + "\n")
+            os.replace(beside, file)
+        finally:
+            beside.unlink(missing_ok=True)
     return file
 
 
@@ -243,13 +255,19 @@ def _entries(file: Path) -> list[tuple[dict[str, str], Measurement]]:
         raise ValueError("it is of another version of this package")
     try:
         return [_entry(row) for row in contents["entries"]]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"an entry is not as it should be: {type(error).__name__}: {error}") from error
 
 
 def _entry(row: Mapping[str, Any]) -> tuple[dict[str, str], Measurement]:
     fields = {name: row[name] for name in Measurement._fields}
-    return dict(row["machine"]), Measurement(**{**fields, "features": tuple(fields["features"])})
+    fields["features"] = tuple(map(str, fields["features"]))
+    fields["errors"] = {name: (error, eager) for name, (error, eager) in fields["errors"].items()}
+    one = Measurement(**fields)
+    for name, kinds in _KINDS.items():
+        if not isinstance(getattr(one, name), kinds):
+            raise TypeError(f"{name} is {getattr(one, name)!r}")
+    return {str(name): str(value) for name, value in row["machine"].items()}, one
 
 
 def _row(identity: Mapping[str, str], one: Measurement) -> dict[str, Any]:

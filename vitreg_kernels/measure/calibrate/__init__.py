@@ -3,7 +3,7 @@
 Not here: the file (``dispatch.calibration``), or what reads it (``dispatch.preferences``).
 """
 
-from .run import Calibration, calibrate
 from .contest import Outcome
+from .run import Calibration, calibrate
 
 __all__ = ["Calibration", "Outcome", "calibrate"]

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ... import dispatch
 from ...dispatch import Backend, Request, devices, preferences
 from ...dispatch.calibration import Measurement
+from ...ops._shared.capability import capability
 from ...ops.catalogue import OPS
 from .. import timing
 from ..accuracy import Accuracy
@@ -34,6 +35,8 @@ from .subjects import Subject
 LEAST_LEAD = 1.03
 # Slow times beside fast ones of the same backend: above this, something else is using the machine.
 MOST_SPREAD = 1.15
+
+ORACLE = "reference"  # what the others are held against does not race: it is slow, and holds N x N
 
 _FAR_BEHIND = 3.0  # whoever takes so many times as long as the fastest in the warm-up is not raced
 _SAMPLE_MS = 2.0  # of one sample at least: the clock and a neighbour's short visit count for little then
@@ -80,7 +83,7 @@ class Outcome(NamedTuple):
 def request_of(subject: Subject, call: Call, gradients: bool, device: torch.device) -> Request:
     """What a user's call asks of a backend, told apart as measurements are."""
     workload = preferences.of_size(device, subject.tokens, subject.heads, gradients=gradients)
-    return call.request._replace(workload=workload)
+    return call.request._replace(device=device.type, capability=capability(device), workload=workload)
 
 
 def contest(subject: Subject, gradients: bool, device: torch.device) -> Outcome:
@@ -96,7 +99,7 @@ def contest(subject: Subject, gradients: bool, device: torch.device) -> Outcome:
     verdicts: dict[str, Verdict] = {}
     refused: dict[str, str] = {}
     for backend in dispatch.eligible(backends, request):
-        if backend.name == "reference":  # what the others are held against
+        if backend.name == ORACLE:
             continue
         verdict = _judged(judge, backend, device)
         if isinstance(verdict, str):

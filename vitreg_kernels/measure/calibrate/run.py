@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from ... import dispatch
 from ..._triton import mode
 from ...dispatch import calibration
+from ...ops.catalogue import OPS
+from ..warm import compile_ahead
 from . import idle
-from .contest import Outcome, contest, measurement_of
+from .contest import Outcome, contest, measurement_of, request_of
 from .subjects import Subject, of_model, of_shape
 
 
@@ -76,6 +79,8 @@ def calibrate(
     where = batch.device if isinstance(batch, Tensor) else _device(device)
     idle.check(where)
     work = [(subject, gradients) for subject in subjects for gradients in subject.modes]
+    if where.type == "cuda":
+        compile_ahead([partial(_launch, *piece, where) for piece in work], where)
     date = datetime.date.today().isoformat()
     outcomes, file = [], None
     if progress is not None:
@@ -122,6 +127,15 @@ def _subjects(
     if not subjects:
         raise ValueError("there is nothing to calibrate: name a shape B,H,N,D or give a model")
     return subjects
+
+
+def _launch(subject: Subject, gradients: bool, device: torch.device) -> None:
+    """Whatever of a call our own kernels launch."""
+    call = subject.make(gradients)
+    request = request_of(subject, call, gradients, device)
+    for backend in dispatch.eligible(OPS[subject.op].backends, request):
+        if backend.opaque:
+            call.run(backend.name)
 
 
 def _device(device: torch.device | str | None) -> torch.device:

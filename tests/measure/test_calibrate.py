@@ -1,0 +1,402 @@
+"""Calibration: what is measured, what is judged wrong, who wins, and that the choice is the user's from then on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from vitreg_kernels import RegisterViT, ViTConfig, calibrate, cli, dispatch, explain
+from vitreg_kernels.dispatch import calibration
+from vitreg_kernels.functional import register_attention, residual_layer_norm
+from vitreg_kernels.measure import timing
+from vitreg_kernels.measure.calibrate import contest as contests
+from vitreg_kernels.measure.calibrate import idle, subjects
+from vitreg_kernels.measure.calibrate.contest import Race, decide
+from vitreg_kernels.measure.timing import Timing
+from vitreg_kernels.ops.attention import features
+from vitreg_kernels.ops.attention.types import Rope
+from vitreg_kernels.ops.catalogue import OPS
+
+CPU = torch.device("cpu")
+SHAPE = (2, 3, 21, 16)
+TINY = ViTConfig(image_size=28, patch_size=14, dim=32, depth=2, num_heads=2, num_registers=4)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, clock):
+    """A cache of the user's own, an idle machine, and a clock that only backends move."""
+    monkeypatch.delenv("VITREG_CALIBRATION")
+    monkeypatch.setenv("VITREG_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(idle, "check", lambda device: None)
+    monkeypatch.setattr(contests, "time", clock)
+    monkeypatch.setattr(contests, "_SAMPLE_MS", 0.0)
+    monkeypatch.setattr(contests, "_BUDGET_S", 0.0)
+    monkeypatch.setattr(timing, "last_level_cache", lambda device: 2**12)
+    dispatch.read_calibration()
+    yield tmp_path / "cache" / "calibration.json"
+    monkeypatch.undo()
+    dispatch.read_calibration()
+
+
+@pytest.fixture
+def takes(change_backends, clock, cache):
+    """Makes a backend's forward take so many milliseconds by that clock."""
+
+    def takes(op: str = "attention", **milliseconds: float) -> None:
+        for name, ms in milliseconds.items():
+            forward = dispatch.find(OPS[op].backends, name).forward
+
+            def slowly(inputs, forward=forward, ms=ms):
+                clock.sleep(1e-3 * ms)
+                return forward(inputs)
+
+            change_backends(name, op=op, forward=slowly)
+
+    return takes
+
+
+@pytest.fixture(autouse=True)
+def _no_native_kernels(change_backends):
+    """Whether there was a compiler decides nothing here."""
+    change_backends("cpu", faults=lambda: ["away for this test"])
+
+
+def of_attention(**changes):
+    return subjects.of_shape(SHAPE, torch.float32, CPU, **changes)[0]
+
+
+def timings(spread: float = 1.0, **medians: float) -> dict[str, Timing]:
+    return {name: Timing(ms, ms, spread * ms, ms, 9) for name, ms in medians.items()}
+
+
+def raced(*rounds: dict[str, Timing], **far_behind: float) -> Race:
+    return Race({**dict.fromkeys(rounds[0], 9.0), **far_behind}, rounds)
+
+
+class TestTheRule:
+    def test_a_clear_lead_in_both_races(self):
+        race = raced(timings(a=1.0, b=1.04), timings(a=1.0, b=1.2))
+        assert decide(race, "b") == ("a", "")
+        assert decide(race, "a") == ("a", "")
+
+    @pytest.mark.parametrize(
+        "rounds", [(timings(a=1.0, b=1.02), timings(a=1.0, b=1.2)), (timings(a=1.0, b=1.2), timings(a=1.0, b=0.9))]
+    )
+    def test_a_lead_by_luck(self, rounds):
+        winner, why = decide(raced(*rounds), "b")
+        assert (winner, "in one of two races" in why) == ("a", True)
+
+    @pytest.mark.parametrize("noisy", ["a", "b"])
+    def test_times_that_vary(self, noisy):
+        noisy_round = {**timings(a=1.0, b=2.0), **timings(spread=1.16, **{noisy: 1.0 if noisy == "a" else 2.0})}
+        _, why = decide(raced(timings(a=1.0, b=2.0), noisy_round), "b")
+        assert why == f"the times of {noisy} vary by 1.16: something else is using the machine"
+
+    def test_the_next_best_is_not_what_counts_for_a_change(self):
+        """Of two good ones the better replaces the bad one, though it leads the other by little."""
+        race = raced(*[timings(a=1.0, b=1.01, c=2.0)] * 2)
+        assert decide(race, "c") == ("a", "")
+        assert decide(race, "a")[1], "but to keep it for good it has to lead"
+
+    def test_who_is_far_behind_need_not_be_raced(self):
+        assert decide(raced(*[timings(a=1.0)] * 2, b=90.0), "b") == ("a", "")
+        assert decide(raced(*[timings(a=1.0)] * 2, b=90.0), "a") == ("a", "")
+
+    def test_what_was_wrong_is_replaced_by_the_fastest_whatever_the_lead(self):
+        assert decide(raced(*[timings(a=1.0, b=1.001)] * 2), "wrong") == ("a", "")
+
+    def test_alone(self):
+        assert decide(raced(*[timings(a=1.0)] * 2), "a") == ("a", "a alone is right and serves the call")
+
+
+class TestCalibration:
+    def chosen(self, *, gradients: bool = False) -> str | None:
+        return explain(torch.randn(SHAPE).requires_grad_(gradients)).backend
+
+    def compete(self, change_backends, takes, monkeypatch, **milliseconds):
+        """The reference takes part, since nothing else stands beside sdpa on every CPU."""
+        monkeypatch.setattr(contests, "ORACLE", "nobody")
+        takes(**milliseconds)
+
+    def test_the_fastest_becomes_the_default(self, cache, takes, change_backends, monkeypatch):
+        assert self.chosen() == "sdpa"
+        self.compete(change_backends, takes, monkeypatch, sdpa=3.0, reference=2.0)
+        done = calibrate([SHAPE])
+        first = done.outcomes[0]
+        assert (first.before, first.backend, first.decided) == ("sdpa", "reference", True)
+        assert 1.2 < first.lead < 1.6
+        assert done.file == cache
+        assert self.chosen() == self.chosen(gradients=True) == "reference"
+        assert explain(torch.randn(SHAPE)).decided_by.startswith("your calibration, measured 20")
+        change_backends("reference", op="attention", forward=lambda inputs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            register_attention(*[torch.randn(SHAPE)] * 3)
+
+    def test_nothing_is_written_where_nobody_leads(self, cache, takes, change_backends, monkeypatch):
+        self.compete(change_backends, takes, monkeypatch, sdpa=50.0, reference=50.0)
+        outcome = calibrate([SHAPE]).outcomes[0]
+        assert (outcome.backend, outcome.decided) == ("sdpa", False)
+        assert "is asked for" in outcome.reason
+        assert self.chosen() == "sdpa"
+
+    def test_a_dry_run_writes_nothing(self, cache, takes, change_backends, monkeypatch):
+        self.compete(change_backends, takes, monkeypatch, sdpa=3.0, reference=2.0)
+        done = calibrate([SHAPE], dry_run=True)
+        assert done.outcomes[0].decided
+        assert done.file is None
+        assert not cache.exists()
+        assert self.chosen() == "sdpa"
+
+    @pytest.mark.parametrize("fault", ["wrong", "a tensor it never writes", "reads beyond", "broke"])
+    def test_a_wrong_backend_is_no_default_there_however_fast(self, cache, takes, change_backends, monkeypatch, fault):
+        self.compete(change_backends, takes, monkeypatch, sdpa=1.0, reference=9.0)
+        forward = dispatch.find(OPS["attention"].backends, "sdpa").forward
+
+        def broken(inputs):
+            if fault == "broke":
+                raise IndexError("out of its bounds")
+            if fault == "reads beyond":
+                beyond = inputs.query.as_strided((1,), (1,), inputs.query.storage_offset() - 1)
+                return forward(inputs._replace(query=inputs.query + 0 * beyond))
+            result = forward(inputs)
+            output = 1.01 * result.output if fault == "wrong" else result.output.clone()
+            if fault == "a tensor it never writes":
+                output = output + 0 * torch.empty(1)
+            return result._replace(output=output)
+
+        change_backends("sdpa", op="attention", forward=broken, opaque=False)
+        monkeypatch.setattr(contests, "attempted", partial(_as_ours, contests.attempted))
+        done = calibrate([SHAPE])
+        outcome = done.outcomes[0]
+        assert (outcome.before, outcome.backend, outcome.decided) == ("sdpa", "reference", True)
+        assert "IndexError" in outcome.wrong["sdpa"] if fault == "broke" else "error" in outcome.wrong["sdpa"]
+        assert self.chosen() == "reference"
+        assert "was wrong on this machine" in explain(torch.randn(SHAPE)).reasons["sdpa"][0]
+
+    def test_a_kernel_of_ours_whose_bits_change_is_wrong(self, cache, change_backends):
+        judge = contests.Judge(of_attention(), False, CPU)
+        sdpa = dispatch.find(OPS["attention"].backends, "sdpa")
+        forward = sdpa.forward
+        turns = iter(range(9))
+
+        def unsteady(inputs):
+            result = forward(inputs)
+            return result._replace(output=result.output * (1 + next(turns) * 2**-23))
+
+        change_backends("sdpa", op="attention", forward=unsteady)
+        assert not judge.verdict(sdpa).wrong
+        assert "other bits" in judge.verdict(_Opaque(sdpa)).wrong
+
+    def test_every_op(self, cache, takes):
+        """Not attention alone: of the others, composite is what there is here."""
+        for op in ("residual_norm", "token_norms", "assemble"):
+            takes(op, composite=5.0)
+        done = calibrate([SHAPE])
+        assert {(o.subject.op, o.gradients) for o in done.outcomes} == {
+            *((op, gradients) for op in ("attention", "residual_norm", "assemble") for gradients in (False, True)),
+            ("token_norms", False),
+        }
+        assert not any(outcome.wrong or outcome.refused for outcome in done.outcomes)
+
+    def test_what_was_decided_before_a_cut_is_kept(self, cache, takes, change_backends, monkeypatch):
+        self.compete(change_backends, takes, monkeypatch, sdpa=3.0, reference=2.0)
+
+        def cut(done, of, outcome):
+            if done == 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            calibrate([SHAPE], progress=cut)
+        assert len(calibration.read().measurements) == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (([(1, 2, 3)],), "a shape is that of a query, B,H,N,D"),
+            (([(1, 2, 0, 8)],), "each at least 1"),
+            (([],), "there is nothing to calibrate"),
+            ((nn.Linear(2, 2),), "a model is calibrated on a batch"),
+            ((nn.Linear(2, 2), torch.zeros(1, 2)), "Linear calls no op of this library"),
+            (([SHAPE], torch.zeros(1)), "a batch is of a model"),
+        ],
+    )
+    def test_what_cannot_be_calibrated(self, cache, arguments, said):
+        with pytest.raises(ValueError, match=said):
+            calibrate(*arguments)
+        assert not cache.exists()
+
+    def test_a_cache_that_cannot_be_written_is_told_before_anything_is_measured(self, cache, monkeypatch):
+        cache.parent.write_text("a file where the folder would be")
+        monkeypatch.setattr(contests, "contest", None)
+        with pytest.raises(OSError, match=re.escape(str(cache.parent))):
+            calibrate([SHAPE])
+
+    def test_a_busy_machine_is_left_alone(self, cache, monkeypatch):
+        monkeypatch.undo()
+        monkeypatch.setenv("VITREG_CACHE_DIR", str(cache.parent))
+        monkeypatch.delenv("VITREG_CALIBRATION")
+        monkeypatch.setattr(idle, "_of_processors", lambda: 11.0)
+        with pytest.raises(RuntimeError, match=r"the processor is busy \(11% of it\): calibrate when nothing else"):
+            calibrate([SHAPE])
+
+
+class TestSubjects:
+    def test_of_a_shape_with_rope_and_mask(self):
+        subject = of_attention(rope=True, mask=True)
+        call = subject.make(True)
+        assert call.request.features == (features.KEY_PADDING_MASK, features.ROPE)
+        assert "rope, masked" in subject.size
+        assert not call.reasons_against("sdpa")
+
+    def test_each_image_is_a_call_of_its_own(self):
+        """What the oracle says of an image is what it says of it among others."""
+        subject = of_attention(rope=True, mask=True)
+        whole = subject.make(True)
+        together = whole.run("reference")
+        for image in range(SHAPE[0]):
+            alone = subjects.part(whole, image).run("reference")
+            for name, x in alone.items():
+                torch.testing.assert_close(x, together[name][image : image + 1])
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_of_a_model_all_that_it_calls(self, autocast):
+        model = RegisterViT(dataclasses.replace(TINY, position="rope", position_rows="patches"))
+        images = torch.randn(2, 3, 28, 28)
+        before = torch.random.get_rng_state()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = subjects.of_model(model, images)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert {subject.op for subject in found} == {"attention", "residual_norm", "assemble"}
+        assert len({(s.op, s.size) for s in found}) == len(found), "each once"
+        (attention,) = (subject for subject in found if subject.op == "attention")
+        assert attention.size == f"2 x 2 heads, 9 tokens, head dim 16, rope, {'bf16' if autocast else 'fp32'}"
+        asked = []
+        with subjects.recorded() as calls, torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+            model(images)
+        asked = {request._replace(workload=None) for request, _ in calls}
+        assert {subject.make(False).request._replace(workload=None) for subject in found} == asked
+        for subject in found:
+            for gradients in subject.modes:
+                verdict = contests.Judge(subject, gradients, CPU).verdict(
+                    dispatch.find(OPS[subject.op].backends, "sdpa" if subject.op == "attention" else "composite")
+                )
+                assert not verdict.wrong, (subject, verdict)
+
+    def test_nothing_is_recorded_afterwards(self):
+        with subjects.recorded() as calls:
+            residual_layer_norm(torch.randn(1, 2, 8), weight=torch.ones(8))
+        residual_layer_norm(torch.randn(1, 2, 8), weight=torch.ones(8))
+        assert len(calls) == 1
+
+    def test_dropout_is_not_calibrated(self):
+        model = RegisterViT(dataclasses.replace(TINY, attn_drop=0.1)).train()
+        found = subjects.of_model(model, torch.randn(2, 3, 28, 28))
+        assert "attention" not in {subject.op for subject in found}
+
+    def test_a_pack_is_a_call_of_its_images(self):
+        bounds = torch.tensor([0, 21, 30], dtype=torch.int32)
+        x = torch.randn(1, 2, 30, 16)
+
+        class Packed(nn.Module):
+            def forward(self, x):
+                return register_attention(x, x, x, cu_seqlens=bounds, max_seqlen=21)
+
+        (subject,) = subjects.of_model(Packed(), x)
+        assert (subject.tokens, subject.heads, subject.images) == (21, 4, ())
+        assert "packed" in subject.size
+        assert not contests.Judge(subject, True, CPU).verdict(dispatch.find(OPS["attention"].backends, "sdpa")).wrong
+
+    def test_tables_of_each_image_are_taken_apart(self):
+        subject = of_attention()
+        call = subject.make(False)
+        angles = torch.rand(2, 16, 16)
+        turned = dataclasses.replace(call, arguments={**call.arguments, "rope": Rope(angles.cos(), angles.sin())})
+        assert torch.equal(subjects.part(turned, 1).arguments["rope"].cos, angles[1:].cos())
+
+
+class TestCommand:
+    def test_the_table(self, cache, takes, monkeypatch, capsys):
+        monkeypatch.setattr(contests, "ORACLE", "nobody")
+        takes(sdpa=3.0, reference=2.0)
+        assert cli.main(["calibrate", "--shape", "2,3,21,16", "--device", "cpu"]) == 0
+        out, err = capsys.readouterr()
+        row = next(line for line in out.splitlines() if "2 x 3 heads, 21 tokens, head dim 16, fp32  " in line)
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[0] == "attention"
+        assert cells[2:4] == ["reference", "sdpa"]
+        assert f"decided, in {cache}" in out
+        assert "7/7" in err
+        assert cli.main(["info"]) == 0
+        shown = capsys.readouterr().out
+        assert f"calibrated, in {cache}:\n  attention: 21 tokens, 6 heads, float32: reference (20" in shown
+        assert cli.main(["calibrate", "--clear"]) == 0
+        assert capsys.readouterr().out == f"removed {cache}\n"
+        assert cli.main(["info"]) == 0
+        assert "calibrated: nothing; `vitreg calibrate` takes a minute" in capsys.readouterr().out
+
+    def test_a_wrong_backend_fails_the_command(self, cache, takes, change_backends, monkeypatch, capsys):
+        monkeypatch.setattr(contests, "ORACLE", "nobody")
+        forward = dispatch.find(OPS["attention"].backends, "sdpa").forward
+        change_backends("sdpa", op="attention", forward=lambda x: (r := forward(x))._replace(output=1.01 * r.output))
+        assert cli.main(["calibrate", "--shape", "2,3,21,16", "--device", "cpu", "--dry-run"]) == 1
+        assert "WRONG, and no default there any more: sdpa on attention" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--shape", "a,b"], "--shape takes B,H,N,D, four integers, not 'a,b'"),
+            (["--shape", "1,2,3"], "a shape is that of a query"),
+            (["--batch", "3"], "--batch is of --model"),
+            (["--model", "nowhere"], "--model takes timm:NAME, or a file"),
+            (["--model", "timm:vit_tiny_patch16_224", "--rope"], "are of shapes; a model has its own"),
+        ],
+    )
+    def test_what_it_cannot_do(self, cache, capsys, arguments, said):
+        assert cli.main(["calibrate", "--device", "cpu", *arguments]) == 2
+        assert said in capsys.readouterr().err
+
+    def test_a_model_by_its_name(self, cache, capsys):
+        pytest.importorskip("timm")
+        arguments = ["calibrate", "--model", "timm:test_vit", "--batch", "2", "--device", "cpu", "--dtype", "bf16"]
+        assert cli.main([*arguments, "--dry-run"]) == 0
+        assert "2 x 2 heads, 101 tokens, head dim 32, bf16, training" in capsys.readouterr().out
+
+    def test_a_library_that_is_not_there(self, cache, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "timm", None)
+        assert cli.main(["calibrate", "--model", "timm:test_vit", "--device", "cpu"]) == 2
+        assert "--model timm:NAME needs timm" in capsys.readouterr().err
+
+
+class TestIdle:
+    def test_a_busy_processor(self, monkeypatch):
+        ticks = iter([(1000, 400), (1100, 480)])
+        monkeypatch.setattr(idle, "_ticks", lambda: next(ticks))
+        monkeypatch.setattr(idle.time, "sleep", lambda seconds: None)
+        assert idle._of_processors() == pytest.approx(20.0)
+
+    def test_this_machine_tells(self):
+        if not os.path.exists("/proc/stat"):
+            pytest.skip("no /proc/stat")
+        total, idle_ticks = idle._ticks()
+        assert total >= idle_ticks > 0
+
+
+class _Opaque:
+    """The same backend, as one of ours."""
+
+    opaque = True
+
+    def __init__(self, backend):
+        self.name = backend.name
+
+
+def _as_ours(attempted, call, *, ours):
+    """What a peer raises is a refusal; here it is to be a fault."""
+    return attempted(call, ours=True)
