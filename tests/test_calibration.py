@@ -219,15 +219,11 @@ class TestWriting:
     def test_two_processes_at_once(self, cache):
         """Neither loses what the other writes."""
         code = (
-            "import sys; sys.path.insert(0, 'tests')\n"
-            "from vitreg_kernels.dispatch import calibration\n"
-            "from test_calibration import ONE\n"
-            "for i in range(12): calibration.record([ONE._replace(tokens=int(sys.argv[1]) + i)])\n"
+            "import sys; from vitreg_kernels.dispatch.calibration import Measurement, record\n"
+            f"one = Measurement(**{ONE._asdict()!r})\n"
+            "for i in range(12): record([one._replace(tokens=int(sys.argv[1]) + i)])\n"
         )
-        root = Path(__file__).parents[1]
-        running = [
-            subprocess.Popen([sys.executable, "-c", code, start], cwd=root, env=os.environ) for start in ("1", "101")
-        ]
+        running = [subprocess.Popen([sys.executable, "-c", code, start], env=os.environ) for start in ("1", "101")]
         assert [process.wait() for process in running] == [0, 0]
         found = {one.tokens for one in calibration.read().measurements}
         assert found == {*range(1, 13), *range(101, 113)}

@@ -97,6 +97,12 @@ def ignored() -> str:
     return "; ".join(table.ignored for table in TABLES if table.ignored)
 
 
+def suggest_nothing() -> None:
+    """Let ``suggest_calibration`` say nothing from now on: it is being done."""
+    global _SUGGESTED
+    _SUGGESTED = True
+
+
 def suggest_calibration(device: str) -> None:
     """Say once a process, on a GPU that was never calibrated, that it can be. Of several ranks the first says it."""
     global _SUGGESTED

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ... import dispatch
 from ..._triton import mode
-from ...dispatch import calibration
+from ...dispatch import calibration, preferences
 from ...ops.catalogue import OPS
 from ..warm import compile_ahead
 from . import idle
@@ -71,6 +71,7 @@ def calibrate(
         RuntimeError: if something else is using the GPU or the processor, under ``TRITON_INTERPRET``, or if a kernel
             broke the process's hold of the GPU; what was decided before is kept.
     """
+    preferences.suggest_nothing()
     if not dry_run:
         calibration.check_writable()
     if mode.INTERPRETING:
