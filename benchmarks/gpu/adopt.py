@@ -1,18 +1,20 @@
 """Makes the fastest backend of a GPU run the default there: ``python -m benchmarks.gpu.adopt RESULTS.json``.
 
 Writes into the table of the run's architecture (``dispatch/configs``) what a call that names no backend gets at each
-size that was raced. Nobody is to get slower: a backend takes the place of torch's own only where it was raced against
-that in every mode, won every race of the size, and nothing of it broke in inputs of that many bits. Multi-crop races
-decide nothing: their rows do not say how long an image is.
+size that was raced, with gradients and without. Nobody is to get slower: a backend takes the place of torch's own
+choice only where it was raced against that, won every race of the size, and nothing of it broke in inputs of that many
+bits; and only where the stage that judges it was finished. Multi-crop races decide nothing: their rows do not say how
+long an image is.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +27,10 @@ from benchmarks.results import Row
 from benchmarks.shapes import DTYPES
 from vitreg_kernels.dispatch import tables
 from vitreg_kernels.dispatch.tables import Default, Key
+from vitreg_kernels.measure.calibrate.contest import LEAST_LEAD
 
-CHALLENGERS = ("triton",)  # backends that may be the default in the place of torch's own
+# Backends that may be the default in the place of torch's own choice: what everybody has who has torch.
+CHALLENGERS = ("triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
 
 
 class Race(NamedTuple):
@@ -35,15 +39,17 @@ class Race(NamedTuple):
     Attributes:
         op: the op's name.
         kind: of the rows.
-        modes: a backend has to win them all.
+        stage: the stage that judges the op's backends.
+        modes: those that a backend has to win to be the default without gradients, and with.
         case: fields that tell one race from another.
         width: the field of a row that the table calls so.
-        incumbent: torch's own, the default where nothing is measured.
+        incumbent: torch's own choice, the default where nothing is measured.
     """
 
     op: str
     kind: str
-    modes: tuple[str, ...]
+    stage: str
+    modes: Mapping[bool, tuple[str, ...]]
     case: tuple[str, ...]
     width: str
     incumbent: str
@@ -53,7 +59,8 @@ RACES = (
     Race(
         "attention",
         "race",
-        ("forward", "forward+backward"),
+        accuracy.NAME,
+        {False: ("forward",), True: ("forward+backward",)},
         ("layout", "dtype", "batch", "heads", "tokens", "head_dim", "mode"),
         "head_dim",
         "sdpa",
@@ -61,7 +68,8 @@ RACES = (
     Race(
         "residual_norm",
         "residual_norm",
-        ("forward", "backward"),
+        norms.NAME,
+        {False: ("forward",), True: ("forward", "backward")},
         ("norm", "dtype", "batch", "tokens", "channels", "memory", "mode"),
         "channels",
         "composite",
@@ -79,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     for key, row in winners.items():
-        print(f"{key.op} on {key.device}, {key.bits} bits, width {key.width}, {_size(key)}: {row.backend}")
+        training = ", training" if key.gradients else ""
+        print(f"{key.op} on {key.device}, {key.dtype}, width {key.width}, {_size(key)}{training}: {row.backend}")
     print(f"written to {tables.CONFIGS}")
     return 0
 
@@ -106,29 +115,32 @@ def defaults(rows: Sequence[Row], device: str) -> dict[Key, str]:
     """The default of each size that was raced on a device."""
     winners = {}
     for of_op in RACES:
-        raced = [row for row in rows if _counts(row, of_op)]
         sizes: dict[Key, dict[tuple, dict[str, float]]] = {}  # milliseconds by backend, of each case
-        for row in raced:
-            times = sizes.setdefault(_key(row, of_op, device), {}).setdefault(_case(row, of_op), {})
-            if row["median_ms"] is not None:
-                times[_backend(row)] = row["median_ms"]
+        for row in rows:
+            if not _counts(row, of_op):
+                continue
+            for gradients, modes in of_op.modes.items():
+                if row["mode"] in modes:
+                    key = _key(row, of_op, device, gradients)
+                    times = sizes.setdefault(key, {}).setdefault(_case(row, of_op), {})
+                    if row["median_ms"] is not None:
+                        times[_backend(row)] = row["median_ms"]
+        judged = _finished(rows, of_op.stage)
         for key, cases in sizes.items():
-            every_mode = {case[of_op.case.index("mode")] for case in cases} == set(of_op.modes)
-            won = [
-                challenger
+            every_mode = {case[of_op.case.index("mode")] for case in cases} == set(of_op.modes[key.gradients])
+            leads = {
+                challenger: lead
                 for challenger in CHALLENGERS
-                if every_mode
-                and _passed(rows, of_op, challenger, key.bits)
-                and all(_wins(challenger, of_op.incumbent, times) for times in cases.values())
-            ]
-            winners[key] = won[0] if won else of_op.incumbent
+                if judged and every_mode and _passed(rows, of_op, challenger, key.dtype)
+                if (lead := _lead(challenger, of_op.incumbent, list(cases.values()))) is not None
+            }
+            winners[key] = max(leads, key=leads.__getitem__, default=of_op.incumbent)
     return winners
 
 
 def _counts(row: Row, of_op: Race) -> bool:
     return (
         row["kind"] == of_op.kind
-        and row["mode"] in of_op.modes
         and row.get("layout") != "multicrop"
         and _backend(row) in (*CHALLENGERS, of_op.incumbent)
     )
@@ -142,18 +154,30 @@ def _case(row: Row, of_op: Race) -> tuple:
     return tuple(row[name] for name in of_op.case)
 
 
-def _key(row: Row, of_op: Race, device: str) -> Key:
+def _key(row: Row, of_op: Race, device: str, gradients: bool) -> Key:
     """What the race decides for: calls without a mask, rotation or any other feature, like its own."""
     size = tables.size_of(row["tokens"], row["batch"] * row.get("heads", 1))
-    return Key(of_op.op, device, _bits(row), row[of_op.width], *size, features=())
+    dtype = str(DTYPES[row["dtype"]]).removeprefix("torch.")
+    return Key(of_op.op, device, dtype, row[of_op.width], *size, gradients, features=())
 
 
-def _wins(backend: str, incumbent: str, times: dict[str, float]) -> bool:
-    return {backend, incumbent} <= times.keys() and times[backend] == min(times.values())
+def _lead(backend: str, incumbent: str, cases: Sequence[Mapping[str, float]]) -> float | None:
+    """How many times as fast as torch's own choice over all cases; ``None`` where it does not lead in each."""
+    if not all({backend, incumbent} <= times.keys() for times in cases):
+        return None
+    leads = [times[incumbent] / times[backend] for times in cases]
+    return None if min(leads) < LEAST_LEAD else math.prod(leads) ** (1 / len(leads))
 
 
-def _passed(rows: Sequence[Row], of_op: Race, backend: str, bits: int) -> bool:
-    """Whether a backend was judged in inputs of so many bits, and nothing about it is wrong in any stage."""
+def _finished(rows: Sequence[Row], stage: str) -> bool:
+    """Whether a stage judged all that it had to: a case that was not reached may be the one that fails."""
+    its = [row for row in rows if row["kind"] == "stage" and row["stage"] == stage]
+    return bool(its) and its[-1]["unfinished"] == 0 and its[-1]["error"] is None
+
+
+def _passed(rows: Sequence[Row], of_op: Race, backend: str, dtype: str) -> bool:
+    """Whether a backend was judged in a dtype, and nothing about it is wrong in any stage in inputs of as many bits."""
+    bits = torch.finfo(getattr(torch, dtype)).bits
     if of_op.op == "attention":
         judged = [r for r in rows if r["kind"] == "accuracy" and r["backend"] == backend and _bits(r) == bits]
         failures = accuracy.failures(judged)
@@ -164,12 +188,17 @@ def _passed(rows: Sequence[Row], of_op: Race, backend: str, bits: int) -> bool:
     variant = f"vitreg:{backend}"
     raced = [r for r in rows if r["kind"] == of_op.kind and r["variant"] == variant and _bits(r) == bits]
     broken = race.failures(raced) if of_op.op == "attention" else norms.failures(raced)
-    return any(row["errors"] for row in judged) and not failures and not broken
+    in_dtype = any(r["errors"] and str(_dtype(r)).removeprefix("torch.") == dtype for r in judged)
+    return in_dtype and not failures and not broken
+
+
+def _dtype(row: Row) -> torch.dtype:
+    """Of the inputs; ``tf32`` multiplies inputs of fp32."""
+    return torch.float32 if row["dtype"] == "tf32" else DTYPES.get(row["dtype"], torch.float16)
 
 
 def _bits(row: Row) -> int:
-    """Of a number of the inputs; ``tf32`` multiplies inputs of 32."""
-    return 32 if row["dtype"] == "tf32" else torch.finfo(DTYPES.get(row["dtype"], torch.float16)).bits
+    return torch.finfo(_dtype(row)).bits
 
 
 def _date(file: Path) -> str:

@@ -12,7 +12,9 @@ from vitreg_kernels.dispatch.tables import Default, Key
 
 RIGHT = {"max": 1e-3, "mean": 1e-4, "eager_max": 2e-3, "eager_mean": 2e-4, "passed": True}
 WRONG = RIGHT | {"max": 1.0, "passed": False}
-SIZE = Key("attention", "sm_90", 16, 64, 272, 0, ())  # 64 x 16 heads are more than the last bucket
+# 64 x 16 heads are more than the last bucket.
+SIZE = Key("attention", "sm_90", "bfloat16", 64, 272, 0, False, ())
+TRAINING = SIZE._replace(gradients=True)
 
 
 def race(variant, median_ms, **changes):
@@ -64,6 +66,10 @@ def accuracy(backend="triton", **changes):
     return fields | changes
 
 
+def stage(name="accuracy", unfinished=0, error=None):
+    return {"kind": "stage", "stage": name, "seconds": 1.0, "unfinished": unfinished, "error": error}
+
+
 def one(triton_ms, sdpa_ms, **changes):
     return [race("vitreg:triton", triton_ms, **changes), race("vitreg:sdpa", sdpa_ms, **changes)]
 
@@ -73,11 +79,11 @@ def both(triton_ms, sdpa_ms, **changes):
     return [row for mode in ("forward", "forward+backward") for row in one(triton_ms, sdpa_ms, mode=mode, **changes)]
 
 
-WON = [*both(1.0, 2.0), *both(1.0, 2.0, tokens=201), *both(1.0, 2.0, layout="separate"), accuracy()]
+WON = [*both(1.0, 2.0), *both(1.0, 2.0, tokens=201), *both(1.0, 2.0, layout="separate"), accuracy(), stage()]
 
 
 def test_what_won_everywhere_and_passed_is_the_default():
-    assert adopt.defaults(WON, "sm_90") == {SIZE: "triton"}
+    assert adopt.defaults(WON, "sm_90") == {SIZE: "triton", TRAINING: "triton"}
 
 
 @pytest.mark.parametrize(
@@ -87,9 +93,8 @@ def test_what_won_everywhere_and_passed_is_the_default():
         [accuracy(dtype="fp16", errors={"output": WRONG})],
         [accuracy(case="201 tokens", errors=None, deterministic=None, crash="IndexError: out of its bounds")],
         [accuracy(case="201 tokens", deterministic=False)],
-        one(2.1, 2.0, layout="separate", tokens=201),
-        one(2.1, 2.0, layout="separate", tokens=201, mode="forward"),
-        [race("vitreg:triton", 1.0, layout="separate", tokens=201)],
+        both(1.96, 2.0, layout="separate", tokens=201),
+        [race("vitreg:triton", 1.0, layout="separate", tokens=201, mode=m) for m in ("forward", "forward+backward")],
         [race("vitreg:triton", None, layout="separate", tokens=201, reason="broke", failed=True, errors=None)],
         [race("vitreg:triton", 1.0, layout="multicrop", errors={"output": WRONG})],
     ],
@@ -98,15 +103,42 @@ def test_what_won_everywhere_and_passed_is_the_default():
         "wrong in the other half precision",
         "crashed in another case",
         "not deterministic",
-        "slower in one case",
-        "slower forward",
+        "no clear lead in one case",
         "sdpa was not raced",
         "broke in one case",
         "wrong in a race that does not count",
     ],
 )
 def test_one_blot_leaves_it_to_sdpa(rows):
-    assert adopt.defaults(WON + rows, "sm_90") == {SIZE: "sdpa"}
+    assert adopt.defaults(WON + rows, "sm_90") == {SIZE: "sdpa", TRAINING: "sdpa"}
+
+
+@pytest.mark.parametrize("last", [stage(unfinished=1), stage(unfinished=None, error="boom"), None], ids=str)
+def test_a_stage_that_was_not_finished_settles_nothing(last):
+    """The case that was not reached may be the one that fails."""
+    rows = [row for row in WON if row["kind"] != "stage"] + [row for row in [last] if row]
+    assert set(adopt.defaults(rows, "sm_90").values()) == {"sdpa"}
+    assert set(adopt.defaults([*rows, stage()], "sm_90").values()) == {"triton"}
+
+
+@pytest.mark.parametrize(("gradients", "mode"), [(False, "forward"), (True, "forward+backward")])
+def test_with_gradients_and_without_are_settled_apart(gradients, mode):
+    rows = WON + one(2.1, 2.0, layout="separate", tokens=201, mode=mode)
+    lost, won = (TRAINING, SIZE) if gradients else (SIZE, TRAINING)
+    assert adopt.defaults(rows, "sm_90") == {lost: "sdpa", won: "triton"}
+
+
+def test_of_several_the_fastest_over_all_cases():
+    """torch's own kernels one by one are contenders too; what not everybody has is none."""
+    cudnn = [
+        *(
+            race("vitreg:sdpa_cudnn", ms, mode="forward", tokens=n, layout=layout)
+            for ms, n, layout in ((0.5, 261, "packed"), (0.9, 201, "packed"), (0.9, 261, "separate"))
+        ),
+        accuracy("sdpa_cudnn", deterministic=False),
+    ]
+    away = [race("vitreg:flash_attn", 0.1, mode="forward"), accuracy("flash_attn")]
+    assert adopt.defaults(WON + cudnn + away, "sm_90") == {SIZE: "sdpa_cudnn", TRAINING: "triton"}
 
 
 @pytest.mark.parametrize(
@@ -121,19 +153,23 @@ def test_one_blot_leaves_it_to_sdpa(rows):
     ids=["other dtypes", "a case it does not serve", "another's errors", "packs", "never a default"],
 )
 def test_what_does_not_count(rows):
-    assert adopt.defaults(WON + rows, "sm_90") == {SIZE: "triton"}
+    assert adopt.defaults(WON + rows, "sm_90") == {SIZE: "triton", TRAINING: "triton"}
 
 
-@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-def test_a_run_that_was_cut_between_the_modes_settles_nothing(mode):
+@pytest.mark.parametrize(("mode", "key"), [("forward", SIZE), ("forward+backward", TRAINING)])
+def test_a_run_that_was_cut_between_the_modes_settles_one(mode, key):
     rows = [row for row in WON if row.get("mode", mode) == mode]
-    assert adopt.defaults(rows, "sm_90") == {SIZE: "sdpa"}
+    assert adopt.defaults(rows, "sm_90") == {key: "triton"}
 
 
 def test_never_judged_is_not_passed():
-    assert adopt.defaults(WON[:-1], "sm_90") == {SIZE: "sdpa"}
-    only_refused = accuracy(errors=None, deterministic=None, reasons=["runs on cuda, not on cpu"])
-    assert adopt.defaults([*WON[:-1], only_refused], "sm_90") == {SIZE: "sdpa"}
+    rows = [row for row in WON if row["kind"] != "accuracy"]
+    assert set(adopt.defaults(rows, "sm_90").values()) == {"sdpa"}
+    for judged in (
+        accuracy(errors=None, deterministic=None, reasons=["runs on cuda, not on cpu"]),
+        accuracy(dtype="fp16"),
+    ):
+        assert set(adopt.defaults([*rows, judged], "sm_90").values()) == {"sdpa"}
 
 
 def test_sizes_are_chosen_one_by_one():
@@ -151,11 +187,12 @@ def test_sizes_are_chosen_one_by_one():
         SIZE._replace(tokens=2048): "sdpa",
         SIZE._replace(tokens=64): "triton",
         SIZE._replace(width=128): "sdpa",
-        SIZE._replace(bits=32): "sdpa",  # never judged in fp32
+        SIZE._replace(dtype="float32"): "sdpa",  # never judged in fp32
         SIZE._replace(heads=128): "sdpa",
         SIZE._replace(tokens=0): "sdpa",
     }
-    assert adopt.defaults(rows, "sm_90") == expected
+    both_modes = {key._replace(gradients=gradients): name for key, name in expected.items() for gradients in (0, 1)}
+    assert adopt.defaults(rows, "sm_90") == both_modes
 
 
 @pytest.fixture
@@ -180,11 +217,13 @@ def test_the_command_writes_what_dispatch_reads_and_leaves_the_rest(file, tmp_pa
     tables.adopt(folder, {key: Default("sdpa", "2026-01-01") for key in (SIZE, longer, other)})
     monkeypatch.setattr(tables, "CONFIGS", folder)
     assert adopt.main([str(file(WON))]) == 0
-    assert "attention on sm_90, 16 bits, width 64, up to 272 tokens, over 512 heads: triton" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "attention on sm_90, bfloat16, width 64, up to 272 tokens, over 512 heads, training: triton" in shown
     assert tables.read(folder, "attention_tiles") == {"sm_90": tiles}
     assert sorted(f.name for f in folder.iterdir()) == ["sm_80.json", "sm_90.json"]
     assert tables.defaults(tables.read(folder, "defaults")) == {
         SIZE: Default("triton", "2026-12-01"),
+        TRAINING: Default("triton", "2026-12-01"),
         longer: Default("sdpa", "2026-01-01"),
         other: Default("sdpa", "2026-01-01"),
     }
@@ -194,7 +233,8 @@ def test_a_default_that_broke_since_is_taken_back(file, tmp_path):
     folder = tmp_path / "configs"
     adopt.adopt(file(WON), folder)
     adopt.adopt(file([*WON, accuracy(case="201 tokens", crash="boom", errors=None, deterministic=None)]), folder)
-    assert {k: row.backend for k, row in tables.defaults(tables.read(folder, "defaults")).items()} == {SIZE: "sdpa"}
+    found = tables.defaults(tables.read(folder, "defaults"))
+    assert {key: row.backend for key, row in found.items()} == {SIZE: "sdpa", TRAINING: "sdpa"}
 
 
 def norm_race(variant, median_ms, **changes):
@@ -226,7 +266,7 @@ def norm_race(variant, median_ms, **changes):
     return fields | changes
 
 
-NORM = Key("residual_norm", "sm_90", 16, 768, 272, 128, ())
+NORM = Key("residual_norm", "sm_90", "bfloat16", 768, 272, 128, False, ())
 
 
 def norms(forward, backward, **judged):
@@ -236,24 +276,26 @@ def norms(forward, backward, **judged):
         for mode, times in (("forward", forward), ("backward", backward))
         for name, ms in zip(("triton", "composite"), times, strict=True)
     ]
-    return [*races, accuracy(**{"kind": "norm_accuracy", "backend": "residual_norm:triton", **judged})]
+    judgement = accuracy(**{"kind": "norm_accuracy", "backend": "residual_norm:triton", **judged})
+    return [*races, judgement, stage("norms")]
 
 
 @pytest.mark.parametrize(
-    ("rows", "winner"),
+    ("rows", "forward", "training"),
     [
-        (norms((1.0, 2.0), (1.0, 2.0)), "triton"),
-        (norms((1.0, 2.0), (2.1, 2.0)), "composite"),
-        (norms((1.0, 2.0), (1.0, 2.0), errors={"grad_x": WRONG}), "composite"),
-        (norms((1.0, 2.0), (1.0, 2.0), backend="token_norms:triton"), "composite"),
-        (norms((None, 2.0), (1.0, 2.0)), "composite"),
-        (norms((1.0, None), (1.0, 2.0)), "composite"),
-        ([row for row in norms((1.0, 2.0), (1.0, 2.0)) if row.get("mode") != "backward"], "composite"),
+        (norms((1.0, 2.0), (1.0, 2.0)), "triton", "triton"),
+        (norms((1.0, 2.0), (2.1, 2.0)), "triton", "composite"),
+        (norms((2.1, 2.0), (1.0, 2.0)), "composite", "composite"),
+        (norms((1.0, 2.0), (1.0, 2.0), errors={"grad_x": WRONG}), "composite", "composite"),
+        (norms((1.0, 2.0), (1.0, 2.0), backend="token_norms:triton"), "composite", "composite"),
+        (norms((None, 2.0), (1.0, 2.0)), "composite", "composite"),
+        (norms((1.0, None), (1.0, 2.0)), "composite", "composite"),
+        ([row for row in norms((1.0, 2.0), (1.0, 2.0)) if row.get("mode") != "backward"], "triton", "composite"),
     ],
-    ids=["won both", "slower backward", "wrong", "never judged", "not raced", "torch's not raced", "forward alone"],
+    ids=["won both", "slow backward", "slow forward", "wrong", "never judged", "not raced", "torch's not", "cut"],
 )
-def test_norms_have_rows_too(rows, winner):
-    assert adopt.defaults(rows, "sm_90") == {NORM: winner}
+def test_norms_have_rows_too(rows, forward, training):
+    assert adopt.defaults(rows, "sm_90") == {NORM: forward, NORM._replace(gradients=True): training}
 
 
 @pytest.mark.parametrize(
