@@ -29,6 +29,7 @@ ONE = Measurement(
     tokens=21,
     heads=6,
     gradients=False,
+    statistics=False,
     features=(),
     backend="reference",
     wrong={},
@@ -101,6 +102,7 @@ class TestWhatCounts:
         recorded(ONE)
         explanation = explain(X)
         assert (explanation.backend, explanation.decided_by) == ("reference", "your calibration, measured 2026-11-30")
+        assert explain(X, outputs=("lse",)).backend != "reference"
         for other in (X.double(), X[..., :8], X.repeat(1, 9, 1, 1), X.repeat(1, 1, 4, 1), X.clone().requires_grad_()):
             assert chosen(other) != "reference"
         with torch.no_grad():

@@ -29,7 +29,7 @@ DECLARED = Requirements(("cuda",), (torch.float16, torch.bfloat16), (16, 128), (
 CALL = Request("attention", "cuda", 90, torch.float16, 64)
 GPU = torch.device("cuda", 0)
 SIZE = Workload(272, 128, gradients=False)
-ROW = Key("attention", "sm_90", "float16", 64, 272, 128, False, ())
+ROW = Key("attention", "sm_90", "float16", 64, 272, 128, False, False, ())
 
 
 def a_table(name, **backends):
@@ -202,6 +202,7 @@ class TestMeasurements:
             {"workload": SIZE._replace(heads=512)},
             {"workload": SIZE._replace(tokens=2048)},
             {"workload": SIZE._replace(gradients=True)},
+            {"workload": SIZE._replace(statistics=True)},
             {"workload": None},
         ],
         ids=str,
@@ -236,7 +237,7 @@ class TestMeasurements:
         x = torch.zeros(1)
         assert preferences.workload("attention", GPU, 90, 201, 12, (x,)) is None
         monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="c"),))
-        assert preferences.workload("attention", GPU, 90, 201, 12, (x,)) == (272, 32, False, "")
+        assert preferences.workload("attention", GPU, 90, 201, 12, (x,)) == (272, 32, False, False, "")
         assert preferences.workload("attention", GPU, 80, 201, 12, (x,)) is None
         assert preferences.workload("residual_norm", GPU, 90, 201, 12, (x,)) is None
         assert preferences.workload("attention", torch.device("cpu"), 0, 201, 12, (x,)) is None
@@ -257,7 +258,7 @@ class TestMeasurements:
         """SDPA of a CPU too, by the instruction set that runs there."""
         device = devices.kind("cpu", 0)
         assert device == (f"cpu_{library.isa()}" if library.isa() else "cpu")
-        key = Key("attention", device, "float32", 16, 64, 32, False, ())
+        key = Key("attention", device, "float32", 16, 64, 32, False, False, ())
         monkeypatch.setattr(preferences, "TABLES", (Table.of("mine", {key: Default("sdpa", "2026-12-01")}),))
         query = views(make_qkv(Spec()))[0]
         explanation = explain(query)
@@ -273,7 +274,7 @@ class TestMeasurements:
             "token_norms": partial(functional.token_norms, x),
             "assemble": partial(functional.assemble_tokens, x),
         }
-        key = Key(op, devices.kind("cpu", 0), "float32", 16, 64, 32, False, ())
+        key = Key(op, devices.kind("cpu", 0), "float32", 16, 64, 32, False, False, ())
         ran = []
         for name in ("reference", "composite"):
             monkeypatch.setattr(preferences, "TABLES", (Table.of("a table", {key: Default(name, "2026-12-01")}),))

@@ -158,7 +158,7 @@ def _key(row: Row, of_op: Race, device: str, gradients: bool) -> Key:
     """What the race decides for: calls without a mask, rotation or any other feature, like its own."""
     size = tables.size_of(row["tokens"], row["batch"] * row.get("heads", 1))
     dtype = str(DTYPES[row["dtype"]]).removeprefix("torch.")
-    return Key(of_op.op, device, dtype, row[of_op.width], *size, gradients, features=())
+    return Key(of_op.op, device, dtype, row[of_op.width], *size, gradients, statistics=False, features=())
 
 
 def _lead(backend: str, incumbent: str, cases: Sequence[Mapping[str, float]]) -> float | None:

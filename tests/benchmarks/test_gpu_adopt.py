@@ -13,7 +13,7 @@ from vitreg_kernels.dispatch.tables import Default, Key
 RIGHT = {"max": 1e-3, "mean": 1e-4, "eager_max": 2e-3, "eager_mean": 2e-4, "passed": True}
 WRONG = RIGHT | {"max": 1.0, "passed": False}
 # 64 x 16 heads are more than the last bucket.
-SIZE = Key("attention", "sm_90", "bfloat16", 64, 272, 0, False, ())
+SIZE = Key("attention", "sm_90", "bfloat16", 64, 272, 0, False, False, ())
 TRAINING = SIZE._replace(gradients=True)
 
 
@@ -266,7 +266,7 @@ def norm_race(variant, median_ms, **changes):
     return fields | changes
 
 
-NORM = Key("residual_norm", "sm_90", "bfloat16", 768, 272, 128, False, ())
+NORM = Key("residual_norm", "sm_90", "bfloat16", 768, 272, 128, False, False, ())
 
 
 def norms(forward, backward, **judged):

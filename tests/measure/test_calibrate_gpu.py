@@ -171,7 +171,7 @@ def test_the_choice_by_gpu_can_be_traced(gpu, monkeypatch):
     """What the compiler sees of a GPU's call: its name is a constant, and its graph has the calibrated backend."""
     torch.compiler.reset()
     one = calibration.Measurement(
-        "attention", NAME, "float16", 16, 22, 4, False, (), "triton", {}, {"triton": 1.0}, {}, "2026-11-30"
+        "attention", NAME, "float16", 16, 22, 4, False, False, (), "triton", {}, {"triton": 1.0}, {}, "2026-11-30"
     )
     calibration.record([one])
     dispatch.read_calibration()

@@ -104,7 +104,8 @@ def calibrated() -> str:
     contents = calibration.read()
     lines = [
         f"  {one.op}: {one.tokens} tokens, {one.heads} {'heads' if one.op == 'attention' else 'images'}, {one.dtype}"
-        f"{', ' + ', '.join(one.features) if one.features else ''}{', training' if one.gradients else ''}: "
+        f"{', ' + ', '.join(one.features) if one.features else ''}{', training' if one.gradients else ''}"
+        f"{', with statistics' if one.statistics else ''}: "
         f"{one.backend or 'default kept'}{''.join(f', {name} was wrong' for name in one.wrong)} ({one.date})"
         for one in contents.measurements
     ]

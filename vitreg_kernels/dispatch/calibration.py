@@ -31,7 +31,7 @@ NAME = "your calibration"
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("op", "device", "dtype", "date"), str),
     **dict.fromkeys(("width", "tokens", "heads"), int),
-    "gradients": bool,
+    **dict.fromkeys(("gradients", "statistics"), bool),
     "backend": (str, type(None)),
     **dict.fromkeys(("wrong", "times_ms"), dict),
 }
@@ -46,7 +46,7 @@ class Measurement(NamedTuple):
     """What was measured of one call, on one machine.
 
     Attributes:
-        op, device, dtype, width, gradients, features: as of ``tables.Key``.
+        op, device, dtype, width, gradients, statistics, features: as of ``tables.Key``.
         tokens, heads: of the call itself, not their buckets.
         backend: the one that is to be the default; ``None`` where none was clearly the fastest.
         wrong: the backends that broke the accuracy rule, each with what was wrong.
@@ -62,6 +62,7 @@ class Measurement(NamedTuple):
     tokens: int
     heads: int
     gradients: bool
+    statistics: bool
     features: tuple[str, ...]
     backend: str | None
     wrong: Mapping[str, str]
@@ -73,7 +74,7 @@ class Measurement(NamedTuple):
     def key(self) -> Key:
         """What it decides for."""
         size = tables.size_of(self.tokens, self.heads)
-        return Key(self.op, self.device, self.dtype, self.width, *size, self.gradients, self.features)
+        return Key(self.op, self.device, self.dtype, self.width, *size, self.gradients, self.statistics, self.features)
 
     @property
     def call(self) -> tuple[Any, ...]:

@@ -48,7 +48,14 @@ def read_calibration() -> None:
 
 
 def workload(
-    op: str, device: torch.device, capability: int, tokens: int, heads: int, inputs: Iterable[Tensor | None]
+    op: str,
+    device: torch.device,
+    capability: int,
+    tokens: int,
+    heads: int,
+    inputs: Iterable[Tensor | None],
+    *,
+    statistics: bool = False,
 ) -> Workload | None:
     """What measurements tell apart of a call where some table has rows of its op on its device, elsewhere ``None``.
 
@@ -58,18 +65,20 @@ def workload(
         op, device, capability: of the call.
         tokens, heads: as ``tables.size_of`` takes them.
         inputs: what the op gives gradients of.
+        statistics: as of ``Workload``.
     """
     for table in TABLES:
         if table.covers and (op, _device(table, device, capability)) in table.covers:
             gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-            return of_size(device, tokens, heads, gradients=gradients)
+            return of_size(device, tokens, heads, gradients=gradients, statistics=statistics)
     return None
 
 
-def of_size(device: torch.device, tokens: int, heads: int, *, gradients: bool) -> Workload:
+def of_size(device: torch.device, tokens: int, heads: int, *, gradients: bool, statistics: bool = False) -> Workload:
     """The workload of a call with so many tokens an image and heads, or images, in all."""
     named = device.type == "cuda" and any(table.of_one_gpu for table in TABLES)
-    return Workload(*tables.size_of(tokens, heads), gradients, devices.gpu(device) if named else "")
+    gpu = devices.gpu(device) if named else ""
+    return Workload(*tables.size_of(tokens, heads), gradients, statistics, gpu)
 
 
 def measured(request: Request) -> Measured | None:
@@ -120,10 +129,10 @@ def suggest_calibration(device: str) -> None:
 
 def key_of(request: Request, device: str) -> Key:
     """What a row decides for that is made for such a call, its workload known, on a device of that name."""
-    tokens, heads, gradients, _ = request.workload
+    tokens, heads, gradients, statistics, _ = request.workload
     dtype = str(request.dtype).removeprefix("torch.")
     width = request.head_dim or request.channels or 0
-    return Key(request.op, device, dtype, width, tokens, heads, gradients, request.features)
+    return Key(request.op, device, dtype, width, tokens, heads, gradients, statistics, request.features)
 
 
 def _key(table: Table, request: Request) -> Key:

@@ -38,12 +38,14 @@ class Workload(NamedTuple):
     Attributes:
         tokens, heads: buckets, as in ``tables.Size``.
         gradients: whether a backward will follow.
+        statistics: whether more than the output is asked for.
         gpu: the GPU's own name where a table has rows of single GPUs; empty elsewhere.
     """
 
     tokens: int
     heads: int
     gradients: bool
+    statistics: bool = False
     gpu: str = ""
 
 

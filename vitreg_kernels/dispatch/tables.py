@@ -5,7 +5,7 @@ A file is of one device, ``sm_90.json`` or ``cpu_amx.json``. It holds lists of f
     {
         "defaults": [
             {"op": "attention", "device": "sm_90", "dtype": "bfloat16", "width": 64, "tokens": 272, "heads": 512,
-             "gradients": true, "features": [], "backend": "triton", "date": "2026-12-01"}
+             "gradients": true, "statistics": false, "features": [], "backend": "triton", "date": "2026-12-01"}
         ],
         "attention_tiles": [
             {"kernel": "forward", "bits": 16, "width": 64, "tokens": 272,
@@ -14,7 +14,7 @@ A file is of one device, ``sm_90.json`` or ``cpu_amx.json``. It holds lists of f
     }
 
 A row of ``defaults`` decides for calls of its own op, dtype, head dim or channels, size and features, with or without
-gradients, and for no others. What a user measures is kept elsewhere, see ``calibration``.
+gradients and statistics, and for no others. What a user measures is kept elsewhere, see ``calibration``.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Key(NamedTuple):
         width: head dim of an op that has heads, channels of one that takes whole tokens; 0 where there is neither.
         tokens, heads: as in ``Size``.
         gradients: whether a backward will follow.
+        statistics: whether more than the output is asked for.
         features: what a call uses beyond the plain one, in the order of the op's vocabulary.
     """
 
@@ -63,6 +64,7 @@ class Key(NamedTuple):
     tokens: int
     heads: int
     gradients: bool
+    statistics: bool
     features: tuple[str, ...]
 
 

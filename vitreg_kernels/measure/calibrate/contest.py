@@ -82,7 +82,9 @@ class Outcome(NamedTuple):
 
 def request_of(subject: Subject, call: Call, gradients: bool, device: torch.device) -> Request:
     """What a user's call asks of a backend, told apart as measurements are."""
-    workload = preferences.of_size(device, subject.tokens, subject.heads, gradients=gradients)
+    workload = preferences.of_size(
+        device, subject.tokens, subject.heads, gradients=gradients, statistics=subject.statistics
+    )
     return call.request._replace(device=device.type, capability=capability(device), workload=workload)
 
 
@@ -145,6 +147,7 @@ def measurement_of(outcome: Outcome, device: torch.device, date: str) -> Measure
         tokens=subject.tokens,
         heads=subject.heads,
         gradients=outcome.gradients,
+        statistics=subject.statistics,
         features=key.features,
         backend=outcome.backend if outcome.decided else None,
         wrong=dict(outcome.wrong),

@@ -40,6 +40,7 @@ class Subject:
         tokens, heads: of a call, as ``tables.size_of`` takes them.
         make: ``make(gradients)`` gives the call, with or without its backward.
         has_gradients: whether the op has any.
+        statistics: whether it asks for more than the output.
         images: those that the oracle is asked about, each by itself; none where it takes the call as a whole.
     """
 
@@ -49,6 +50,7 @@ class Subject:
     heads: int
     make: Callable[[bool], Call]
     has_gradients: bool = True
+    statistics: bool = False
     images: tuple[int, ...] = ()
 
     @property
@@ -240,6 +242,7 @@ def _attention(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
         tokens=longest,
         heads=images * heads,
         make=make,
+        statistics=bool(options.get("outputs")),
         images=() if packed else tuple(sorted({0, batch // 2, batch - 1})),
     )
 

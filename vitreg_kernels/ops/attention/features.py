@@ -70,6 +70,12 @@ def request_of(inputs: AttentionInputs, differentiable: tuple[Tensor, ...] | Non
         images, tokens = inputs.cu_seqlens.shape[0] - 1, inputs.max_seqlen
     device, of_gpu = query.device, capability(query.device)
     workload = preferences.workload(
-        "attention", device, of_gpu, tokens, images * heads, differentiable or (query, inputs.key, inputs.value)
+        "attention",
+        device,
+        of_gpu,
+        tokens,
+        images * heads,
+        differentiable or (query, inputs.key, inputs.value),
+        statistics=bool(inputs.outputs),
     )
     return Request("attention", device.type, of_gpu, query.dtype, head_dim, None, tuple(features), workload)
