@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ ONE = Measurement(
     tokens=21,
     heads=6,
     gradients=False,
-    statistics=False,
+    variant="separate",
     features=(),
     backend="reference",
     wrong={},
@@ -109,7 +110,7 @@ class TestWhatCounts:
             assert chosen(X.clone().requires_grad_()) == "reference"
 
     def test_a_packed_projection_with_gradients_is_a_call_with_gradients(self, cache, change_backends):
-        recorded(ONE._replace(gradients=True))
+        recorded(ONE._replace(gradients=True, variant="packed projection"))
         ran = []
         forward = dispatch.find(preferences_of("attention"), "reference").forward
         change_backends("reference", op="attention", forward=lambda x: ran.append(1) or forward(x))
@@ -135,11 +136,21 @@ class TestWhatCounts:
         recorded(ONE, ONE._replace(tokens=20))
         assert chosen() == "reference"
         recorded(ONE._replace(tokens=20, backend="sdpa"))
-        assert explain(X).decided_by == "the declared order"
+        assert explain(X).decided_by == (
+            "the declared order (your calibration found different backends fastest for calls like this: "
+            "reference at 21 tokens and 6 heads, sdpa at 20 tokens and 6 heads)"
+        )
+
+    @pytest.mark.parametrize(("ms", "agrees"), [(2.05, True), (2.5, False)])
+    def test_one_that_nobody_won_clearly_agrees_with_whom_it_found_no_slower(self, cache, ms, agrees):
+        recorded(ONE, ONE._replace(tokens=20, backend=None, times_ms={"reference": ms, "sdpa": 2.0}))
+        assert (chosen() == "reference") is agrees
+        if not agrees:
+            assert "found reference fastest for calls like this, but not at 20 tokens" in explain(X).decided_by
 
     def test_a_new_measurement_takes_the_place_of_the_old(self, cache):
         recorded(ONE)
-        recorded(ONE._replace(backend="sdpa", date="2026-12-01"))
+        recorded(ONE._replace(backend="sdpa", times_ms={"sdpa": 1.0}, date="2026-12-01"))
         assert explain(X).decided_by == "your calibration, measured 2026-12-01"
         assert len(calibration.read().measurements) == 1
 
@@ -160,12 +171,16 @@ class TestWhatCounts:
         dispatch.read_calibration()
         explanation = explain(X)
         assert explanation.backend != "reference"
-        assert f"1 of 1 measurements in {cache} are of {said}" in explanation.decided_by
+        assert f"1 of the 1 measurements in {cache} are of {said}" in explanation.decided_by
         recorded(ONE)
         assert chosen() == "reference"
         assert len(json.loads(cache.read_text())["entries"]) == 2, "the other machine's is kept"
 
-    @pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}', '{"format": 1, "entries": [{}]}', "\0"])
+    @pytest.mark.parametrize(
+        "text",
+        ["{", "[]", '{"format": 99}', '{"format": 1, "entries": [{}]}', "\0", "[" * 100_000],
+        ids=lambda t: t[:9],
+    )
     def test_a_broken_file_is_told_and_ignored(self, cache, text):
         before = chosen()
         cache.parent.mkdir(exist_ok=True)
@@ -176,6 +191,44 @@ class TestWhatCounts:
         assert "cannot be read" in explain(X).decided_by
         recorded(ONE)
         assert chosen() == "reference"
+
+    @pytest.mark.parametrize("what", ["a folder", "a pipe", "too large", "no home", "warnings are errors"])
+    def test_nothing_keeps_the_library_from_being_imported(self, cache, monkeypatch, what):
+        cache.parent.mkdir(exist_ok=True)
+        if what == "a folder":
+            cache.mkdir()
+        elif what == "a pipe":
+            os.mkfifo(cache)
+        elif what == "too large":
+            cache.write_text(" " * (calibration._LARGEST + 1))
+        elif what == "no home":
+            monkeypatch.setenv("VITREG_CACHE_DIR", "~nosuchuser")
+        else:
+            cache.write_text("{")
+        with warnings.catch_warnings(record=what != "warnings are errors"):
+            warnings.simplefilter("error" if what == "warnings are errors" else "always")
+            assert "cannot be read" in calibration.table().ignored
+        monkeypatch.setenv("VITREG_CACHE_DIR", str(cache.parent / "elsewhere"))
+
+    def test_what_was_measured_again_is_not_told_of(self, cache):
+        """After an update nobody hears for ever of what was measured before it."""
+        recorded(ONE)
+        contents = json.loads(cache.read_text())
+        contents["entries"][0]["machine"]["torch"] = "1.0"
+        cache.write_text(json.dumps(contents))
+        assert calibration.read().ignored
+        recorded(ONE)
+        assert not calibration.read().ignored
+
+    @pytest.mark.parametrize(
+        ("told", "version"),
+        [
+            ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  Wed Feb", "570.124.06"),
+            ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build", "550.54.15"),
+        ],
+    )
+    def test_the_driver_s_version(self, told, version):
+        assert calibration._DRIVER.search(told).group(1) == version
 
     @pytest.mark.parametrize(
         "change", [{"tokens": "x"}, {"features": 1}, {"wrong": 3}, {"errors": {"a": 1}}, {"machine": 1}], ids=str
@@ -202,15 +255,24 @@ class TestWhatCounts:
         monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
         devices._gpu.cache_clear()
         key = "NVIDIA H200, 132 multiprocessors"
-        recorded(ONE._replace(device=key, dtype="bfloat16", width=64, tokens=261, heads=1024, backend="triton"))
+        recorded(
+            ONE._replace(
+                device=key,
+                dtype="bfloat16",
+                width=64,
+                tokens=261,
+                heads=1024,
+                backend="triton",
+                times_ms={"triton": 1.0},
+            )
+        )
         assert not asked, "no GPU is touched before it is used"
 
         def row(index: int):
             device = torch.device("cuda", index)
-            workload = preferences.workload("attention", device, 90, 261, 1024, ())
-            return preferences.measured(
-                dispatch.Request("attention", "cuda", 90, torch.bfloat16, 64, workload=workload)
-            )
+            request = dispatch.Request("attention", "cuda", 90, torch.bfloat16, 64)
+            workload = preferences.workload(request, device, 261, 1024, ())
+            return workload and preferences.measured(request._replace(workload=workload._replace(variant="separate")))
 
         assert row(0) == ("triton", "2026-11-30", "your calibration")
         assert row(1) is None
@@ -253,7 +315,7 @@ class TestWriting:
 
 def test_the_compiler_takes_what_was_calibrated(cache, dynamo, change_backends):
     """In one graph, with its size as a guard."""
-    recorded(ONE, ONE._replace(gradients=True, backend="sdpa"))
+    recorded(ONE, ONE._replace(gradients=True, backend="sdpa", times_ms={"sdpa": 1.0}))
     ran = []
     for name in ("reference", "sdpa"):
         forward = dispatch.find(preferences_of("attention"), name).forward

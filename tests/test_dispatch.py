@@ -29,7 +29,7 @@ DECLARED = Requirements(("cuda",), (torch.float16, torch.bfloat16), (16, 128), (
 CALL = Request("attention", "cuda", 90, torch.float16, 64)
 GPU = torch.device("cuda", 0)
 SIZE = Workload(272, 128, gradients=False)
-ROW = Key("attention", "sm_90", "float16", 64, 272, 128, False, False, ())
+ROW = Key("attention", "sm_90", "float16", 64, 272, 128, False, "", ())
 
 
 def a_table(name, **backends):
@@ -202,7 +202,7 @@ class TestMeasurements:
             {"workload": SIZE._replace(heads=512)},
             {"workload": SIZE._replace(tokens=2048)},
             {"workload": SIZE._replace(gradients=True)},
-            {"workload": SIZE._replace(statistics=True)},
+            {"workload": SIZE._replace(variant="packed projection")},
             {"workload": None},
         ],
         ids=str,
@@ -234,19 +234,24 @@ class TestMeasurements:
 
     def test_sizes_are_told_apart_where_there_are_rows_only(self, monkeypatch):
         """Elsewhere a graph that is compiled for any size stays so."""
-        x = torch.zeros(1)
-        assert preferences.workload("attention", GPU, 90, 201, 12, (x,)) is None
+
+        def workload(call=CALL, tokens=201, heads=100, device=GPU):
+            return preferences.workload(call, device, tokens, heads, (torch.zeros(1),))
+
+        assert workload() is None
         monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="c"),))
-        assert preferences.workload("attention", GPU, 90, 201, 12, (x,)) == (272, 32, False, False, "")
-        assert preferences.workload("attention", GPU, 80, 201, 12, (x,)) is None
-        assert preferences.workload("residual_norm", GPU, 90, 201, 12, (x,)) is None
-        assert preferences.workload("attention", torch.device("cpu"), 0, 201, 12, (x,)) is None
+        assert workload() == (272, 128, False, "", "")
+        for change in ({"op": "residual_norm"}, {"capability": 80}, {"dtype": torch.float32}, {"head_dim": 80}):
+            assert workload(CALL._replace(**change)) is None
+        assert [workload(tokens=n) is None for n in (64, 65, 272, 273)] == [True, False, False, True]
+        assert [workload(heads=n) is None for n in (32, 33, 128, 129)] == [True, False, False, True]
+        assert workload(CALL._replace(device="cpu", capability=0), device=torch.device("cpu")) is None
 
     def test_calls_with_gradients_are_told_from_those_without(self, monkeypatch):
         monkeypatch.setattr(preferences, "TABLES", (a_table("a table", _272="c"),))
 
         def gradients(*inputs):
-            return preferences.workload("attention", GPU, 90, 201, 12, inputs).gradients
+            return preferences.workload(CALL, GPU, 201, 100, inputs).gradients
 
         plain, wanted = torch.zeros(1), torch.zeros(1, requires_grad=True)
         assert gradients(None, plain, wanted)
@@ -258,7 +263,7 @@ class TestMeasurements:
         """SDPA of a CPU too, by the instruction set that runs there."""
         device = devices.kind("cpu", 0)
         assert device == (f"cpu_{library.isa()}" if library.isa() else "cpu")
-        key = Key("attention", device, "float32", 16, 64, 32, False, False, ())
+        key = Key("attention", device, "float32", 16, 64, 32, False, "separate", ())
         monkeypatch.setattr(preferences, "TABLES", (Table.of("mine", {key: Default("sdpa", "2026-12-01")}),))
         query = views(make_qkv(Spec()))[0]
         explanation = explain(query)
@@ -274,7 +279,8 @@ class TestMeasurements:
             "token_norms": partial(functional.token_norms, x),
             "assemble": partial(functional.assemble_tokens, x),
         }
-        key = Key(op, devices.kind("cpu", 0), "float32", 16, 64, 32, False, False, ())
+        variant = "LayerNorm to float32" if op == "residual_norm" else ""
+        key = Key(op, devices.kind("cpu", 0), "float32", 16, 64, 32, False, variant, ())
         ran = []
         for name in ("reference", "composite"):
             monkeypatch.setattr(preferences, "TABLES", (Table.of("a table", {key: Default(name, "2026-12-01")}),))
@@ -394,8 +400,8 @@ class TestAttention:
         backends = ABLE, SDPA
 
         def chosen(x):
-            workload = preferences.workload("attention", GPU, 90, x.shape[0], x.shape[2], (x,))
-            call = CALL._replace(dtype=x.dtype, head_dim=x.shape[1], workload=workload)
+            call = CALL._replace(dtype=x.dtype, head_dim=x.shape[1])
+            call = call._replace(workload=preferences.workload(call, GPU, x.shape[0], x.shape[2], (x,)))
             return x + 1 if dispatch.select(backends, call, None) is ABLE else x - 1
 
         counter = CompileCounterWithBackend("eager")

@@ -14,7 +14,7 @@ import datetime
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +26,10 @@ from benchmarks.gpu.stage import load
 from benchmarks.results import Row
 from benchmarks.shapes import DTYPES
 from vitreg_kernels.dispatch import tables
+from vitreg_kernels.dispatch.calibration import LEAST_LEAD
 from vitreg_kernels.dispatch.tables import Default, Key
-from vitreg_kernels.measure.calibrate.contest import LEAST_LEAD
+from vitreg_kernels.ops.attention import features as attention_features
+from vitreg_kernels.ops.residual_norm import features as norm_features
 
 # Backends that may be the default in the place of torch's own choice: what everybody has who has torch.
 CHALLENGERS = ("triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
@@ -43,6 +45,7 @@ class Race(NamedTuple):
         modes: those that a backend has to win to be the default without gradients, and with.
         case: fields that tell one race from another.
         width: the field of a row that the table calls so.
+        variant: what a row's calls are called in the table.
         incumbent: torch's own choice, the default where nothing is measured.
     """
 
@@ -52,7 +55,19 @@ class Race(NamedTuple):
     modes: Mapping[bool, tuple[str, ...]]
     case: tuple[str, ...]
     width: str
+    variant: Callable[[Row], str]
     incumbent: str
+
+
+def _of_attention(row: Row) -> str:
+    return attention_features.variant_of(packed_projection=row["layout"] == "packed", statistics=False)
+
+
+def _of_norm(row: Row) -> str:
+    dtype = DTYPES[row["dtype"]]
+    return norm_features.variant_of(
+        rms=row["norm"] == "RMSNorm", branch=dtype, scaled=True, dropped=False, normalized=dtype
+    )
 
 
 RACES = (
@@ -63,6 +78,7 @@ RACES = (
         {False: ("forward",), True: ("forward+backward",)},
         ("layout", "dtype", "batch", "heads", "tokens", "head_dim", "mode"),
         "head_dim",
+        _of_attention,
         "sdpa",
     ),
     Race(
@@ -72,6 +88,7 @@ RACES = (
         {False: ("forward",), True: ("forward", "backward")},
         ("norm", "dtype", "batch", "tokens", "channels", "memory", "mode"),
         "channels",
+        _of_norm,
         "composite",
     ),
 )
@@ -106,13 +123,15 @@ def adopt(file: Path, folder: Path) -> dict[Key, Default]:
         raise ValueError(f"{file} must be of a run on a GPU, not on {device}: run `make gpu` on one")
     winners = {key: Default(backend, _date(file)) for key, backend in defaults(rows, device).items()}
     if not winners:
-        raise ValueError(f"{file} holds no race that counts: run `make gpu` with its stages accuracy, race and norms")
+        raise ValueError(
+            f"{file} holds no race that counts: run `make gpu` until nothing is unfinished of accuracy, race and norms"
+        )
     tables.adopt(folder, winners)
     return winners
 
 
 def defaults(rows: Sequence[Row], device: str) -> dict[Key, str]:
-    """The default of each size that was raced on a device."""
+    """The default of each size that was raced in every mode on a device, by a run that judged all it had to."""
     winners = {}
     for of_op in RACES:
         sizes: dict[Key, dict[tuple, dict[str, float]]] = {}  # milliseconds by backend, of each case
@@ -125,13 +144,15 @@ def defaults(rows: Sequence[Row], device: str) -> dict[Key, str]:
                     times = sizes.setdefault(key, {}).setdefault(_case(row, of_op), {})
                     if row["median_ms"] is not None:
                         times[_backend(row)] = row["median_ms"]
-        judged = _finished(rows, of_op.stage)
+        if not _finished(rows, of_op.stage):
+            continue
         for key, cases in sizes.items():
-            every_mode = {case[of_op.case.index("mode")] for case in cases} == set(of_op.modes[key.gradients])
+            if {case[of_op.case.index("mode")] for case in cases} != set(of_op.modes[key.gradients]):
+                continue
             leads = {
                 challenger: lead
                 for challenger in CHALLENGERS
-                if judged and every_mode and _passed(rows, of_op, challenger, key.dtype)
+                if _passed(rows, of_op, challenger, key.dtype)
                 if (lead := _lead(challenger, of_op.incumbent, list(cases.values()))) is not None
             }
             winners[key] = max(leads, key=leads.__getitem__, default=of_op.incumbent)
@@ -158,7 +179,7 @@ def _key(row: Row, of_op: Race, device: str, gradients: bool) -> Key:
     """What the race decides for: calls without a mask, rotation or any other feature, like its own."""
     size = tables.size_of(row["tokens"], row["batch"] * row.get("heads", 1))
     dtype = str(DTYPES[row["dtype"]]).removeprefix("torch.")
-    return Key(of_op.op, device, dtype, row[of_op.width], *size, gradients, statistics=False, features=())
+    return Key(of_op.op, device, dtype, row[of_op.width], *size, gradients, of_op.variant(row), features=())
 
 
 def _lead(backend: str, incumbent: str, cases: Sequence[Mapping[str, float]]) -> float | None:

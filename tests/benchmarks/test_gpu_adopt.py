@@ -13,7 +13,7 @@ from vitreg_kernels.dispatch.tables import Default, Key
 RIGHT = {"max": 1e-3, "mean": 1e-4, "eager_max": 2e-3, "eager_mean": 2e-4, "passed": True}
 WRONG = RIGHT | {"max": 1.0, "passed": False}
 # 64 x 16 heads are more than the last bucket.
-SIZE = Key("attention", "sm_90", "bfloat16", 64, 272, 0, False, False, ())
+SIZE = Key("attention", "sm_90", "bfloat16", 64, 272, 0, False, "packed projection", ())
 TRAINING = SIZE._replace(gradients=True)
 
 
@@ -79,7 +79,7 @@ def both(triton_ms, sdpa_ms, **changes):
     return [row for mode in ("forward", "forward+backward") for row in one(triton_ms, sdpa_ms, mode=mode, **changes)]
 
 
-WON = [*both(1.0, 2.0), *both(1.0, 2.0, tokens=201), *both(1.0, 2.0, layout="separate"), accuracy(), stage()]
+WON = [*both(1.0, 2.0), *both(1.0, 2.0, tokens=201), *both(1.0, 2.0, batch=128), accuracy(), stage()]
 
 
 def test_what_won_everywhere_and_passed_is_the_default():
@@ -93,9 +93,9 @@ def test_what_won_everywhere_and_passed_is_the_default():
         [accuracy(dtype="fp16", errors={"output": WRONG})],
         [accuracy(case="201 tokens", errors=None, deterministic=None, crash="IndexError: out of its bounds")],
         [accuracy(case="201 tokens", deterministic=False)],
-        both(1.96, 2.0, layout="separate", tokens=201),
-        [race("vitreg:triton", 1.0, layout="separate", tokens=201, mode=m) for m in ("forward", "forward+backward")],
-        [race("vitreg:triton", None, layout="separate", tokens=201, reason="broke", failed=True, errors=None)],
+        both(1.96, 2.0, tokens=201, batch=128),
+        [race("vitreg:triton", 1.0, tokens=201, batch=128, mode=m) for m in ("forward", "forward+backward")],
+        [race("vitreg:triton", None, tokens=201, batch=128, reason="broke", failed=True, errors=None)],
         [race("vitreg:triton", 1.0, layout="multicrop", errors={"output": WRONG})],
     ],
     ids=[
@@ -115,15 +115,15 @@ def test_one_blot_leaves_it_to_sdpa(rows):
 
 @pytest.mark.parametrize("last", [stage(unfinished=1), stage(unfinished=None, error="boom"), None], ids=str)
 def test_a_stage_that_was_not_finished_settles_nothing(last):
-    """The case that was not reached may be the one that fails."""
+    """The case that was not reached may be the one that fails; what was settled before stays."""
     rows = [row for row in WON if row["kind"] != "stage"] + [row for row in [last] if row]
-    assert set(adopt.defaults(rows, "sm_90").values()) == {"sdpa"}
+    assert adopt.defaults(rows, "sm_90") == {}
     assert set(adopt.defaults([*rows, stage()], "sm_90").values()) == {"triton"}
 
 
 @pytest.mark.parametrize(("gradients", "mode"), [(False, "forward"), (True, "forward+backward")])
 def test_with_gradients_and_without_are_settled_apart(gradients, mode):
-    rows = WON + one(2.1, 2.0, layout="separate", tokens=201, mode=mode)
+    rows = WON + one(2.1, 2.0, tokens=201, batch=128, mode=mode)
     lost, won = (TRAINING, SIZE) if gradients else (SIZE, TRAINING)
     assert adopt.defaults(rows, "sm_90") == {lost: "sdpa", won: "triton"}
 
@@ -132,8 +132,8 @@ def test_of_several_the_fastest_over_all_cases():
     """torch's own kernels one by one are contenders too; what not everybody has is none."""
     cudnn = [
         *(
-            race("vitreg:sdpa_cudnn", ms, mode="forward", tokens=n, layout=layout)
-            for ms, n, layout in ((0.5, 261, "packed"), (0.9, 201, "packed"), (0.9, 261, "separate"))
+            race("vitreg:sdpa_cudnn", ms, mode="forward", tokens=n, batch=batch)
+            for ms, n, batch in ((0.5, 261, 64), (0.9, 201, 64), (0.9, 261, 128))
         ),
         accuracy("sdpa_cudnn", deterministic=False),
     ]
@@ -266,7 +266,9 @@ def norm_race(variant, median_ms, **changes):
     return fields | changes
 
 
-NORM = Key("residual_norm", "sm_90", "bfloat16", 768, 272, 128, False, False, ())
+NORM = Key(
+    "residual_norm", "sm_90", "bfloat16", 768, 272, 128, False, "LayerNorm, bfloat16 scaled branch to bfloat16", ()
+)
 
 
 def norms(forward, backward, **judged):
@@ -290,12 +292,22 @@ def norms(forward, backward, **judged):
         (norms((1.0, 2.0), (1.0, 2.0), backend="token_norms:triton"), "composite", "composite"),
         (norms((None, 2.0), (1.0, 2.0)), "composite", "composite"),
         (norms((1.0, None), (1.0, 2.0)), "composite", "composite"),
-        ([row for row in norms((1.0, 2.0), (1.0, 2.0)) if row.get("mode") != "backward"], "triton", "composite"),
     ],
-    ids=["won both", "slow backward", "slow forward", "wrong", "never judged", "not raced", "torch's not", "cut"],
+    ids=["won both", "slow backward", "slow forward", "wrong", "never judged", "not raced", "torch's not"],
 )
 def test_norms_have_rows_too(rows, forward, training):
     assert adopt.defaults(rows, "sm_90") == {NORM: forward, NORM._replace(gradients=True): training}
+
+
+def test_a_run_that_was_cut_before_the_backward_settles_the_forward():
+    rows = [row for row in norms((1.0, 2.0), (1.0, 2.0)) if row.get("mode") != "backward"]
+    assert adopt.defaults(rows, "sm_90") == {NORM: "triton"}
+
+
+def test_layouts_are_calls_of_two_kinds():
+    rows = WON + both(2.0, 1.0, layout="separate")
+    separate = {key._replace(variant="separate"): "sdpa" for key in (SIZE, TRAINING)}
+    assert adopt.defaults(rows, "sm_90") == {SIZE: "triton", TRAINING: "triton", **separate}
 
 
 @pytest.mark.parametrize(

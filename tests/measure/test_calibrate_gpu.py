@@ -30,7 +30,7 @@ if mode.INTERPRETING:
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 NAME = "NVIDIA H200, 132 multiprocessors"
-SHAPE = (2, 2, 22, 16)
+SHAPE = (2, 2, 54, 16)
 
 
 @pytest.fixture
@@ -99,16 +99,16 @@ def sleeping(seconds, change_backends, clock):
 
 
 def attention_alone(monkeypatch, compiled):
-    """Of a block's calls the attention; kernels compiled ahead are told, and compiled when they are launched."""
+    """Of a block's calls attention of separate query, key and value; what is compiled ahead is told."""
     of_shape = subjects.of_shape
-    monkeypatch.setattr(run, "of_shape", lambda *arguments, **options: of_shape(*arguments, **options)[:1])
+    monkeypatch.setattr(run, "of_shape", lambda *arguments, **options: of_shape(*arguments, **options)[1:2])
     monkeypatch.setattr(
         run, "compile_ahead", lambda calls, device: compiled.extend(x for call in calls for x in launched(call))
     )
 
 
 def a_call(gradients: bool) -> dispatch.Explanation:
-    workload = preferences.of_size(GPU, SHAPE[2], SHAPE[0] * SHAPE[1], gradients=gradients)
+    workload = preferences.of_size(GPU, SHAPE[2], SHAPE[0] * SHAPE[1], gradients=gradients, variant="separate")
     request = dispatch.Request("attention", "cuda", 90, torch.float16, SHAPE[3], workload=workload)
     return dispatch.explain(OPS["attention"].backends, request, None)
 
@@ -171,7 +171,7 @@ def test_the_choice_by_gpu_can_be_traced(gpu, monkeypatch):
     """What the compiler sees of a GPU's call: its name is a constant, and its graph has the calibrated backend."""
     torch.compiler.reset()
     one = calibration.Measurement(
-        "attention", NAME, "float16", 16, 22, 4, False, False, (), "triton", {}, {"triton": 1.0}, {}, "2026-11-30"
+        "attention", NAME, "float16", 16, 54, 4, False, "separate", (), "triton", {}, {"triton": 1.0}, {}, "2026-11-30"
     )
     calibration.record([one])
     dispatch.read_calibration()
@@ -180,11 +180,13 @@ def test_the_choice_by_gpu_can_be_traced(gpu, monkeypatch):
     triton = dispatch.find(backends, "triton")
 
     def chosen(x):
-        workload = preferences.workload("attention", GPU, 90, x.shape[0], x.shape[1], (x,))
-        request = dispatch.Request("attention", "cuda", 90, x.dtype, 16, workload=workload)
+        request = dispatch.Request("attention", "cuda", 90, x.dtype, 16)
+        workload = preferences.workload(request, GPU, x.shape[0], x.shape[1], (x,))
+        if workload is not None:
+            request = request._replace(workload=workload._replace(variant="separate"))
         return x + 1 if dispatch.select(backends, request, None) is triton else x - 1
 
     compiled = torch.compile(chosen, backend="eager", fullgraph=True)
-    assert compiled(torch.zeros(22, 4, dtype=torch.float16))[0, 0] == 1
+    assert compiled(torch.zeros(54, 4, dtype=torch.float16))[0, 0] == 1
     assert compiled(torch.zeros(1374, 4, dtype=torch.float16))[0, 0] == -1
     torch.compiler.reset()

@@ -72,25 +72,25 @@ def run(asked: argparse.Namespace) -> int:
 
 def table(done: Calibration) -> str:
     """Of each call: what it takes from now on, how far ahead that is, and its error beside that of eager torch."""
-    rows = [("op", "call", "backend", "was", "x the next", "max error", "eager's", "")]
+    rows = [("op", "call", "backend", "before", "x the next", "max error", "eager's", "")]
     for outcome in done.outcomes:
         error = outcome.errors.get(outcome.backend)
         rows.append(
             (
                 outcome.subject.op.replace("_", " "),
-                outcome.subject.size + (", training" if outcome.gradients else ""),
+                f"{outcome.subject}{', training' if outcome.gradients else ''}",
                 outcome.backend,
                 outcome.before,
                 "" if outcome.lead is None else f"{outcome.lead:.2f}",
                 "" if error is None else f"{error.max_error:.1e}",
                 "" if error is None else f"{error.eager_max_error:.1e}",
-                "" if outcome.decided else f"not decided: {outcome.reason}",
+                "" if outcome.decided else f"no change: {outcome.reason}",
             )
         )
     lines = [markdown(rows)]
     for outcome in done.outcomes:
         lines += [
-            f"WRONG, and no default there any more: {name} on {outcome.subject.op}, {outcome.subject.size}: {what}"
+            f"WRONG, and no default there any more: {name} on {outcome.subject.op}, {outcome.subject}: {what}"
             for name, what in outcome.wrong.items()
         ]
     decided = sum(outcome.decided for outcome in done.outcomes)
@@ -101,19 +101,23 @@ def table(done: Calibration) -> str:
 
 def calibrated() -> str:
     """What counts here of what was calibrated, for ``vitreg info``."""
+    if calibration.path() is None:
+        return "calibrated: turned off by VITREG_CALIBRATION=0"
     contents = calibration.read()
-    lines = [
-        f"  {one.op}: {one.tokens} tokens, {one.heads} {'heads' if one.op == 'attention' else 'images'}, {one.dtype}"
-        f"{', ' + ', '.join(one.features) if one.features else ''}{', training' if one.gradients else ''}"
-        f"{', with statistics' if one.statistics else ''}: "
-        f"{one.backend or 'default kept'}{''.join(f', {name} was wrong' for name in one.wrong)} ({one.date})"
-        for one in contents.measurements
-    ]
+    lines = [_line(one) for one in contents.measurements]
     if contents.ignored:
         lines.append(f"  does not count: {contents.ignored}")
     if not lines:
         return "calibrated: nothing; `vitreg calibrate` takes a minute"
     return "\n".join([f"calibrated, in {calibration.path()}:", *lines])
+
+
+def _line(one: calibration.Measurement) -> str:
+    heads = f"{one.heads} {'heads' if one.op == 'attention' else 'images'}"
+    kinds = [one.variant, *one.features, "training" if one.gradients else ""]
+    call = ", ".join([f"{one.tokens} tokens", heads, one.dtype, *filter(None, kinds)])
+    wrong = "".join(f", {name} was wrong" for name in one.wrong)
+    return f"  {one.op}, {call}: {one.backend or 'nobody clearly fastest'}{wrong} ({one.date})"
 
 
 def _calibrate(asked: argparse.Namespace) -> Calibration:

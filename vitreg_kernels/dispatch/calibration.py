@@ -8,6 +8,7 @@ processor or GPU, its driver, torch, triton, and this package down to its kernel
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,17 +27,21 @@ from . import devices, tables
 from .tables import Default, Key, Table
 
 NAME = "your calibration"
+# A backend that is faster by less than this is so by luck.
+LEAST_LEAD = 1.03
 
 # Of the fields of a ``Measurement`` that anything is decided by.
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("op", "device", "dtype", "date"), str),
+    **dict.fromkeys(("op", "device", "dtype", "variant", "date"), str),
     **dict.fromkeys(("width", "tokens", "heads"), int),
-    **dict.fromkeys(("gradients", "statistics"), bool),
+    "gradients": bool,
     "backend": (str, type(None)),
     **dict.fromkeys(("wrong", "times_ms"), dict),
 }
 
 _FORMAT = 1
+_LARGEST = 2**24  # bytes of a file
+_DRIVER = re.compile(r"Kernel Module.*?\s(\d+\.\d[\d.]*)")  # NVIDIA's own module and the open one word it differently
 _PACKAGE = Path(__file__).parents[1]
 # What a time or a result can hang on, beside the code: whichever of them is installed.
 _LIBRARIES = ("torch", "triton", "xformers", "flash_attn", "flash_attn_3", "flash_attn_4")
@@ -46,7 +51,7 @@ class Measurement(NamedTuple):
     """What was measured of one call, on one machine.
 
     Attributes:
-        op, device, dtype, width, gradients, statistics, features: as of ``tables.Key``.
+        op, device, dtype, width, gradients, variant, features: as of ``tables.Key``.
         tokens, heads: of the call itself, not their buckets.
         backend: the one that is to be the default; ``None`` where none was clearly the fastest.
         wrong: the backends that broke the accuracy rule, each with what was wrong.
@@ -62,7 +67,7 @@ class Measurement(NamedTuple):
     tokens: int
     heads: int
     gradients: bool
-    statistics: bool
+    variant: str
     features: tuple[str, ...]
     backend: str | None
     wrong: Mapping[str, str]
@@ -74,7 +79,7 @@ class Measurement(NamedTuple):
     def key(self) -> Key:
         """What it decides for."""
         size = tables.size_of(self.tokens, self.heads)
-        return Key(self.op, self.device, self.dtype, self.width, *size, self.gradients, self.statistics, self.features)
+        return Key(self.op, self.device, self.dtype, self.width, *size, self.gradients, self.variant, self.features)
 
     @property
     def call(self) -> tuple[Any, ...]:
@@ -106,58 +111,73 @@ def path() -> Path | None:
 
 
 def table() -> Table:
-    """The defaults that the user's measurements make. Never raises, and never touches a GPU.
-
-    Where two calls of one bucket were measured to have different fastest backends, neither decides.
-    """
+    """The defaults that the user's measurements make. Never raises, and never touches a GPU."""
     contents = read()
-    backends: dict[Key, set[str]] = {}
-    wrong: dict[Key, dict[str, str]] = {}
-    dates: dict[Key, str] = {}
+    by_key: dict[Key, list[Measurement]] = {}
     for one in contents.measurements:
-        dates[one.key] = max(one.date, dates.get(one.key, ""))
-        if one.backend is not None:
-            backends.setdefault(one.key, set()).add(one.backend)
-        if one.wrong:
-            wrong.setdefault(one.key, {}).update(one.wrong)
-    rows = {
-        key: Default(*names, dates[key])
-        for key, names in backends.items()
-        if len(names) == 1 and not names & wrong.get(key, {}).keys()
-    }
-    return Table.of(NAME, rows, wrong, of_one_gpu=True, ignored=contents.ignored)
+        by_key.setdefault(one.key, []).append(one)
+    rows, wrong, torn = {}, {}, {}
+    for key, group in by_key.items():
+        if its := {name: what for one in group for name, what in one.wrong.items()}:
+            wrong[key] = its
+        winners = {one.backend: one for one in group if one.backend is not None}
+        if len(winners) > 1:
+            found = ", ".join(f"{name} at {one.tokens} tokens and {one.heads} heads" for name, one in winners.items())
+            torn[key] = f"{NAME} found different backends fastest for calls like this: {found}"
+            continue
+        for name in winners.keys() - its.keys():
+            if slower := next((one for one in group if not _is_as_fast(name, one)), None):
+                where = f"at {slower.tokens} tokens and {slower.heads} heads"
+                torn[key] = f"{NAME} found {name} fastest for calls like this, but not {where}"
+            else:
+                rows[key] = Default(name, max(one.date for one in group))
+    return Table.of(NAME, rows, wrong, torn, of_one_gpu=True, ignored=contents.ignored)
+
+
+def _is_as_fast(name: str, one: Measurement) -> bool:
+    """Whether a backend was the fastest of a measurement, or slower by luck."""
+    return name in one.times_ms and one.times_ms[name] < LEAST_LEAD * min(one.times_ms.values())
 
 
 def read() -> Contents:
-    """What the user's file says; a file that cannot be read is told once, in a warning, and counts for nothing."""
-    file = path()
-    if file is None or not file.exists():
-        named = file is not None and os.environ.get("VITREG_CALIBRATION")
-        return Contents((), f"VITREG_CALIBRATION names {file}, which is not there" if named else "")
+    """What the user's file says; one that cannot be read is told in a warning, and counts for nothing. Never raises."""
+    file = None
     try:
-        entries = _entries(file)
-    except (OSError, ValueError) as error:
-        ignored = f"{file} cannot be read ({error}); vitreg calibrate --clear removes it"
-        warnings.warn(f"{NAME} does not count: {ignored}", stacklevel=2)
+        file = path()
+        if file is None or not file.exists():
+            named = file is not None and os.environ.get("VITREG_CALIBRATION")
+            return Contents((), f"VITREG_CALIBRATION names {file}, which is not there" if named else "")
+        return _counting(file, _entries(file))
+    except Exception as error:  # whatever is wrong with a cache, the library has to be imported
+        ignored = f"{file or 'the cache'} cannot be read ({type(error).__name__}: {error})"
+        with contextlib.suppress(Warning):  # where warnings are made errors
+            warnings.warn(f"{NAME} does not count: {ignored}; vitreg calibrate --clear removes it", stacklevel=3)
         return Contents((), ignored)
-    here: dict[bool, dict[str, str]] = {}
-    measurements, reasons = [], []
+
+
+def _counting(file: Path, entries: Sequence[tuple[Mapping[str, str], Measurement]]) -> Contents:
+    """Of the measurements of a file those that were made as things are now, and why the others do not count."""
+    here = {of_gpu: identity_of_machine(gpu=of_gpu) for of_gpu in {devices.is_gpu(one.device) for _, one in entries}}
+    current, others = [], []
     for identity, one in entries:
-        of_gpu = devices.is_gpu(one.device)
-        if of_gpu not in here:
-            here[of_gpu] = identity_of_machine(gpu=of_gpu)
-        if identity == here[of_gpu]:
-            measurements.append(one)
+        now = here[devices.is_gpu(one.device)]
+        if identity == now:
+            current.append(one)
         else:
-            reasons.append(_difference(identity, here[of_gpu]))
+            others.append((one, _difference(identity, now)))
+    anew = {one.call for one in current}
+    reasons = [reason for one, reason in others if one.call not in anew]
     if not reasons:
-        return Contents(tuple(measurements), "")
+        return Contents(tuple(current), "")
     what = "; ".join(dict.fromkeys(reasons))
-    return Contents(tuple(measurements), f"{len(reasons)} of {len(entries)} measurements in {file} are of {what}")
+    return Contents(tuple(current), f"{len(reasons)} of the {len(entries)} measurements in {file} are of {what}")
 
 
 def identity_of_machine(*, gpu: bool) -> dict[str, str]:
-    """What a measurement must have been made with to count, beside the GPU, whose name is in its rows."""
+    """What a measurement must have been made with to count, beside the GPU, whose name is in its rows.
+
+    Of a CPU, the number of threads that torch has when this package is imported: what is set later is not seen.
+    """
     identity = {
         "vitreg_kernels": _version.__version__,
         "kernels": _digest_of_kernels(),
@@ -189,7 +209,7 @@ def record(measurements: Iterable[Measurement]) -> Path:
     with _locked(file):
         try:
             entries = _entries(file) if file.exists() else []
-        except ValueError:
+        except (ValueError, RecursionError):
             entries = []  # it counted for nothing, and had been told
         merged = {(_frozen(identity), one.call): (identity, one) for identity, one in (*entries, *new)}
         text = json.dumps({"format": _FORMAT, "entries": [_row(*entry) for entry in merged.values()]}, indent=1)
@@ -203,45 +223,48 @@ def record(measurements: Iterable[Measurement]) -> Path:
 
 
 def clear() -> Path | None:
-    """Remove the user's file; which, or ``None`` if there is none."""
-    file = path()
-    if file is None or not file.exists():
-        return None
-    file.unlink()
+    """Remove the user's file; which, or ``None`` if there is none.
+
+    Raises:
+        OSError: if it cannot be removed.
+        ValueError: if VITREG_CALIBRATION=0 turned it off.
+    """
+    file = _writable()
+    with _locked(file):
+        if not file.exists():
+            return None
+        file.unlink()
     return file
 
 
 def check_writable() -> None:
     """Raise what ``record`` would, before anything is measured."""
-    with _locked(_writable()):
-        pass
+    file = _writable()
+    with _locked(file):
+        if file.exists() and not file.is_file():
+            raise FileExistsError(f"{file} is no file: move it away, or set VITREG_CACHE_DIR")
 
 
 def _writable() -> Path:
+    """The file itself, not a link to it, in a folder that is there."""
     file = path()
     if file is None:
         raise ValueError("VITREG_CALIBRATION=0 turns calibration off: unset it to calibrate")
+    file = Path(os.path.realpath(file))
     file.parent.mkdir(parents=True, exist_ok=True)
     return file
 
 
-class _locked:
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
     """Holds a lock beside the file, so that of two processes neither loses what the other writes."""
-
-    def __init__(self, file: Path) -> None:
-        self._path = file.with_name(file.name + ".lock")
-
-    def __enter__(self) -> None:
-        self._lock = self._path.open("w")
-        try:
+    with file.with_name(file.name + ".lock").open("w") as lock:
+        # Not every system and file system has locks; the file is replaced as a whole all the same.
+        with contextlib.suppress(ImportError, OSError):
             import fcntl
 
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass  # not every system and file system has locks; the file is replaced as a whole all the same
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.close()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _entries(file: Path) -> list[tuple[dict[str, str], Measurement]]:
@@ -251,6 +274,8 @@ def _entries(file: Path) -> list[tuple[dict[str, str], Measurement]]:
         OSError: if it cannot be read.
         ValueError: if it is no file of measurements of this format.
     """
+    if not file.is_file() or file.stat().st_size > _LARGEST:
+        raise ValueError("it is no file of measurements")
     contents = json.loads(file.read_text())
     if not isinstance(contents, dict) or contents.get("format") != _FORMAT:
         raise ValueError("it is of another version of this package")
@@ -264,6 +289,7 @@ def _entry(row: Mapping[str, Any]) -> tuple[dict[str, str], Measurement]:
     fields = {name: row[name] for name in Measurement._fields}
     fields["features"] = tuple(map(str, fields["features"]))
     fields["errors"] = {name: (error, eager) for name, (error, eager) in fields["errors"].items()}
+    fields["times_ms"] = {name: float(ms) for name, ms in fields["times_ms"].items()}
     one = Measurement(**fields)
     for name, kinds in _KINDS.items():
         if not isinstance(getattr(one, name), kinds):
@@ -281,21 +307,18 @@ def _frozen(identity: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 def _difference(then: Mapping[str, str], now: Mapping[str, str]) -> str:
     """The first thing in which a machine is not what it was."""
-    for name in now.keys() | then.keys():
-        if then.get(name) != now.get(name):
-            if name == "kernels":
-                return "other kernels than this package's"
-            return f"{name} {then.get(name, 'absent')}, and this is {now.get(name, 'absent')}"
-    return "this machine"
+    name = next(name for name in (*now, *then) if then.get(name) != now.get(name))
+    if name == "kernels":
+        return "other kernels than this package's"
+    return f"{name} {then.get(name, 'absent')}, and this is {now.get(name, 'absent')}"
 
 
 def _digest_of_kernels() -> str:
-    """Of all that computes: a kernel that was changed has to be measured anew."""
+    """Of all that computes: a kernel that was changed, or given other tiles, has to be measured anew."""
     digest = hashlib.sha256()
-    files = (path for room in ("ops", "_triton", "_native") for path in (_PACKAGE / room).rglob("*.py"))
-    for path in (*sorted(files), _PACKAGE / "_native" / "cpu.json"):
-        if path.exists():
-            digest.update(path.relative_to(_PACKAGE).as_posix().encode() + path.read_bytes())
+    rooms = (("ops", "*.py"), ("_triton", "*.py"), ("_native", "*.py"), ("_native", "*.so"), ("dispatch", "*.json"))
+    for file in sorted(file for room, kind in rooms for file in (_PACKAGE / room).rglob(kind)):
+        digest.update(file.relative_to(_PACKAGE).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -310,7 +333,7 @@ def _processor() -> str:
 def _driver() -> str:
     """The NVIDIA driver's version, which the kernel tells without a GPU being touched; empty where it does not."""
     told = Path("/proc/driver/nvidia/version")
-    match = re.search(r"Module\s+(\S+)", told.read_text()) if told.exists() else None
+    match = _DRIVER.search(told.read_text()) if told.exists() else None
     return match.group(1) if match else ""
 
 

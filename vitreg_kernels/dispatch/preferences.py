@@ -48,37 +48,42 @@ def read_calibration() -> None:
 
 
 def workload(
-    op: str,
+    request: Request,
     device: torch.device,
-    capability: int,
     tokens: int,
     heads: int,
     inputs: Iterable[Tensor | None],
-    *,
-    statistics: bool = False,
 ) -> Workload | None:
-    """What measurements tell apart of a call where some table has rows of its op on its device, elsewhere ``None``.
+    """What measurements tell apart of a call where some table has anything to say about it, elsewhere ``None``.
 
-    A graph that is compiled for any size is bound to this one; where no choice hangs on the size it stays free.
+    A graph that is compiled for any size is bound to the sizes that are measured; where no choice hangs on the size it
+    stays free. A program that is exported is for other machines, so what this one measured counts for nothing in it.
 
     Args:
-        op, device, capability: of the call.
+        request: all else that is known of the call.
+        device: of the call.
         tokens, heads: as ``tables.size_of`` takes them.
         inputs: what the op gives gradients of.
-        statistics: as of ``Workload``.
+
+    Returns:
+        A workload without its variant, which ops spell out where one is wanted only.
     """
     for table in TABLES:
-        if table.covers and (op, _device(table, device, capability)) in table.covers:
-            gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-            return of_size(device, tokens, heads, gradients=gradients, statistics=statistics)
+        if not table.sizes:
+            continue
+        subject = request.op, _device(table, device, request.capability), _dtype(request), _width(request)
+        for size in table.sizes.get(subject, ()):
+            if torch.compiler.is_exporting():
+                return None
+            if tables.holds(size, tokens, heads):
+                gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+                return Workload(*size, gradients, gpu=_gpu(device))
     return None
 
 
-def of_size(device: torch.device, tokens: int, heads: int, *, gradients: bool, statistics: bool = False) -> Workload:
-    """The workload of a call with so many tokens an image and heads, or images, in all."""
-    named = device.type == "cuda" and any(table.of_one_gpu for table in TABLES)
-    gpu = devices.gpu(device) if named else ""
-    return Workload(*tables.size_of(tokens, heads), gradients, statistics, gpu)
+def of_size(device: torch.device, tokens: int, heads: int, *, gradients: bool, variant: str) -> Workload:
+    """The workload of a call with so many tokens an image and heads, or images, in all; whatever the tables hold."""
+    return Workload(*tables.size_of(tokens, heads), gradients, variant, _gpu(device))
 
 
 def measured(request: Request) -> Measured | None:
@@ -101,9 +106,12 @@ def wrong(request: Request) -> dict[str, str]:
     return found
 
 
-def ignored() -> str:
-    """Why what the user measured does not count, or not all of it; empty if it does or there is nothing."""
-    return "; ".join(table.ignored for table in TABLES if table.ignored)
+def ignored(request: Request) -> str:
+    """Why what the user measured does not count for a call, or not all of it; empty if it does or there is nothing."""
+    reasons = [table.ignored for table in TABLES]
+    if request.workload is not None:
+        reasons += [table.torn.get(_key(table, request), "") for table in TABLES]
+    return "; ".join(filter(None, reasons))
 
 
 def suggest_nothing() -> None:
@@ -119,7 +127,7 @@ def suggest_calibration(device: str) -> None:
     if device != "cuda" or _SUGGESTED or not first or calibration.path() is None:
         return
     _SUGGESTED = True
-    if not any(devices.is_gpu(name) for table in TABLES for _, name in table.covers if table.of_one_gpu):
+    if not any(devices.is_gpu(name) for table in TABLES for _, name, *_ in table.sizes):
         warnings.warn(
             "torch's own kernels serve this GPU until it is calibrated: `vitreg calibrate` takes about a minute and "
             "makes the fastest kernels the default (VITREG_CALIBRATION=0 leaves it so, without this line)",
@@ -129,10 +137,9 @@ def suggest_calibration(device: str) -> None:
 
 def key_of(request: Request, device: str) -> Key:
     """What a row decides for that is made for such a call, its workload known, on a device of that name."""
-    tokens, heads, gradients, statistics, _ = request.workload
-    dtype = str(request.dtype).removeprefix("torch.")
-    width = request.head_dim or request.channels or 0
-    return Key(request.op, device, dtype, width, tokens, heads, gradients, statistics, request.features)
+    tokens, heads, gradients, variant, _ = request.workload
+    width = _width(request)
+    return Key(request.op, device, _dtype(request), width, tokens, heads, gradients, variant, request.features)
 
 
 def _key(table: Table, request: Request) -> Key:
@@ -144,3 +151,15 @@ def _device(table: Table, device: torch.device, capability: int) -> str:
     if table.of_one_gpu and device.type == "cuda":
         return devices.gpu(device)
     return devices.kind(device.type, capability)
+
+
+def _gpu(device: torch.device) -> str:
+    return devices.gpu(device) if device.type == "cuda" and any(table.of_one_gpu for table in TABLES) else ""
+
+
+def _dtype(request: Request) -> str:
+    return str(request.dtype).removeprefix("torch.")
+
+
+def _width(request: Request) -> int:
+    return request.head_dim or request.channels or 0

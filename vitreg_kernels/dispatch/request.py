@@ -38,14 +38,14 @@ class Workload(NamedTuple):
     Attributes:
         tokens, heads: buckets, as in ``tables.Size``.
         gradients: whether a backward will follow.
-        statistics: whether more than the output is asked for.
+        variant: what else tells the times of an op's calls apart, in the words of its ``features.py``.
         gpu: the GPU's own name where a table has rows of single GPUs; empty elsewhere.
     """
 
     tokens: int
     heads: int
     gradients: bool
-    statistics: bool = False
+    variant: str = ""
     gpu: str = ""
 
 

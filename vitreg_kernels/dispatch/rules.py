@@ -188,7 +188,7 @@ def explain(backends: tuple[Backend, ...], request: Request, name: str | None) -
     elif row is not None and row.backend == taken:
         decided_by = f"{row.table}, measured {row.date}"
     else:
-        ignored = preferences.ignored()
+        ignored = preferences.ignored(request)
         decided_by = f"the declared order ({ignored})" if ignored else "the declared order"
     reasons = {b.name: _reasons_against(b, request, name, taken, row) for b in backends if b.name != taken}
     return Explanation(taken, reasons, decided_by)

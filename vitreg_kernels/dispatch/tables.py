@@ -5,7 +5,7 @@ A file is of one device, ``sm_90.json`` or ``cpu_amx.json``. It holds lists of f
     {
         "defaults": [
             {"op": "attention", "device": "sm_90", "dtype": "bfloat16", "width": 64, "tokens": 272, "heads": 512,
-             "gradients": true, "statistics": false, "features": [], "backend": "triton", "date": "2026-12-01"}
+             "gradients": true, "variant": "", "features": [], "backend": "triton", "date": "2026-12-01"}
         ],
         "attention_tiles": [
             {"kernel": "forward", "bits": 16, "width": 64, "tokens": 272,
@@ -13,8 +13,8 @@ A file is of one device, ``sm_90.json`` or ``cpu_amx.json``. It holds lists of f
         ]
     }
 
-A row of ``defaults`` decides for calls of its own op, dtype, head dim or channels, size and features, with or without
-gradients and statistics, and for no others. What a user measures is kept elsewhere, see ``calibration``.
+A row of ``defaults`` decides for calls of its own op, dtype, head dim or channels, size, variant and features, with or
+without gradients, and for no others. What a user measures is kept elsewhere, see ``calibration``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -53,7 +53,7 @@ class Key(NamedTuple):
         width: head dim of an op that has heads, channels of one that takes whole tokens; 0 where there is neither.
         tokens, heads: as in ``Size``.
         gradients: whether a backward will follow.
-        statistics: whether more than the output is asked for.
+        variant: what else tells calls of the op apart, see ``Workload``.
         features: what a call uses beyond the plain one, in the order of the op's vocabulary.
     """
 
@@ -64,7 +64,7 @@ class Key(NamedTuple):
     tokens: int
     heads: int
     gradients: bool
-    statistics: bool
+    variant: str
     features: tuple[str, ...]
 
 
@@ -81,6 +81,10 @@ class Default(NamedTuple):
     date: str
 
 
+Subject: TypeAlias = tuple[str, str, str, int]
+"""Op, device, dtype and width, as of a ``Key``."""
+
+
 class Table(NamedTuple):
     """Rows of one origin.
 
@@ -88,7 +92,8 @@ class Table(NamedTuple):
         name: for a person.
         rows: what they decide for -> what they say.
         wrong: what they decide for -> the backends that were wrong there, each with what was wrong.
-        covers: the ops and devices that it has rows of.
+        torn: what measurements disagree about -> how; nothing is decided there.
+        sizes: the sizes that it has anything to say about, by what else it is about.
         of_one_gpu: whether the rows of GPUs are of one by its own name, and not of an architecture.
         ignored: why some or all of what it should hold does not count; empty if all does.
     """
@@ -96,7 +101,8 @@ class Table(NamedTuple):
     name: str
     rows: Mapping[Key, Default]
     wrong: Mapping[Key, Mapping[str, str]]
-    covers: frozenset[tuple[str, str]]
+    torn: Mapping[Key, str]
+    sizes: Mapping[Subject, tuple[Size, ...]]
     of_one_gpu: bool = False
     ignored: str = ""
 
@@ -105,14 +111,18 @@ class Table(NamedTuple):
         name: str,
         rows: Mapping[Key, Default],
         wrong: Mapping[Key, Mapping[str, str]] | None = None,
+        torn: Mapping[Key, str] | None = None,
         *,
         of_one_gpu: bool = False,
         ignored: str = "",
     ) -> Table:
         """The table of these rows."""
-        wrong = wrong or {}
-        covers = frozenset((key.op, key.device) for key in (*rows, *wrong))
-        return Table(name, rows, wrong, covers, of_one_gpu, ignored)
+        wrong, torn = wrong or {}, torn or {}
+        sizes: dict[Subject, dict[Size, None]] = {}
+        for key in (*rows, *wrong, *torn):
+            subject = key.op, key.device, key.dtype, key.width
+            sizes.setdefault(subject, {})[Size(key.tokens, key.heads)] = None
+        return Table(name, rows, wrong, torn, {s: tuple(its) for s, its in sizes.items()}, of_one_gpu, ignored)
 
 
 def size_of(tokens: int, heads: int) -> Size:
@@ -125,11 +135,23 @@ def token_bucket(tokens: int) -> int:
     return _bucket(tokens, TOKEN_BUCKETS)
 
 
+def holds(size: Size, tokens: int, heads: int) -> bool:
+    """Whether so many tokens and heads are of a size. Asks of them nothing else, see ``preferences.workload``."""
+    return _is_in(size.tokens, tokens, TOKEN_BUCKETS) and _is_in(size.heads, heads, HEAD_BUCKETS)
+
+
 def _bucket(count: int, ends: Sequence[int]) -> int:
     for end in ends:
         if count <= end:
             return end
     return 0
+
+
+def _is_in(bucket: int, count: int, ends: tuple[int, ...]) -> bool:
+    if bucket == 0:
+        return count > ends[-1]
+    number = ends.index(bucket)
+    return count <= bucket and (number == 0 or count > ends[number - 1])
 
 
 def read(folder: Path, section: str) -> dict[str, list[dict[str, Any]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,6 +71,22 @@ class Oracle:
         self.call = call
         self.eager = call.run("reference")
         self.exact = call.changed(Tensor.double).run("reference")
+
+    @classmethod
+    def of_parts(cls, call: Call, parts: Sequence[Call], count: int) -> Oracle:
+        """The answer to a call of ``count`` images, which are those of ``parts`` one after another, again and again.
+
+        Only the parts are run, one at a time; every tensor of theirs has a row for its image.
+        """
+        oracle = cls.__new__(cls)
+        oracle.call = call
+        answers = [cls(part) for part in parts]
+        order = torch.arange(count) % len(parts)
+        for kind in ("eager", "exact"):
+            of_parts = [getattr(answer, kind) for answer in answers]
+            whole = {name: torch.cat([its[name] for its in of_parts]) for name in of_parts[0]}
+            setattr(oracle, kind, {name: x[order.to(x.device)] for name, x in whole.items()})
+        return oracle
 
     def errors(self, backend: str) -> dict[str, Accuracy]:
         """A backend's errors by tensor; raises as ``run`` does."""

@@ -19,9 +19,20 @@ BAND = 2**19  # elements each side: more than a tile of 128 tokens of 16 heads o
 
 def guarded(values: Tensor) -> Tensor:
     """The same floating-point values in the same strides, in the middle of memory that is NaN elsewhere."""
+    return _copied(values, BAND, math.nan)
+
+
+def copied(values: Tensor) -> Tensor:
+    """The same values in the same strides in memory of their own; an expanded tensor stays one."""
+    return _copied(values, 0, 0)
+
+
+def _copied(values: Tensor, band: int, around: float) -> Tensor:
     extent = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
-    memory = values.new_full((extent + 2 * BAND,), math.nan)
-    return memory.as_strided(values.shape, values.stride(), BAND).copy_(values)
+    memory = values.new_full((max(extent, 0) + 2 * band,), around)
+    once = values[tuple(slice(1) if stride == 0 else slice(None) for stride in values.stride())]
+    memory.as_strided(once.shape, values.stride(), band).copy_(once)
+    return memory.as_strided(values.shape, values.stride(), band)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,29 +20,28 @@ from torch.utils._pytree import tree_leaves
 
 from ... import dispatch
 from ...dispatch import Backend, Request, devices, preferences
-from ...dispatch.calibration import Measurement
+from ...dispatch.calibration import LEAST_LEAD, Measurement
 from ...ops._shared.capability import capability
 from ...ops.catalogue import OPS
 from .. import timing
 from ..accuracy import Accuracy
 from ..oracle import Call
+from ..poison import copied
 from ..race import Stopped, attempted, lost
 from ..timing import Timing
 from .judge import Judge, Verdict
 from .subjects import Subject
 
-# One whose lead is less than this in either of two races leads by luck.
-LEAST_LEAD = 1.03
 # Slow times beside fast ones of the same backend: above this, something else is using the machine.
 MOST_SPREAD = 1.15
-
 ORACLE = "reference"  # what the others are held against does not race: it is slow, and holds N x N
 
-_FAR_BEHIND = 3.0  # whoever takes so many times as long as the fastest in the warm-up is not raced
+_FAR_BEHIND = 3.0  # whoever never was within so many times the fastest in the warm-up is not raced
 _SAMPLE_MS = 2.0  # of one sample at least: the clock and a neighbour's short visit count for little then
 _MOST_CALLS_A_SAMPLE = 200
 _MOST_COPIES = 64
-_BUDGET_S = 0.4  # a race
+_SAMPLES = 9  # of each backend at least
+_BUDGET_S = 0.4  # of a race at least
 
 
 class Outcome(NamedTuple):
@@ -51,10 +50,12 @@ class Outcome(NamedTuple):
     Attributes:
         subject: the call.
         gradients: with its backward, or without.
-        backend: what such a call takes from now on.
+        request: what it asks of a backend.
+        backend: what such a call is to take from now on.
         before: what it took.
-        decided: whether the race decided, so that ``backend`` is written down.
-        reason: why it did not; empty if it did.
+        decided: whether the race was clear, so that ``backend`` is to be the default.
+        quiet: whether its times can be trusted at all.
+        reason: why it was not clear; empty if it was.
         times_ms: of a call, by backend, of those that were right.
         errors: of the tensor nearest to its bound, by backend.
         wrong: the backends that broke the accuracy rule, or broke, and what was wrong.
@@ -63,9 +64,11 @@ class Outcome(NamedTuple):
 
     subject: Subject
     gradients: bool
+    request: Request
     backend: str
     before: str
     decided: bool
+    quiet: bool
     reason: str
     times_ms: Mapping[str, float]
     errors: Mapping[str, Accuracy]
@@ -82,9 +85,7 @@ class Outcome(NamedTuple):
 
 def request_of(subject: Subject, call: Call, gradients: bool, device: torch.device) -> Request:
     """What a user's call asks of a backend, told apart as measurements are."""
-    workload = preferences.of_size(
-        device, subject.tokens, subject.heads, gradients=gradients, statistics=subject.statistics
-    )
+    workload = preferences.of_size(device, subject.tokens, subject.heads, gradients=gradients, variant=subject.variant)
     return call.request._replace(device=device.type, capability=capability(device), workload=workload)
 
 
@@ -94,13 +95,34 @@ def contest(subject: Subject, gradients: bool, device: torch.device) -> Outcome:
     Raises:
         RuntimeError: if a backend broke the process's hold of the GPU; it is named.
     """
-    judge = Judge(subject, gradients, device)
-    request = request_of(subject, judge.call, gradients, device)
-    backends = OPS[subject.op].backends
-    before = dispatch.select(backends, request, None).name
+    request = request_of(subject, subject.make(gradients), gradients, device)
+    before = dispatch.select(OPS[subject.op].backends, request, None).name
+    outcome = Outcome(
+        subject=subject,
+        gradients=gradients,
+        request=request,
+        backend=before,
+        before=before,
+        decided=False,
+        quiet=True,
+        reason="",
+        times_ms={},
+        errors={},
+        wrong={},
+        refused={},
+    )
+    try:
+        return _contested(outcome, device)
+    except torch.OutOfMemoryError as error:
+        return outcome._replace(quiet=False, reason=f"there is too little memory: {str(error).splitlines()[0]}")
+
+
+def _contested(outcome: Outcome, device: torch.device) -> Outcome:
+    judge = Judge(outcome.subject, outcome.gradients, device)
+    before = outcome.before
     verdicts: dict[str, Verdict] = {}
     refused: dict[str, str] = {}
-    for backend in dispatch.eligible(backends, request):
+    for backend in dispatch.eligible(OPS[outcome.subject.op].backends, outcome.request):
         if backend.name == ORACLE:
             continue
         verdict = _judged(judge, backend, device)
@@ -109,36 +131,29 @@ def contest(subject: Subject, gradients: bool, device: torch.device) -> Outcome:
         else:
             verdicts[backend.name] = verdict
     right = [name for name, verdict in verdicts.items() if not verdict.wrong]
-    wrong = {name: verdict.wrong for name, verdict in verdicts.items() if verdict.wrong}
-    outcome = Outcome(
-        subject=subject,
-        gradients=gradients,
-        backend=before,
-        before=before,
-        decided=False,
-        reason="no backend was right",
-        times_ms={},
+    outcome = outcome._replace(
         errors={name: verdict.worst for name, verdict in verdicts.items() if verdict.worst is not None},
-        wrong=wrong,
+        wrong={name: verdict.wrong for name, verdict in verdicts.items() if verdict.wrong},
         refused=refused,
     )
     if not right:
-        return outcome
-    race = run_race(judge.call, right, device)
+        return outcome._replace(reason="no backend but the reference serves it and is right")
+    race = run_race(judge.call, right, before, device)
     winner, objection = decide(race, before)
+    if noise := unquiet(race, {before, *sorted(race.rounds[0], key=race.times_ms.__getitem__)[:2]}):
+        outcome = outcome._replace(quiet=False)
+        objection = noise if before in right else ""
     outcome = outcome._replace(times_ms=race.times_ms, reason=objection)
     return outcome if objection else outcome._replace(backend=winner, decided=True)
 
 
 def measurement_of(outcome: Outcome, device: torch.device, date: str) -> Measurement | None:
-    """What is written down of an outcome; ``None`` where it decided nothing and nothing was wrong."""
-    if not outcome.decided and not outcome.wrong:
+    """What is written down of an outcome; ``None`` where its times cannot be trusted and nothing was wrong."""
+    if not outcome.quiet and not outcome.wrong:
         return None
     subject = outcome.subject
-    call = subject.make(False)
-    request = request_of(subject, call, outcome.gradients, device)
     name = devices.gpu(device) if device.type == "cuda" else devices.kind(device.type, 0)
-    key = preferences.key_of(request, name)
+    key = preferences.key_of(outcome.request, name)
     return Measurement(
         op=key.op,
         device=key.device,
@@ -147,7 +162,7 @@ def measurement_of(outcome: Outcome, device: torch.device, date: str) -> Measure
         tokens=subject.tokens,
         heads=subject.heads,
         gradients=outcome.gradients,
-        statistics=subject.statistics,
+        variant=key.variant,
         features=key.features,
         backend=outcome.backend if outcome.decided else None,
         wrong=dict(outcome.wrong),
@@ -174,7 +189,7 @@ class Race(NamedTuple):
     """What a race gave.
 
     Attributes:
-        single_ms: of one call of each in the warm-up.
+        single_ms: the fastest of a few single calls of each, in the warm-up.
         rounds: the timings of two races, by backend, of those that were not far behind in the warm-up.
     """
 
@@ -193,8 +208,8 @@ def decide(race: Race, before: str) -> tuple[str, str]:
 
     Args:
         race: with at least one backend.
-        before: what the call took until now. Where that is not among them it was wrong, and whoever is fastest takes
-            its place.
+        before: what the call took until now; it is in the race, unless it was wrong or could not run. Then whoever is
+            fastest takes its place.
 
     Returns:
         The winner, and one sentence, which is empty where it won clearly.
@@ -203,41 +218,43 @@ def decide(race: Race, before: str) -> tuple[str, str]:
     winner = min(race.rounds[0], key=times.__getitem__)
     if before not in times:
         return winner, ""
-    rivals = [before] if winner != before else [name for name in times if name != winner]
-    if not rivals:
-        return winner, f"{winner} alone is right and serves the call"
-    rivals = [name for name in rivals if name in race.rounds[0]]
-    if not rivals:  # all far behind
-        return winner, ""
+    rivals = [before] if winner != before else [name for name in race.rounds[0] if name != winner]
+    if len(times) == 1:
+        return winner, "no other backend serves this call and is right"
     for timings in race.rounds:
-        rival = min(rivals, key=lambda name: timings[name].median_ms)
-        for name in (winner, rival):
-            spread = timings[name].p80_ms / timings[name].p20_ms
-            if spread > MOST_SPREAD:
-                return winner, f"the times of {name} vary by {spread:.2f}: something else is using the machine"
-        lead = timings[rival].median_ms / timings[winner].median_ms
-        if lead < LEAST_LEAD:
-            return winner, f"{winner} is {lead:.3f} x {rival} in one of two races, and {LEAST_LEAD} is asked for"
+        for rival in rivals:
+            lead = timings[rival].median_ms / timings[winner].median_ms
+            if lead < LEAST_LEAD:
+                return winner, f"{winner} was {lead:.3f} times as fast as {rival}, less than {LEAST_LEAD}, in a race"
     return winner, ""
 
 
-def run_race(call: Call, names: Sequence[str], device: torch.device) -> Race:
-    """Races backends that can all run a call, twice."""
+def unquiet(race: Race, names: Collection[str]) -> str:
+    """Whose times vary as they do not on a quiet machine, of some backends; empty if nobody's."""
+    for timings in race.rounds:
+        for name in sorted(names & timings.keys()):
+            spread = timings[name].p80_ms / timings[name].p20_ms
+            if spread > MOST_SPREAD:
+                return f"the times of {name} varied by {spread:.2f}: something else was using the machine"
+    return ""
+
+
+def run_race(call: Call, names: Sequence[str], before: str, device: torch.device) -> Race:
+    """Races backends that can all run a call, twice; ``before``, where it is one of them, in any case."""
     size = sum(x.nbytes for x in tree_leaves(dict(call.arguments)) if isinstance(x, Tensor))
     count = math.ceil(2 * timing.last_level_cache(device) / max(size, 1))
-    copies = [call, *(call.changed(torch.clone) for _ in range(min(max(count, 2), _MOST_COPIES) - 1))]
+    copies = [call, *(call.changed(copied) for _ in range(min(max(count, 2), _MOST_COPIES) - 1))]
     single_ms = {name: _single_ms(_calling(name, copies, 1, device)) for name in names}
     fastest = min(single_ms.values())
     calls = min(_MOST_CALLS_A_SAMPLE, max(1, math.ceil(_SAMPLE_MS / fastest)))
-    variants = {
-        name: timing.Variant(_calling(name, copies, calls, device))
-        for name, ms in single_ms.items()
-        if ms <= _FAR_BEHIND * fastest
-    }
+    racing = [name for name, ms in single_ms.items() if ms <= _FAR_BEHIND * fastest or name == before]
+    variants = {name: timing.Variant(_calling(name, copies, calls, device)) for name in racing}
+    # The time is shared out equally, so the slowest is to have its samples in its share.
+    budget_s = max(_BUDGET_S, 1e-3 * _SAMPLES * len(racing) * calls * max(single_ms[name] for name in racing))
     rounds = []
     for _ in range(2):
         # By the clock of the host: each variant waits for its device.
-        timings = timing.interleave(variants, [None], device=torch.device("cpu"), budget_s=_BUDGET_S)
+        timings = timing.interleave(variants, [None], device=torch.device("cpu"), budget_s=budget_s)
         rounds.append({name: _of_one_call(its, calls) for name, its in timings.items()})
     return Race(single_ms, tuple(rounds))
 
@@ -258,11 +275,11 @@ def _calling(name: str, copies: Sequence[Call], count: int, device: torch.device
 def _single_ms(call: Callable[[], None]) -> float:
     call()
     times = []
-    for _ in range(3):
+    for _ in range(5):
         start = time.perf_counter()
         call()
         times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return min(times)
 
 
 def _of_one_call(sample: Timing, calls: int) -> Timing:

@@ -11,7 +11,8 @@ import torch
 
 _MOST_BUSY_PERCENT = 10.0
 _WATCHED_S = 0.5
-_IDLE_FIELDS = (3, 4)  # of a line of /proc/stat: idle, and waiting for a disk
+_GPU_FORGETS_S = 1.2
+_IDLE_FIELDS = (3, 4)  # of a processor's line in /proc/stat: the ticks that it idled or waited for a disk
 
 
 def check(device: torch.device) -> None:
@@ -23,12 +24,20 @@ def check(device: torch.device) -> None:
 
 
 def _of_gpu(device: torch.device) -> float | None:
-    """What nvidia-smi says of the last moments; ``None`` where it is not there, or does not know, as of a MIG part."""
+    """The lesser of two answers of nvidia-smi, which speaks of the last second and of this process's work too.
+
+    ``None`` where it is not there, or does not know, as of a part of a GPU.
+    """
     uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
     command = ("nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits")
+    torch.cuda.synchronize(device)
+    answers = []
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-        return float(done.stdout.strip())
+        for _ in range(2):
+            time.sleep(_GPU_FORGETS_S)
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+            answers.append(float(done.stdout.strip()))
+        return min(answers)
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
 

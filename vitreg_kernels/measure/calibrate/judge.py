@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from ...dispatch import Backend
 from ..accuracy import Accuracy
-from ..oracle import Call, Oracle, Tensors
+from ..oracle import Call, Oracle
 from ..poison import guarded, poisoned
-from .subjects import Subject, part
+from .subjects import Subject, part, repeating
+
+_IMAGES = 3
 
 
 class Verdict(NamedTuple):
@@ -33,33 +34,33 @@ class Judge:
         subject: the call.
         gradients: whether its backward counts too.
         device: where it runs.
+
+    Attributes:
+        call: what is held.
     """
 
     def __init__(self, subject: Subject, gradients: bool, device: torch.device) -> None:
         self._device = device
-        self._images = subject.images
         self.call: Call = subject.make(gradients)
-        calls = [part(self.call, image) for image in subject.images] or [self.call]
-        # Each image is a call of its own, so that fp64 and N x N are of a few images and not of a whole batch.
-        self._oracles = [Oracle(call) for call in calls]
+        # fp64 and N x N are of a few images, one at a time; the others are the same again.
+        few = min(subject.images, _IMAGES)
+        if few:
+            self.call = repeating(self.call, few)
+            self._oracle = Oracle.of_parts(self.call, [part(self.call, image) for image in range(few)], subject.images)
+        else:
+            self._oracle = Oracle(self.call)
+        self._guarded = self.call.changed(guarded)
 
     def verdict(self, backend: Backend) -> Verdict:
-        """Runs the whole call twice and judges it. Raises what the backend raises."""
-        call = self.call.changed(guarded)
+        """Runs the whole call twice and judges all of it. Raises what the backend raises."""
         with poisoned(self._device):
-            first, second = call.run(backend.name), call.run(backend.name)
-        # A peer may add up in whatever order its threads come; ours may not.
+            first, second = self._guarded.run(backend.name), self._guarded.run(backend.name)
+        # torch's kernels may add up in whatever order their threads come; ours may not.
         changed = [name for name in first if backend.opaque and not _same_bits(first[name], second[name])]
         if changed:
             return Verdict(f"{', '.join(changed)} gave other bits when run again", None)
-        name, worst = max(self._errors(first), key=_error_over_bound)
+        name, worst = max(self._oracle.compare(first).items(), key=_error_over_bound)
         return Verdict("" if worst.passed else f"{name} has {worst}", worst)
-
-    def _errors(self, tensors: Tensors) -> Iterator[tuple[str, Accuracy]]:
-        for number, oracle in enumerate(self._oracles):
-            image = self._images[number] if self._images else None
-            its = tensors if image is None else {name: x[image : image + 1] for name, x in tensors.items()}
-            yield from oracle.compare(its).items()
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -44,14 +44,17 @@ def calibrate(
     dry_run: bool = False,
     progress: Callable[[int, int, Outcome | None], None] | None = None,
 ) -> Calibration:
-    """Make the fastest backend that is right on this machine the default, for the calls named and no others.
+    """Make the fastest backend that is right on this machine the default of calls like those named.
 
     Every backend that may serve a call is run twice on it, forward and backward, among memory full of NaN, and held
-    against fp64 by the library's accuracy rule. Those that are right are raced, interleaved, at this very size, host
-    time included. A backend becomes the default of calls like it where it leads the present one by 3% in two races on a
-    quiet machine; a backend that was wrong is no default there any more. Both are kept in the user's cache, and count
-    as long as the machine, driver, torch, triton and this package stay what they are; ``explain`` says so. Calls with
-    and without gradients are decided apart.
+    against fp64 by the library's accuracy rule. Those that pass are raced, interleaved, at this very size, host time
+    included. A backend becomes the default where it leads the present one by 3% in two races on a quiet machine; one
+    that is wrong is no default there any more. Both are kept in the user's cache, and count for as long as the machine,
+    the driver, torch, triton and this package do not change; ``explain`` says so.
+
+    Calls like one are those of its op, dtype, head dim or channels, features and kind (from a packed projection, with
+    statistics, with a branch, ...), with gradients or without, up to 64, 272, 2048 or more tokens an image, and up to
+    32, 128, 512 or more heads in all. Where two sizes of one such bucket disagree, neither changes it.
 
     Args:
         model_or_shapes: shapes ``B, H, N, D`` of a query, each of which stands for a block of a ViT: its attention,
@@ -66,44 +69,59 @@ def calibrate(
         progress: called as ``progress(done, of, outcome)`` before the first and after every call measured.
 
     Raises:
-        ValueError: if there is nothing to calibrate, a shape is none, a model has no batch, or VITREG_CALIBRATION=0.
-        OSError: if the cache cannot be written; nothing was measured then.
+        ValueError: if there is nothing to calibrate, a shape is not that of a query, a model has no batch, the device
+            is of another kind than CUDA and CPU, or VITREG_CALIBRATION=0.
+        OSError: if the cache cannot be written.
         RuntimeError: if something else is using the GPU or the processor, under ``TRITON_INTERPRET``, or if a kernel
             broke the process's hold of the GPU; what was decided before is kept.
     """
     preferences.suggest_nothing()
-    if not dry_run:
-        calibration.check_writable()
     if mode.INTERPRETING:
         raise RuntimeError("TRITON_INTERPRET runs kernels in an interpreter, whose times mean nothing: unset it")
-    subjects = _subjects(model_or_shapes, batch, dtype, device, rope=rope, mask=mask)
+    if not dry_run:
+        calibration.check_writable()
     where = batch.device if isinstance(batch, Tensor) else _device(device)
+    if where.type not in ("cuda", "cpu"):
+        raise ValueError(f"calibration is of GPUs by CUDA and of CPUs, not of {where.type}")
     idle.check(where)
+    subjects = _subjects(model_or_shapes, batch, dtype, where, rope=rope, mask=mask)
     work = [(subject, gradients) for subject in subjects for gradients in subject.modes]
     if where.type == "cuda":
         compile_ahead([partial(_launch, *piece, where) for piece in work], where)
-    date = datetime.date.today().isoformat()
     outcomes, file = [], None
     if progress is not None:
         progress(0, len(work), None)
-    for subject, gradients in work:
-        outcome = contest(subject, gradients, where)
-        outcomes.append(outcome)
-        measurement = None if dry_run else measurement_of(outcome, where, date)
-        if measurement is not None:
-            file = calibration.record([measurement])
-        if progress is not None:
-            progress(len(outcomes), len(work), outcome)
-    if file is not None:
-        dispatch.read_calibration()
-    return Calibration(tuple(outcomes), file)
+    try:
+        for subject, gradients in work:
+            outcome = contest(subject, gradients, where)
+            outcomes.append(outcome)
+            measurement = None if dry_run else measurement_of(outcome, where, datetime.date.today().isoformat())
+            if measurement is not None:
+                file = calibration.record([measurement])
+            if progress is not None:
+                progress(len(outcomes), len(work), outcome)
+    finally:
+        if file is not None:
+            dispatch.read_calibration()
+        if where.type == "cuda":
+            torch.cuda.empty_cache()
+    return Calibration(tuple(outcomes if file is None else map(_as_it_is_now, outcomes)), file)
+
+
+def _as_it_is_now(outcome: Outcome) -> Outcome:
+    """What was decided of other sizes counts too: a bucket changes its default only where they agree."""
+    now = dispatch.select(OPS[outcome.subject.op].backends, outcome.request, None).name
+    if now == outcome.backend:
+        return outcome
+    why = preferences.ignored(outcome.request) or f"{now} is right and fastest for others of its bucket"
+    return outcome._replace(backend=now, decided=False, reason=why)
 
 
 def _subjects(
     model_or_shapes: nn.Module | Sequence[Sequence[int]],
     batch: Tensor | None,
     dtype: torch.dtype | None,
-    device: torch.device | str | None,
+    device: torch.device,
     *,
     rope: bool,
     mask: bool,
@@ -111,8 +129,8 @@ def _subjects(
     if isinstance(model_or_shapes, nn.Module):
         if not isinstance(batch, Tensor):
             raise ValueError("a model is calibrated on a batch of what it takes: calibrate(model, images)")
-        if dtype is not None or device is not None or rope or mask:
-            raise ValueError("dtype, device, rope and mask are of shapes; a model has its own")
+        if dtype is not None or rope or mask:
+            raise ValueError("dtype, rope and mask are of shapes; a model has its own")
         subjects = of_model(model_or_shapes, batch)
         if not subjects:
             raise ValueError(
@@ -122,9 +140,8 @@ def _subjects(
         return subjects
     if batch is not None:
         raise ValueError("a batch is of a model; shapes need none")
-    where = _device(device)
-    dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-    subjects = [subject for shape in model_or_shapes for subject in of_shape(shape, dtype, where, rope=rope, mask=mask)]
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    subjects = [one for shape in model_or_shapes for one in of_shape(shape, dtype, device, rope=rope, mask=mask)]
     if not subjects:
         raise ValueError("there is nothing to calibrate: name a shape B,H,N,D or give a model")
     return subjects

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from ...dispatch import Request
 from ...layout import TokenLayout
 from ...ops._shared import observers
 from ...ops.assemble import features as assemble_features
@@ -23,10 +24,14 @@ from ...ops.token_norms import features as token_norms_features
 from ..cases import assemble, attention, residual_norm, token_norms
 from ..cases.tensors import short
 from ..oracle import Call
+from ..poison import copied
 
 NUM_PREFIX_TOKENS = 5  # CLS and four registers
 
-# Of attention, what no second run repeats or no timing of another mask tells.
+_FEWEST_CHANNELS = 16
+_KINDS = {"cu_seqlens": "packed images", "rope": "rope", "attn_mask": "masked"}  # options in words
+
+# What a second run would not repeat, and calls that somebody watches.
 _NOT_CALIBRATED = (attention_features.DROPOUT, attention_features.MASK_GRADIENT, *observers.ALL)
 
 
@@ -39,9 +44,9 @@ class Subject:
         size: in words.
         tokens, heads: of a call, as ``tables.size_of`` takes them.
         make: ``make(gradients)`` gives the call, with or without its backward.
+        variant: as of ``dispatch.Workload``.
         has_gradients: whether the op has any.
-        statistics: whether it asks for more than the output.
-        images: those that the oracle is asked about, each by itself; none where it takes the call as a whole.
+        images: how many there are, each of which the op serves by itself; 0 where the call has to be taken as a whole.
     """
 
     op: str
@@ -49,20 +54,25 @@ class Subject:
     tokens: int
     heads: int
     make: Callable[[bool], Call]
+    variant: str = ""
     has_gradients: bool = True
-    statistics: bool = False
-    images: tuple[int, ...] = ()
+    images: int = 0
 
     @property
     def modes(self) -> tuple[bool, ...]:
-        """With gradients and without, as far as there are any."""
+        """Without gradients, and with them if there are any."""
         return (False, True) if self.has_gradients else (False,)
+
+    def __str__(self) -> str:
+        return f"{self.size}, {self.variant}" if self.variant else self.size
 
 
 def of_shape(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, rope: bool = False, mask: bool = False
 ) -> list[Subject]:
-    """What a block of a ViT calls whose attention has query ``[B, H, N, D]``: one subject an op.
+    """What a block of a ViT calls whose attention has query ``[B, H, N, D]``.
+
+    Attention both of a packed projection, as ``RegisterAttention`` calls it, and of separate query, key and value.
 
     Args:
         shape: B, H, N, D.
@@ -72,40 +82,38 @@ def of_shape(
         mask: whether keys are padding.
 
     Raises:
-        ValueError: if the shape is none of attention.
+        ValueError: if that is no shape of a query.
     """
     shape = tuple(shape)
-    if len(shape) != 4 or min(shape) < 1:
-        raise ValueError(f"a shape is that of a query, B,H,N,D, each at least 1; got {','.join(map(str, shape))}")
+    if len(shape) != 4 or min(shape) < 1 or shape[1] * shape[3] < _FEWEST_CHANNELS:
+        raise ValueError(
+            f"a shape must be that of a query, B,H,N,D, each at least 1 and H * D at least {_FEWEST_CHANNELS}; got "
+            f"{','.join(map(str, shape))}"
+        )
     batch, heads, tokens, head_dim = shape
     prefix = min(NUM_PREFIX_TOKENS, tokens - 1)
     channels = heads * head_dim
+    numbers = _numbers(device)
     turned = None
     if rope:
-        angles = torch.rand(tokens - prefix, head_dim // 2, device=device).repeat(1, 2)
+        angles = numbers(tokens - prefix, head_dim // 2).repeat(1, 2)
         turned = Rope(angles.cos(), angles.sin())
     padding = None
     if mask:
         padding = torch.ones(batch, 1, 1, tokens, dtype=torch.bool, device=device)
         padding[:, :, :, tokens - tokens // 8 :] = False
-    numbers = _numbers(device)
+    options = {"num_prefix_tokens": prefix, "rope": turned, "attn_mask": padding}
     x = (batch, tokens, channels)
     norm = {name: numbers(channels).to(dtype) for name in ("weight", "bias", "layer_scale")}
-    tokens_of = {"cls_token": numbers(1, 1, channels), "pos_embed": numbers(1, tokens - prefix, channels)}
+    parameters = {"cls_token": numbers(1, 1, channels), "pos_embed": numbers(1, tokens - prefix, channels)}
     if prefix > 1:
-        tokens_of["register_tokens"] = numbers(1, prefix - 1, channels)
+        parameters["register_tokens"] = numbers(1, prefix - 1, channels)
+    parameters = {name: parameter.to(dtype) for name, parameter in parameters.items()}
     return [
-        _attention(shape, dtype, device, {"num_prefix_tokens": prefix, "rope": turned, "attn_mask": padding}),
-        _residual_norm(x, dtype, device, norm, branch=dtype),
-        Subject(
-            op="token_norms",
-            size=_of_tokens(x, dtype),
-            tokens=tokens,
-            heads=batch,
-            make=lambda gradients: token_norms.call(numbers(*x).to(dtype)),
-            has_gradients=False,
-        ),
-        _assemble((batch, tokens - prefix, channels), dtype, device, {n: t.to(dtype) for n, t in tokens_of.items()}),
+        *(_attention(shape, dtype, device, options, packed_projection=packed) for packed in (True, False)),
+        _residual_norm(x, dtype, device, norm, branch=dtype, normalized=dtype),
+        _token_norms(x, dtype, device),
+        _assemble((batch, tokens - prefix, channels), dtype, device, parameters),
     ]
 
 
@@ -116,29 +124,30 @@ def of_model(model: nn.Module, batch: Tensor) -> list[Subject]:
     """
     device = batch.device
     subjects: dict[Any, Subject] = {}
+
+    def meet(request: Request, inputs: Any, qkv: Tensor | None = None) -> None:
+        if set(request.features) & set(_NOT_CALIBRATED):
+            return
+        subject = _of_call(inputs, device, packed_projection=qkv is not None)
+        subjects.setdefault((subject.op, str(subject), request._replace(workload=None)), subject)
+
     uncompiled = torch.compiler.set_stance("force_eager")
-    with recorded() as calls, torch.no_grad(), torch.random.fork_rng(), uncompiled:
+    with met(meet), torch.no_grad(), torch.random.fork_rng(), uncompiled:
         model(batch)
-    for request, inputs in calls:
-        if not set(request.features) & set(_NOT_CALIBRATED):
-            subject = _of_call(inputs, device)
-            if subject is not None:
-                subjects.setdefault((subject.op, subject.size, request._replace(workload=None)), subject)
     return list(subjects.values())
 
 
 @contextmanager
-def recorded() -> Iterator[list[tuple[Any, Any]]]:
-    """The calls of all ops meanwhile, each as its request and its validated inputs.
+def met(meet: Callable[..., None]) -> Iterator[None]:
+    """Within, ``meet`` is given the request and the arguments of whatever describes a call of any op.
 
-    The functions that describe calls are replaced within, so that no other call pays for being asked.
+    The functions that describe calls are replaced, so that no other call pays for being watched.
     """
-    calls: list[tuple[Any, Any]] = []
 
-    def recording(describe: Callable[..., Any]) -> Callable[..., Any]:
-        def described(inputs: Any, *more: Any) -> Any:
-            request = describe(inputs, *more)
-            calls.append((request, inputs))
+    def watching(describe: Callable[..., Request]) -> Callable[..., Request]:
+        def described(*arguments: Any) -> Request:
+            request = describe(*arguments)
+            meet(request, *arguments)
             return request
 
         return described
@@ -152,98 +161,111 @@ def recorded() -> Iterator[list[tuple[Any, Any]]]:
     )
     with ExitStack() as stack:
         for module, name in describing:
-            stack.enter_context(mock.patch.object(module, name, recording(getattr(module, name))))
-        yield calls
+            stack.enter_context(mock.patch.object(module, name, watching(getattr(module, name))))
+        yield
 
 
 def part(call: Call, image: int) -> Call:
     """One image of a call whose tensors are of many."""
+    return _of_images(call, lambda x: x[image : image + 1])
+
+
+def repeating(call: Call, count: int) -> Call:
+    """The call with its first ``count`` images again and again: what is right for these is right for all."""
+
+    def repeated(x: Tensor) -> Tensor:
+        again = copied(x)
+        for image in range(count, len(x)):
+            again[image] = x[image % count]
+        return again
+
+    return _of_images(call, repeated)
+
+
+def _of_images(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
+    """The call with those of its tensors changed that have a row an image."""
     count = call.arguments["qkv"].shape[0]
 
-    def of_image(x: Any) -> Any:
-        if isinstance(x, Rope):
-            return Rope(of_image(x.cos), of_image(x.sin), x.interleaved) if x.cos.ndim == 3 else x
-        return x[image : image + 1] if isinstance(x, Tensor) and x.shape[0] == count else x
+    def changed(x: Any) -> Any:
+        if isinstance(x, Rope) and x.cos.ndim == 3 and x.cos.shape[0] == count:
+            return Rope(change(x.cos), change(x.sin), x.interleaved)
+        return change(x) if isinstance(x, Tensor) and x.ndim >= 4 and x.shape[0] == count else x
 
-    return replace(call, arguments={name: of_image(x) for name, x in call.arguments.items()})
+    return replace(call, arguments={name: changed(x) for name, x in call.arguments.items()})
 
 
-def _of_call(inputs: Any, device: torch.device) -> Subject | None:
-    """The subject of a recorded call, with its rotation and masks but random numbers."""
+def _of_call(inputs: Any, device: torch.device, *, packed_projection: bool) -> Subject:
+    """The subject of a call that was met, with its rotation and masks but random numbers."""
     if isinstance(inputs, AttentionInputs):
         options = inputs._asdict()
-        shape, dtype = inputs.query.shape, inputs.query.dtype
+        shape, dtype = tuple(inputs.query.shape), inputs.query.dtype
         for name in ("query", "key", "value"):
             del options[name]
         if inputs.cu_seqlens is None:
             del options["max_seqlen"]
-        return _attention(tuple(shape), dtype, device, options)
+        return _attention(shape, dtype, device, options, packed_projection=packed_projection)
+    numbers = _numbers(device)
     if isinstance(inputs, NormInputs):
-        x = inputs.x
-        numbers = _numbers(device)
         given = {name: getattr(inputs, name) for name in ("weight", "bias", "layer_scale", "drop_path")}
         options = {n: numbers(*t.shape).to(t.dtype) for n, t in given.items() if t is not None}
         options |= {"eps": inputs.eps, "rms": inputs.rms}
         branch = None if inputs.branch is None else inputs.branch.dtype
-        autocast = None if inputs.dtype == x.dtype else inputs.dtype
-        return _residual_norm(tuple(x.shape), x.dtype, device, options, branch=branch, autocast=autocast)
+        x = inputs.x
+        return _residual_norm(tuple(x.shape), x.dtype, device, options, branch=branch, normalized=inputs.dtype)
     if isinstance(inputs, AssembleInputs):
-        numbers = _numbers(device)
         given = inputs._asdict()
         patches = given.pop("patches")
         del given["dtype"]
         options = {n: numbers(*t.shape).to(t.dtype) for n, t in given.items() if t is not None}
         return _assemble(tuple(patches.shape), patches.dtype, device, options)
-    shape, dtype = tuple(inputs.shape), inputs.dtype
-    numbers = _numbers(device)
     if inputs.ndim == 3:
-        return Subject(
-            op="token_norms",
-            size=_of_tokens(shape, dtype),
-            tokens=shape[1],
-            heads=shape[0],
-            make=lambda gradients: token_norms.call(numbers(*shape).to(dtype)),
-            has_gradients=False,
-        )
-    layout = TokenLayout(num_registers=min(4, shape[1] - 1))
+        return _token_norms(tuple(inputs.shape), inputs.dtype, device)
+    images, tokens = inputs.shape
+    layout = TokenLayout(num_registers=min(4, tokens - 1))
     return Subject(
         op="token_norms",
-        size=f"{shape[0]} x {shape[1]} norms, statistics, {short(dtype)}",
-        tokens=shape[1],
-        heads=shape[0],
-        make=lambda gradients: token_norms.statistics_call(30 * numbers(*shape).to(dtype).abs(), layout),
+        size=f"{images} x {tokens} norms, statistics, {short(inputs.dtype)}",
+        tokens=tokens,
+        heads=images,
+        make=lambda gradients: token_norms.statistics_call(
+            30 * _numbers(device)(images, tokens).to(inputs.dtype).abs(), layout
+        ),
         has_gradients=False,
     )
 
 
-def _attention(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> Subject:
+def _attention(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    options: dict[str, Any],
+    *,
+    packed_projection: bool,
+) -> Subject:
     batch, heads, tokens, head_dim = shape
-    numbers = _numbers(device, torch.randn)
     packed = options.get("cu_seqlens") is not None
     images, longest = (len(options["cu_seqlens"]) - 1, options["max_seqlen"]) if packed else (batch, tokens)
 
     def make(gradients: bool) -> Call:
+        numbers = _numbers(device, torch.randn)
         qkv = numbers(batch, tokens, 3, heads, head_dim).to(dtype)
         upstream = numbers(batch, tokens, heads, head_dim).to(dtype).transpose(1, 2) if gradients else None
-        return attention.call(qkv, backward=gradients, grad_output=upstream, **options)
+        return attention.call(
+            qkv, packed_projection=packed_projection, backward=gradients, grad_output=upstream, **options
+        )
 
     kinds = [f"{images} x {heads} heads, {longest} tokens, head dim {head_dim}"]
-    if packed:
-        kinds.append("packed")
-    if options.get("rope") is not None:
-        kinds.append("rope")
-    if options.get("attn_mask") is not None:
-        kinds.append("masked")
-    if options.get("outputs"):
-        kinds.append(f"with {' and '.join(options['outputs'])}")
+    kinds += [kind for name, kind in _KINDS.items() if options.get(name) is not None]
     return Subject(
         op="attention",
         size=f"{', '.join(kinds)}, {short(dtype)}",
         tokens=longest,
         heads=images * heads,
         make=make,
-        statistics=bool(options.get("outputs")),
-        images=() if packed else tuple(sorted({0, batch // 2, batch - 1})),
+        variant=attention_features.variant_of(
+            packed_projection=packed_projection, statistics=bool(options.get("outputs"))
+        ),
+        images=0 if packed else batch,
     )
 
 
@@ -254,52 +276,66 @@ def _residual_norm(
     options: dict[str, Any],
     *,
     branch: torch.dtype | None,
-    autocast: torch.dtype | None = None,
+    normalized: torch.dtype,
 ) -> Subject:
-    numbers = _numbers(device)
-
     def make(gradients: bool) -> Call:
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        numbers = _numbers(device)
+        upstream = {"residual": numbers(*shape).to(dtype), "normalized": numbers(*shape).to(normalized)}
+        with torch.autocast(device.type, normalized, enabled=normalized != dtype):
             call = residual_norm.call(
                 numbers(*shape).to(dtype),
                 branch=None if branch is None else numbers(*shape).to(branch),
-                upstream={
-                    "residual": numbers(*shape).to(dtype),
-                    "normalized": numbers(*shape).to(autocast or dtype),
-                }
-                if gradients
-                else {},
+                upstream=upstream if gradients else {},
                 **options,
             )
-        return call if autocast is None else replace(call, function=_under_autocast(call.function, device, autocast))
+        return call if normalized == dtype else replace(call, function=_under_autocast(call, device, normalized))
 
-    kinds = [_of_tokens(shape, dtype)]
-    if autocast is not None:
-        kinds.append(f"normalized in {short(autocast)}")
-    return Subject(op="residual_norm", size=", ".join(kinds), tokens=shape[1], heads=shape[0], make=make)
+    return Subject(
+        op="residual_norm",
+        size=_of_tokens(shape, dtype),
+        tokens=shape[1],
+        heads=shape[0],
+        make=make,
+        variant=residual_norm_features.variant_of(
+            rms=options.get("rms", False),
+            branch=branch,
+            scaled="layer_scale" in options,
+            dropped="drop_path" in options,
+            normalized=normalized,
+        ),
+    )
 
 
-def _under_autocast(function: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+def _under_autocast(call: Call, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
     def under_autocast(**arguments: Any) -> Any:
         with torch.autocast(device.type, dtype):
-            return function(**arguments)
+            return call.function(**arguments)
 
     return under_autocast
+
+
+def _token_norms(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Subject:
+    return Subject(
+        op="token_norms",
+        size=_of_tokens(shape, dtype),
+        tokens=shape[1],
+        heads=shape[0],
+        make=lambda gradients: token_norms.call(_numbers(device)(*shape).to(dtype)),
+        has_gradients=False,
+    )
 
 
 def _assemble(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, parameters: dict[str, Tensor]
 ) -> Subject:
-    numbers = _numbers(device)
-
     def make(gradients: bool) -> Call:
-        return assemble.call(numbers(*shape).to(dtype), backward=gradients, **parameters)
+        return assemble.call(_numbers(device)(*shape).to(dtype), backward=gradients, **parameters)
 
     return Subject(op="assemble", size=_of_tokens(shape, dtype), tokens=shape[1], heads=shape[0], make=make)
 
 
 def _numbers(device: torch.device, draw: Callable[..., Tensor] = torch.rand) -> Callable[..., Tensor]:
-    """Numbers of any shape, the same in every run: normal ones, or between -2 and 2, see ``cases.tensors.uniform``."""
+    """Draws numbers of any shape, the same in every run: normal ones, or between -2 and 2, see ``tensors.uniform``."""
     generator = torch.Generator(device).manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:

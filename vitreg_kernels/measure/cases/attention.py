@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...functional import register_attention
+from ...functional import register_attention, register_attention_qkv
 from ...ops.attention.features import request_of
-from ...ops.attention.types import OUTPUT_NAMES, Rope, unpack_qkv
+from ...ops.attention.types import OUTPUT_NAMES, AttentionOutputs, Rope, unpack_qkv
 from ...ops.attention.validation import validated
 from ..oracle import Call, Tensors, outputs_and_gradients, with_defaults
 
@@ -20,13 +20,20 @@ GRADIENTS = tuple(f"grad_{name}" for name in INPUTS)
 
 
 def call(
-    qkv: Tensor, *, name: str = "", backward: bool = True, grad_output: Tensor | None = None, **options: Any
+    qkv: Tensor,
+    *,
+    name: str = "",
+    packed_projection: bool = False,
+    backward: bool = True,
+    grad_output: Tensor | None = None,
+    **options: Any,
 ) -> Call:
     """A call of ``register_attention``.
 
     Args:
         qkv: ``[B, N, 3, H, D]``; query, key and value are views of it.
         name: what it exercises.
+        packed_projection: call ``register_attention_qkv`` instead, whose gradient is one.
         backward: whether gradients count too.
         grad_output: the upstream gradient, ``[B, H, N, D]``; random by default.
         options: further arguments of ``register_attention``.
@@ -38,12 +45,12 @@ def call(
     return Call(
         name=name,
         request=request_of(validated(**with_defaults(register_attention, **_views(qkv), **options))),
-        function=_attend,
+        function=_attend_qkv if packed_projection else _attend,
         arguments={"qkv": qkv, "grad_output": grad_output, **options},
         terms=lambda tensor: tokens + head_dim,
         # Gradients are made of the same rounded dS = P * (dP - delta), a difference that may all but vanish (with one
         # token it does).
-        same_scale=GRADIENTS,
+        same_scale=("grad_qkv",) if packed_projection else GRADIENTS,
     )
 
 
@@ -96,14 +103,25 @@ def calls(dtype: torch.dtype, device: torch.device) -> Iterator[Call]:
 
 def _attend(backend: str, qkv: Tensor, grad_output: Tensor | None, **options: Any) -> Tensors:
     def attend(**inputs: Tensor) -> Tensors:
-        result = register_attention(**inputs, backend=backend, **options)
-        if isinstance(result, Tensor):
-            return {"output": result}
-        output, statistics = result
-        return {"output": output, **{name: x for name, x in statistics._asdict().items() if x is not None}}
+        return _named(register_attention(**inputs, backend=backend, **options))
 
-    upstream = {} if grad_output is None else {"output": grad_output}
-    return outputs_and_gradients(attend, _views(qkv), upstream)
+    return outputs_and_gradients(attend, _views(qkv), {} if grad_output is None else {"output": grad_output})
+
+
+def _attend_qkv(backend: str, qkv: Tensor, grad_output: Tensor | None, **options: Any) -> Tensors:
+    def attend(qkv: Tensor) -> Tensors:
+        return _named(register_attention_qkv(qkv, backend=backend, **options))
+
+    upstream = {} if grad_output is None else {"output": grad_output.transpose(1, 2).flatten(2)}
+    return outputs_and_gradients(attend, {"qkv": qkv}, upstream)
+
+
+def _named(result: Tensor | tuple[Tensor, AttentionOutputs]) -> Tensors:
+    """The output and those statistics that were asked for."""
+    if isinstance(result, Tensor):
+        return {"output": result}
+    output, statistics = result
+    return {"output": output, **{name: x for name, x in statistics._asdict().items() if x is not None}}
 
 
 def _views(qkv: Tensor) -> Tensors:

@@ -21,6 +21,7 @@ def request_of(inputs: AssembleInputs) -> Request:
     mixed = dtype != torch.bfloat16 and torch.bfloat16 in dtypes
     images, tokens, channels = patches.shape
     features = (*((MIXED_BF16,) if mixed else ()), *observers.present())
-    device, of_gpu = patches.device, capability(patches.device)
-    workload = preferences.workload("assemble", device, of_gpu, tokens, images, (patches, *parameters))
-    return Request("assemble", device.type, of_gpu, dtype, None, channels, features, workload)
+    of_gpu = capability(patches.device)
+    request = Request("assemble", patches.device.type, of_gpu, dtype, None, channels, features)
+    workload = preferences.workload(request, patches.device, tokens, images, (patches, *parameters))
+    return request if workload is None else request._replace(workload=workload)

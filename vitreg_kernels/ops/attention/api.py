@@ -127,7 +127,7 @@ def register_attention_qkv(
         max_seqlen=max_seqlen,
         outputs=outputs,
     )
-    chosen = dispatch.select(backends.BACKENDS, features.request_of(inputs, (qkv,)), backend)
+    chosen = dispatch.select(backends.BACKENDS, features.request_of(inputs, qkv), backend)
     if chosen.opaque:
         output, statistics = autograd.attend_qkv(qkv, inputs, chosen.name)
     else:

@@ -41,12 +41,13 @@ OF_SDPA = tuple(feature for feature in OF_REFERENCE if feature != ONNX_STATISTIC
 _OF_MASK = {"key_padding": KEY_PADDING_MASK, "bool": BOOL_MASK, "additive": ADDITIVE_MASK}
 
 
-def request_of(inputs: AttentionInputs, differentiable: tuple[Tensor, ...] | None = None) -> Request:
+def request_of(inputs: AttentionInputs, qkv: Tensor | None = None) -> Request:
     """What a validated call needs of a backend.
 
     Args:
         inputs: the call.
-        differentiable: what gradients may be asked of; query, key and value, unless those are views made for checking.
+        qkv: the packed projection whose gradient is written whole, where there is one; ``inputs`` holds no views of it
+            then that know of gradients.
     """
     query, mask = inputs.query, inputs.attn_mask
     features = []
@@ -68,14 +69,17 @@ def request_of(inputs: AttentionInputs, differentiable: tuple[Tensor, ...] | Non
     images = batch
     if inputs.cu_seqlens is not None:
         images, tokens = inputs.cu_seqlens.shape[0] - 1, inputs.max_seqlen
-    device, of_gpu = query.device, capability(query.device)
-    workload = preferences.workload(
-        "attention",
-        device,
-        of_gpu,
-        tokens,
-        images * heads,
-        differentiable or (query, inputs.key, inputs.value),
-        statistics=bool(inputs.outputs),
-    )
-    return Request("attention", device.type, of_gpu, query.dtype, head_dim, None, tuple(features), workload)
+    of_gpu = capability(query.device)
+    request = Request("attention", query.device.type, of_gpu, query.dtype, head_dim, None, tuple(features))
+    differentiable = (query, inputs.key, inputs.value) if qkv is None else (qkv,)
+    workload = preferences.workload(request, query.device, tokens, images * heads, differentiable)
+    if workload is None:
+        return request
+    variant = variant_of(packed_projection=qkv is not None, statistics=bool(inputs.outputs))
+    return request._replace(workload=workload._replace(variant=variant))
+
+
+def variant_of(*, packed_projection: bool, statistics: bool) -> str:
+    """What tells the times of calls apart beside their size: how query, key and value come, and what is asked for."""
+    variant = "packed projection" if packed_projection else "separate"
+    return f"{variant}, with statistics" if statistics else variant

@@ -38,6 +38,7 @@ def statistics_reasons(request: Request) -> list[str]:
 
 def _request(x: Tensor, images: int, tokens: int, channels: int | None, features: tuple[str, ...]) -> Request:
     features += observers.present(gradients=False)
-    device, of_gpu = x.device, capability(x.device)
-    workload = preferences.workload("token_norms", device, of_gpu, tokens, images, ())
-    return Request("token_norms", device.type, of_gpu, x.dtype, None, channels, features, workload)
+    of_gpu = capability(x.device)
+    request = Request("token_norms", x.device.type, of_gpu, x.dtype, None, channels, features)
+    workload = preferences.workload(request, x.device, tokens, images, ())
+    return request if workload is None else request._replace(workload=workload)
