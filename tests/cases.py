@@ -18,11 +18,16 @@ from vitreg_kernels.measure.cases import attention
 from vitreg_kernels.measure.check import usable_backends
 from vitreg_kernels.measure.oracle import Oracle
 from vitreg_kernels.ops.attention import features
-from vitreg_kernels.ops.attention.backends import BACKENDS
+from vitreg_kernels.ops.attention.backends import BACKENDS, sdpa
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
+# Run the code of ``sdpa``, which is held to everything; test_sdpa_kernels.py has what is their own.
+TORCHS_KERNELS = [backend.name for backend in sdpa.KERNELS]
+
 # Backends of the plain process. In the interpreter's, test_parity.py and tests/interpreter/ hold the Triton kernels.
-PLAIN_BACKENDS = [name for name in usable_backends("attention", torch.device("cpu")) if name != "triton"]
+PLAIN_BACKENDS = [
+    name for name in usable_backends("attention", torch.device("cpu")) if name not in ("triton", *TORCHS_KERNELS)
+]
 
 _DECLARED = {backend.name: backend.requirements for backend in BACKENDS}
 

@@ -28,7 +28,7 @@ def test_resolved(backend, ops, expected):
 @pytest.mark.parametrize(
     ("backend", "ops", "told"),
     [
-        ("flash", ALL, "unknown backend 'flash': expected None or one of 'triton', 'cpu', 'sdpa', 'xformers', 'refer"),
+        ("flash", ALL, "unknown backend 'flash': expected None or one of 'triton', 'cpu', 'sdpa', 'sdpa_flash', 's"),
         ("sdpa", ("assemble",), "unknown backend 'sdpa': expected None or one of 'triton', 'cpu', 'composite', 'refer"),
         (
             {"attention": "composite"},

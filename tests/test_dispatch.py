@@ -144,6 +144,15 @@ class TestSelection:
         with pytest.raises(UnsupportedError, match="a: serves rope only if it is named"):
             dispatch.select(backends[:1], turned, None)
 
+    def test_who_cannot_be_the_default_is_not_asked(self):
+        """The question may load a library, and a call that names no backend is to pay for none."""
+        asked = []
+        unmeasured = replace(fake("a", default="if measured"), refuses=lambda request: asked.append(request) or [])
+        assert dispatch.select((unmeasured, fake("b")), CALL, None).name == "b"
+        assert not asked
+        assert dispatch.select((unmeasured, fake("b")), CALL, "a").name == "a"
+        assert asked == [CALL]
+
     def test_explanation(self):
         backends = fake("a", default="if measured"), fake("b"), fake("c"), fake("d", ["too wide", "too new"])
         explanation = dispatch.explain(backends, CALL, None)

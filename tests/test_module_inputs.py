@@ -119,5 +119,6 @@ def test_dropout_of_a_backend_that_has_none_is_refused_when_the_module_is_made(k
     if name not in without_dropout():
         make(0.1)
         return
-    words = [f"backend {name!r} does not support dropout, which attn_drop=0.1 asks for", "sdpa, reference"]
+    others = "sdpa, sdpa_efficient, sdpa_math, reference"
+    words = [f"backend {name!r} does not support dropout, which attn_drop=0.1 asks for", others]
     refused(UnsupportedError, words, make, 0.1)

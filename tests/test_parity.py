@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import LAYOUTS, VIT_TOKENS, Spec, assert_parity, make_options, make_qkv, oracle, views
+from cases import LAYOUTS, TORCHS_KERNELS, VIT_TOKENS, Spec, assert_parity, make_options, make_qkv, oracle, views
 
 from vitreg_kernels._triton.mode import INTERPRETING
 from vitreg_kernels.functional import register_attention, register_attention_qkv
@@ -16,7 +16,8 @@ from vitreg_kernels.ops.attention.backends import BACKENDS
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 # The reference is what the others are held against; test_reference.py holds it against a formula of its own.
-USABLE = [b for b in BACKENDS if b.name in usable_backends("attention", torch.device("cpu")) and b.name != "reference"]
+HERE = usable_backends("attention", torch.device("cpu"))
+USABLE = [b for b in BACKENDS if b.name in HERE and b.name not in ("reference", *TORCHS_KERNELS)]
 
 every_backend = pytest.mark.parametrize("backend", USABLE, ids=lambda backend: backend.name)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

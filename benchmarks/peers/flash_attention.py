@@ -1,19 +1,20 @@
 """FlashAttention 2, 3 and 4, where they are installed: three packages with nearly one interface.
 
 All take ``[B, N, H, D]`` and, of several lengths, ``[T, H, D]`` with ``cu_seqlens``. 2 has a kernel on packed qkv for
-both, 3 for one length, 4 for none. Older builds of 3 return the log-sum-exp beside the output, and 4 always does.
+both, 3 for one length, 4 for none. The backend of ours that runs them knows how they are called.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
 from benchmarks.peers.base import Peer
 from benchmarks.peers.layouts import Pack, Ways, tokens_first
 from benchmarks.shapes import Layout
+from vitreg_kernels.ops.attention.backends import flash_attn
 
 
 class _Release(NamedTuple):
@@ -36,26 +37,17 @@ def peers(layout: Layout, pack: Pack | None) -> list[Peer]:
 
 
 def _ways(release: _Release) -> Ways:
-    def call(function: str, *arguments: Any, **options: Any) -> Tensor:
-        # Imported by each call, which costs nothing from the second on: what is missing says so when it is asked.
-        result = getattr(importlib.import_module(release.module), function)(*arguments, **options)
-        return result[0] if isinstance(result, tuple) else result
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return call("flash_attn_func", query, key, value)
+    attend = partial(flash_attn.attend, release.module)
 
     def varlen(query: Tensor, key: Tensor, value: Tensor, pack: Pack) -> Tensor:
-        # By name: their places differ between the releases.
-        bounds = {"cu_seqlens_q": pack.cu_seqlens, "cu_seqlens_k": pack.cu_seqlens}
-        longest = {"max_seqlen_q": pack.max_seqlen, "max_seqlen_k": pack.max_seqlen}
-        return call("flash_attn_varlen_func", query, key, value, **bounds, **longest)
+        return flash_attn.attend_packed(release.module, query, key, value, pack.cu_seqlens, pack.max_seqlen)
 
     def packed(qkv: Tensor) -> Tensor:
-        return call("flash_attn_qkvpacked_func", qkv).flatten(2)
+        return flash_attn.call(release.module, "flash_attn_qkvpacked_func", qkv).flatten(2)
 
     def multicrop(qkv: Tensor, pack: Pack) -> Tensor:
-        output = call("flash_attn_varlen_qkvpacked_func", qkv[0], pack.cu_seqlens, pack.max_seqlen)
-        return output.flatten(1)[None]
+        function = "flash_attn_varlen_qkvpacked_func"
+        return flash_attn.call(release.module, function, qkv[0], pack.cu_seqlens, pack.max_seqlen).flatten(1)[None]
 
     ways = tokens_first(attend, varlen)
     if release.packed:

@@ -13,6 +13,7 @@ from benchmarks.results import Writer
 from vitreg_kernels import RegisterViT, UnsupportedError, ViTConfig
 from vitreg_kernels.ops.attention.backends import sdpa
 
+BACKENDS = ("sdpa", "sdpa_flash", "sdpa_math", "reference")  # that serve fp32 and bf16 here
 RUN = {"command": "bench", "size": "quick", "model": "a model"}
 
 for package in ("skimage", "sklearn"):
@@ -53,13 +54,13 @@ def run(small, tmp_path, machine):
 
 def test_rows_of_a_model_without_registers(run, tmp_path):
     rows, steps = run(tiny_model())
-    assert [row["kind"] for row in rows] == ["registers"] * 3 + ["norms"] * 2 + ["features"] * 4
+    assert [row["kind"] for row in rows] == ["registers"] * 3 + ["norms"] * 2 + ["features"] * 8
     assert rows == results.load(tmp_path / "run.json")
     assert [row["used"] for row in rows[:3]] == [True, False, False]
     for row in rows[5:]:
         assert (row["tokens"], row["prefix_tokens"], row["images"], row["batch"]) == (21, 5, 2, 1)
         assert all(error["passed"] for error in row["errors"].values())
-    assert [(row["backend"], row["default"]) for row in rows[5:]] == [("sdpa", True), ("reference", False)] * 2
+    assert [(row["backend"], row["default"]) for row in rows[5:]] == [(name, name == "sdpa") for name in BACKENDS] * 2
     assert [step[:2] for step in steps] == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
 
 
@@ -112,8 +113,10 @@ def test_a_backend_that_turns_out_unusable_has_a_row_with_its_reason(run, monkey
     monkeypatch.setattr(features, "_by", fails)
     rows, _ = run(tiny_model())
     rows = [row for row in rows if row["kind"] == "features"]
-    assert [(row["backend"], row["failed"]) for row in rows] == [("sdpa", failed), ("reference", False)] * 2
-    for row in rows[::2]:
+    assert [(row["backend"], row["failed"]) for row in rows] == [
+        (name, failed and name == "sdpa") for name in BACKENDS
+    ] * 2
+    for row in rows[:: len(BACKENDS)]:
         assert str(error) in row["reason"]
         assert all(row[field] is None for field in features._MEASURED)
     assert all(row["errors"] and row["reason"] is None for row in rows[1::2])

@@ -67,9 +67,10 @@ def takes(change_backends, clock, cache):
 
 
 @pytest.fixture(autouse=True)
-def _no_native_kernels(change_backends):
-    """Whether there was a compiler decides nothing here."""
-    change_backends("cpu", faults=lambda: ["away for this test"])
+def _sdpa_and_the_reference_alone(change_backends):
+    """Whether there was a compiler decides nothing here, and torch's kernels are those of ``sdpa``."""
+    for name in ("cpu", "sdpa_flash", "sdpa_math"):
+        change_backends(name, faults=lambda: ["away for this test"])
 
 
 def of_attention(**changes):

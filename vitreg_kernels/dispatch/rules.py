@@ -127,10 +127,12 @@ def _select(backends: tuple[Backend, ...], request: Request, name: str | None) -
                 "can"
             )
         return backend
-    able = eligible(backends, request)
+    measured = preferences.measured(request)
+    # Nobody else is asked: the question may load a library, or run a kernel of it.
+    candidates = tuple(b for b in backends if b.default == "yes" or (measured and b.name == measured.backend))
+    able = eligible(candidates, request)
     wrong = preferences.wrong(request)
     able = [b for b in able if b.name not in wrong] or able
-    measured = preferences.measured(request)
     if measured is not None:
         for backend in able:
             if backend.name == measured.backend:
@@ -138,7 +140,7 @@ def _select(backends: tuple[Backend, ...], request: Request, name: str | None) -
     for backend in able:
         if backend.default == "yes":
             # The compiler would trace what is said once a process.
-            if not torch.compiler.is_compiling() and any(b.default == "if measured" for b in able):
+            if not torch.compiler.is_compiling() and any(_may_be_measured(b, request) for b in backends):
                 preferences.suggest_calibration(request.device)
             return backend
     reasons = {b.name: b.reasons_against(request) or [_not_by_default(b, request)] for b in backends}
@@ -211,6 +213,11 @@ def _reasons_against(
     if backend.default == "yes":
         return [f"{taken} comes first"]
     return [_not_by_default(backend, request)]
+
+
+def _may_be_measured(backend: Backend, request: Request) -> bool:
+    """Whether a measurement could make a backend the default of such a call, by what it declares."""
+    return backend.default == "if measured" and not unmet(backend.requirements, request)
 
 
 def _only_if_named(backend: Backend, request: Request) -> list[str]:

@@ -33,8 +33,8 @@ def register_attention(
     ``softmax(query @ key^T * scale + mask) @ value`` (Vaswani et al., arXiv 1706.03762, eq. 1) with
     ``torch.nn.functional.scaled_dot_product_attention``'s argument names. Accumulates in fp32; never holds N x N except
     in the ``reference`` backend. Differentiable in query, key and value (and in an additive mask where the backend
-    supports it). Second and forward-mode derivatives are those of the formula, N x N; the fused kernels of ``sdpa`` and
-    ``xformers`` have no second one under ``create_graph=True``. For torch.func and tracers see
+    supports it). Second and forward-mode derivatives are those of the formula, N x N; the fused kernels of ``sdpa``,
+    ``flash_attn`` and ``xformers`` have no second one under ``create_graph=True``. For torch.func and tracers see
     docs/function_transforms.md. Under autocast fp32 inputs are cast to the autocast dtype.
 
     Args:

@@ -8,6 +8,14 @@ autograd differentiates. Autocast may be on while they run, their inputs cast.
 
 from __future__ import annotations
 
-from . import cpu, reference, sdpa, triton, xformers
+from . import cpu, flash_attn, reference, sdpa, triton, xformers
 
-BACKENDS = (triton.BACKEND, cpu.BACKEND, sdpa.BACKEND, xformers.BACKEND, reference.BACKEND)
+BACKENDS = (
+    triton.BACKEND,
+    cpu.BACKEND,
+    sdpa.BACKEND,
+    *sdpa.KERNELS,
+    flash_attn.BACKEND,
+    xformers.BACKEND,
+    reference.BACKEND,
+)

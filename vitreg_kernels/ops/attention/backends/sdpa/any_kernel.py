@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ....dispatch import Backend
-from ..._shared import levels, requirements
-from .. import features, statistics
-from ..masks import without_hidden_keys
-from ..packing import as_batch, runs_of_equal_length
-from ..rope import rotate_query_and_key
-from ..types import AttentionInputs, AttentionResult
+from .....dispatch import Backend
+from ...._shared import levels, requirements
+from ... import features, statistics
+from ...masks import without_hidden_keys
+from ...packing import as_batch, runs_of_equal_length
+from ...rope import rotate_query_and_key
+from ...types import AttentionInputs, AttentionResult
 
 
 def forward(inputs: AttentionInputs) -> AttentionResult:
@@ -37,8 +37,15 @@ def forward(inputs: AttentionInputs) -> AttentionResult:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, inputs: AttentionInputs) -> Tensor:
+    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
+    mask = None if mask is None else _unit_stride(mask)
     with _by_formula() if _fused_has_no_derivative(query, key, value, mask) else nullcontext():
         return functional.scaled_dot_product_attention(query, key, value, mask, inputs.dropout_p, scale=inputs.scale)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """Neighbours in the last dimension side by side, which every fused kernel of torch's asks for."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _fused_has_no_derivative(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

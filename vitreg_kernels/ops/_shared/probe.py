@@ -1,0 +1,49 @@
+"""Asking a library's kernel whether it runs here, by a tiny call that none of the caller's modes takes part in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def refusal(call: Callable[[torch.device], object], device: str) -> str:
+    """What is said against a call on a device, in one line; empty if it runs.
+
+    In a thread of its own: autocast, grad mode, transforms of torch.func, fake tensors and tracers are a thread's, so
+    whatever the caller is in changes nothing, and sees nothing.
+
+    Args:
+        call: makes small tensors there and runs.
+        device: its type. Of CUDA the caller's current one is meant, which a new thread would not know.
+    """
+
+    def words() -> str:
+        return words_against(lambda: call(where))
+
+    try:
+        where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    except Exception as error:  # a torch without CUDA asserts that it has it
+        return _first_line(error)
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(words).result()
+
+
+def words_against(call: Callable[[], object]) -> str:
+    """What a library says against a call, in one line: torch warns of its reasons before it raises."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            call()
+        except Exception as error:  # whatever a library raises where it does not serve a call
+            said = [str(one.message).partition(" (Triggered internally")[0] for one in warned]
+            # Titles, and what is said of the kernels that were not asked for.
+            said = [line for line in said if not (line.endswith("because:") or "runtime disabled" in line)]
+            return "; ".join(line.rstrip(".") for line in said) or _first_line(error)
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
