@@ -136,8 +136,11 @@ def token_bucket(tokens: int) -> int:
 
 
 def holds(size: Size, tokens: int, heads: int) -> bool:
-    """Whether so many tokens and heads are of a size. Asks of them nothing else, see ``preferences.workload``."""
-    return _is_in(size.tokens, tokens, TOKEN_BUCKETS) and _is_in(size.heads, heads, HEAD_BUCKETS)
+    """Whether so many tokens and heads are of a size, but for a single token, which not every kernel takes.
+
+    Asks of them nothing else, see ``preferences.workload``.
+    """
+    return tokens > 1 and _is_in(size.tokens, tokens, TOKEN_BUCKETS) and _is_in(size.heads, heads, HEAD_BUCKETS)
 
 
 def _bucket(count: int, ends: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ DROPOUT = "dropout"
 ROPE = "rope"
 PACKING = "cu_seqlens"
 PACKING_COMPILED = "cu_seqlens under torch.compile"
+DETERMINISTIC = "torch.use_deterministic_algorithms"
 ONNX_STATISTICS = "statistics in ONNX export"
 
 ALL = (
@@ -29,12 +30,13 @@ ALL = (
     ROPE,
     PACKING,
     PACKING_COMPILED,
+    DETERMINISTIC,
     ONNX_STATISTICS,
 )
 
 # What this library's own kernels serve, and what torch code does, which reads ``cu_seqlens`` on the host; the
 # statistics are torch code in the reference alone.
-OF_OUR_KERNELS = (KEY_PADDING_MASK, ROPE, PACKING, PACKING_COMPILED)
+OF_OUR_KERNELS = (KEY_PADDING_MASK, ROPE, PACKING, PACKING_COMPILED, DETERMINISTIC)
 OF_REFERENCE = tuple(feature for feature in ALL if feature != PACKING_COMPILED)
 OF_SDPA = tuple(feature for feature in OF_REFERENCE if feature != ONNX_STATISTICS)
 
@@ -61,6 +63,8 @@ def request_of(inputs: AttentionInputs, qkv: Tensor | None = None) -> Request:
         features.append(ROPE)
     if inputs.cu_seqlens is not None:
         features.append(PACKING_COMPILED if torch.compiler.is_compiling() else PACKING)
+    if torch.are_deterministic_algorithms_enabled():
+        features.append(DETERMINISTIC)
     observing = observers.present()
     if observers.ONNX in observing and inputs.outputs:
         features.append(ONNX_STATISTICS)

@@ -103,7 +103,7 @@ _REQUIREMENTS = Requirements(
     devices=("cuda",),
     dtypes=(torch.float16, torch.bfloat16),
     head_dims=(8, 128),
-    features=(features.ROPE, features.PACKING),
+    features=(features.ROPE, features.PACKING, features.DETERMINISTIC),
     capabilities=requirements.SM_80_AND_NEWER,
 )
 

@@ -111,13 +111,15 @@ def _backend(kernel: str, needs: Requirements, *, granule: int = 1) -> Backend:
 
 _HALF = (torch.float16, torch.bfloat16)
 _PLAIN = (features.ROPE, features.PACKING, observers.TRANSFORMS)
+_STEADY = (*_PLAIN, features.DETERMINISTIC)
 _ALL = (*features.OF_SDPA, observers.TRANSFORMS)
+_UNSTEADY = tuple(feature for feature in _ALL if feature != features.DETERMINISTIC)  # its backward adds up in any order
 _SM_80 = requirements.SM_80_AND_NEWER
 
 # What torch documents. That flash has fp32 and fp64 on CPUs alone, and who has what on AMD's GPUs, it says itself.
 KERNELS = (
-    _backend("FLASH_ATTENTION", Requirements(("cpu", "cuda"), DTYPES, (1, 256), _PLAIN, _SM_80)),
+    _backend("FLASH_ATTENTION", Requirements(("cpu", "cuda"), DTYPES, (1, 256), _STEADY, _SM_80)),
     _backend("CUDNN_ATTENTION", Requirements(("cuda",), _HALF, (8, 128), _PLAIN, _SM_80), granule=16),
-    _backend("EFFICIENT_ATTENTION", Requirements(("cuda",), (torch.float32, *_HALF), features=_ALL), granule=16),
+    _backend("EFFICIENT_ATTENTION", Requirements(("cuda",), (torch.float32, *_HALF), features=_UNSTEADY), granule=16),
     _backend("MATH", requirements.anywhere(())._replace(features=_ALL)),
 )
