@@ -329,6 +329,36 @@ def test_the_compiler_takes_what_was_calibrated(cache, dynamo, change_backends):
     assert set(ran) == {"reference", "sdpa"}
 
 
+def test_graphs_of_any_size_stay_few(cache, dynamo):
+    """A size is told from others only where a measurement may decide for it."""
+    recorded(ONE._replace(tokens=100))
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda x: register_attention(x, x, x), backend=counter, fullgraph=True, dynamic=True)
+    for tokens in (9, 21, 40, 100, 200, 300, 500):
+        compiled(torch.randn(2, 3, tokens, 16))
+    assert counter.frame_count <= 3
+    other = torch.compile(lambda x: register_attention(x, x, x), backend=counter, fullgraph=True, dynamic=True)
+    before = counter.frame_count
+    for tokens in (21, 100, 300):
+        other(torch.randn(2, 3, tokens, 8))  # of a head dim that was not measured
+    assert counter.frame_count == before + 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_program_is_exported_for_other_machines_too(cache, strict):
+    recorded(ONE, ONE._replace(tokens=100))
+
+    class Attend(torch.nn.Module):
+        def forward(self, x):
+            return register_attention(x, x, x)
+
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(Attend(), (X,), dynamic_shapes=({2: tokens},), strict=strict).module()
+    for count in (9, 500):
+        x = torch.randn(2, 3, count, 16)
+        torch.testing.assert_close(program(x), register_attention(x, x, x), atol=1e-5, rtol=1e-5)
+
+
 def test_a_new_process_reads_it(cache):
     recorded(ONE)
     code = "import torch, vitreg_kernels; print(vitreg_kernels.explain(torch.zeros(2, 3, 21, 16)).decided_by)"
