@@ -52,7 +52,7 @@ def test_a_pack_of_large_and_small_crops(longest: int) -> None:
 
 @pytest.mark.parametrize("tokens", [54, 201, 261])
 def test_a_barrier_between_what_queries_leave_and_keys_read(tokens: int) -> None:
-    """delta and normalizer pass from thread to thread through global memory, which only a barrier makes sure of.
+    """delta and normalization pass from thread to thread through global memory, which only a barrier makes sure of.
 
     They are all that is stored in single words, and read-only loads (`.nc`) may be served from before the barrier.
     """

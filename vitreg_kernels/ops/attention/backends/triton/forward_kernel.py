@@ -37,7 +37,6 @@ from .primitives import (
     program_index,
     rope_of,
     rows_of,
-    signed,
     statistic_of,
     store_tokens,
     takes_part,
@@ -156,20 +155,20 @@ def _load_and_attend(state, query, ctx, first, end, WIDTH: tl.constexpr, MASKED:
 @triton.jit
 def _attend_from_tile(ctx, first, end, WIDTH: tl.constexpr):
     """The owned tile of queries attends to keys and values that are loaded tile by tile."""
-    query = signed(_load_queries(ctx, first, end, WIDTH), ctx.scale)
+    query = _load_queries(ctx, first, end, WIDTH)
+    query = -query if ctx.NEGATIVE else query  # see `exponent_scale`
     _store(for_swept_tiles(_load_and_attend, _initial_state(ctx, WIDTH), query, ctx), ctx, first, end)
 
 
 @triton.jit
 def _keep_in_smem(ctx, WIDTHS: tl.constexpr):
-    """Tiles of all (signed) keys and values. Products alone use them, so triton keeps them in shared memory."""
+    """Tiles of all keys and values. Products alone use them, so triton keeps them in shared memory."""
     resident = ()
     first = 0
     for i in tl.static_range(len(WIDTHS)):
         key = _load_keys(ctx, first, ctx.program.num_tokens, WIDTHS[i], ctx.PACKED or i == len(WIDTHS) - 1)
         value = _load_values(ctx, first, ctx.program.num_tokens, WIDTHS[i], ctx.PACKED or i == len(WIDTHS) - 1)
-        # Not `signed`, whose choice at run time would make every product fetch the keys back into registers.
-        resident = resident + ((-key if ctx.NEGATIVE else key, value),)
+        resident = resident + ((-key if ctx.NEGATIVE else key, value),)  # see `exponent_scale`
         first += WIDTHS[i]
     return resident
 

@@ -100,12 +100,13 @@ def launch_plan(inputs: AttentionInputs, kernel: tuning.AttentionKernel, capabil
     _, heads, tokens, head_dim = inputs.query.shape
     packed = inputs.cu_seqlens is not None
     longest = _longest(inputs)
-    tiles = tuning.attention_tiles(kernel, capability, inputs.query.dtype, head_dim, longest)
+    images = _num_images(inputs)
+    many_heads = tuning.fills_a_gpu(images * heads)
+    tiles = tuning.attention_tiles(kernel, capability, inputs.query.dtype, head_dim, longest, many_heads)
     num_tiles, prefix, tail = _cut(longest, inputs.num_prefix_tokens, tiles, packed)
     owns_heads = kernel == "backward" or (kernel == "forward" and tiles.whole_head)
     resident_widths = _resident_widths(longest, tiles.block_n) if owns_heads else ()
     num_programs = 1 if owns_heads else num_tiles
-    images = _num_images(inputs)
     return LaunchPlan(
         num_tiles=num_tiles,
         images=images,
