@@ -16,8 +16,8 @@ from vitreg_kernels._triton.offline import Resources  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 
-# Everything is compiled by the triton that `make` installs beside torch. Code differs from triton to triton, so what
-# matters most is compiled by each that a supported torch brings, too.
+# The triton that `make` installs beside torch. Machine code differs from triton to triton, so what matters most is
+# compiled by others too (`Budgets.tritons`).
 MAIN_TRITON = {"3.7.1": ARCHITECTURES}
 
 # Shared memory a block can opt in to: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".

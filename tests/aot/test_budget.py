@@ -15,11 +15,12 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed: it exists for Linux x86-64 only")
 
 import triton.language as tl  # noqa: E402
-from budgets import MAIN_TRITON, Budgets, beyond_hardware, violations  # noqa: E402
+from budgets import Budgets, beyond_hardware, violations  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from benchmarks.prediction.sass import Code  # noqa: E402
+from benchmarks.prediction.table import TRITONS  # noqa: E402
 from vitreg_kernels._triton import offline  # noqa: E402
 from vitreg_kernels._triton.launch import Launch  # noqa: E402
 from vitreg_kernels._triton.offline import Resources, compile_launch  # noqa: E402
@@ -48,9 +49,6 @@ def budgeted(arch: int, tokens: int) -> dict[str, tuple[Launch, Resources]]:
     )
     return kernels
 
-
-# 3.6 comes with torch 2.10 and 2.11, 3.8 with 2.14; 3.9 is what pip installs beside a torch that brings none.
-TRITONS = MAIN_TRITON | dict.fromkeys(("3.6.0", "3.8.0", "3.9.0"), (90,))
 
 # 5 prefix tokens and 7^2, 14^2, 16^2, 32^2, 37^2 patches.
 BUDGETS = Budgets("budgets.json", "N", (54, 201, 261, 1029, 1374), budgeted, TRITONS)

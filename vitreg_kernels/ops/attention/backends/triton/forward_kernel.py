@@ -174,10 +174,12 @@ def _keep_in_smem(ctx, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def _attend_to_resident(query, ctx, resident):
-    state = _initial_state(ctx, query.shape[0])
+def _attend_to_resident(state, query, ctx, resident, FROM: tl.constexpr, TO: tl.constexpr):
+    """Fold the resident tiles from FROM up to TO into the state."""
     first = 0
-    for i in tl.static_range(len(resident)):
+    for i in tl.static_range(FROM):
+        first += resident[i][0].shape[0]
+    for i in tl.static_range(FROM, TO):
         key, value = resident[i]
         if not ctx.PACKED:
             state = _attend(state, query, ctx, key, value, first, ctx.program.num_tokens, i == len(resident) - 1)
@@ -243,7 +245,8 @@ def _attend_from_small_head(ctx, WIDTHS: tl.constexpr):
     resident = _keep_in_smem(ctx, WIDTHS)
     for i in tl.static_range(ctx.PREFIX_TILES):
         _attend_from_16_queries(ctx, resident, 16 * i, first)
-    _store(_attend_to_resident(query, ctx, resident), ctx, first, end)
+    state = _initial_state(ctx, ctx.BLOCK_M)
+    _store(_attend_to_resident(state, query, ctx, resident, 0, len(resident)), ctx, first, end)
 
 
 @triton.jit
@@ -261,15 +264,22 @@ def _attend_from_large_head(ctx):
         _attend_from_16_queries(ctx, resident, 16 * i, remainder_rows)
     if ctx.SMALL_REMAINDER and ctx.PREFIX_TILES == 0:
         _attend_from_16_queries(ctx, resident, 0, remainder_rows)
+    # The next queries set out before the last tile of keys: sooner, they would take the registers of a third program on
+    # the multiprocessor. More than two full tiles leave shared memory for two programs only, so there they set out
+    # first, unless a mask needs the registers. (With num_stages they would take shared memory twice over.)
+    LAST: tl.constexpr = len(ctx.RESIDENT_WIDTHS) - 1
+    TWO_PROGRAMS: tl.constexpr = LAST > 1 and ctx.RESIDENT_WIDTHS[1] == ctx.BLOCK_N
+    BEFORE: tl.constexpr = 0 if TWO_PROGRAMS and ctx.key_mask is None else LAST
     for start in range(remainder_rows, end, ctx.BLOCK_M):
+        state = _initial_state(ctx, ctx.BLOCK_M)
         if ctx.rope is None:
-            # The next queries are on their way while these are attended from. (With num_stages they would take shared
-            # memory twice over, and with it the room of a third program on the multiprocessor.)
+            state = _attend_to_resident(state, query, ctx, resident, 0, BEFORE)
             next_query = _load_queries(ctx, start + ctx.BLOCK_M, end, ctx.BLOCK_M)
-            _store(_attend_to_resident(query, ctx, resident), ctx, start, end)
+            _store(_attend_to_resident(state, query, ctx, resident, BEFORE, LAST + 1), ctx, start, end)
             query = next_query
         else:  # rotated queries wait for their values, and take registers
-            _store(_attend_to_resident(_load_queries(ctx, start, end, ctx.BLOCK_M), ctx, resident), ctx, start, end)
+            query = _load_queries(ctx, start, end, ctx.BLOCK_M)
+            _store(_attend_to_resident(state, query, ctx, resident, 0, LAST + 1), ctx, start, end)
 
 
 @triton.jit
