@@ -151,7 +151,7 @@ class Code:
         """Ways from a block to the kernel's end, or to the end of the body of the loop ``within``."""
         key = block, within and within.header
         if key not in self._known:
-            loop = self._loops.get(block)
+            loop = self.loops.get(block)
             if loop is not None and (within is None or loop.header != within.header):
                 begun = [list(way.steps()) for way in self._ways(block, loop, (*around, block))]
                 following = {s for b in loop.blocks for s in self.successors[b]} - loop.blocks
@@ -180,7 +180,7 @@ class Code:
         return seen
 
     @cached_property
-    def _loops(self) -> dict[int, Loop]:
+    def loops(self) -> dict[int, Loop]:
         """Loops by header: the targets of edges from blocks that they dominate."""
         bodies: dict[int, set[int]] = defaultdict(set)
         for latch, following in enumerate(self.successors):

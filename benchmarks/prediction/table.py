@@ -20,6 +20,11 @@ BATCH, HEADS, PREFIX = 64, 16, 5
 # (tokens, head dim): bf16, on views of a packed qkv.
 SHAPES = ((54, 64), (201, 64), (261, 64), (1029, 64), (1374, 64), (201, 128), (261, 128), (1029, 128))
 
+# The architectures by the triton that compiles for them: all by the one that `make` installs, sm_90 by each other that
+# a supported torch brings. 3.6 comes with torch 2.10 and 2.11, 3.7 with 2.13, 3.8 with 2.14; 3.9 is what pip installs
+# beside a torch that brings none.
+TRITONS: dict[str, tuple[int, ...]] = {"3.7.1": tuple(GPUS), "3.6.0": (90,), "3.8.0": (90,), "3.9.0": (90,)}
+
 # ns per (batch, head) forward and backward on an H200, d = 64: what the project wants to measure.
 GOALS = {54: (8, 17), 201: (28, 80), 261: (38, 110), 1029: (484, 1570), 1374: (833, 2690)}
 
@@ -27,9 +32,9 @@ _INTRODUCTION = """# Predicted times of the GPU kernels
 
 **Predictions, not measurements.** No GPU was used: the kernels are compiled ahead of time, their machine code is
 counted, and a simple model ([`benchmarks/prediction/predict.py`](../benchmarks/prediction/predict.py)) turns the counts
-into time. Written by `python -m benchmarks.prediction` and checked by `make test`; measured times, where there are any,
-are in [`benchmarks/results/`](../benchmarks/results/). Compiled by triton @TRITON@ with the ptxas in its wheel; code of
-another version may differ, and its time too.
+into time. Measured times, where there are any, are in [`benchmarks/results/`](../benchmarks/results/). Machine code
+differs from triton to triton, each with the ptxas in its wheel, so every part says which one compiled. `python -m
+benchmarks.prediction` writes the part of the triton that it runs with; `make test` checks those of 3.7.1 and 3.6.0.
 
 For scale: at N = 1029 and d = 64 the forward is a kind of kernel whose speed is published. The Triton kernel in
 flash-attention's charts reaches 382 TFLOP/s on an H100 at N = 1k, which would be 710 ns here.
@@ -37,7 +42,7 @@ flash-attention's charts reaches 382 TFLOP/s on an H100 at N = 1k, which would b
 bf16, batch 64, 16 heads, 5 prefix tokens. All times in ns per (batch, head). *Roofline*: the longest of useful traffic,
 useful products and useful exponentials at the GPU's rates. *Resident*: programs a multiprocessor holds. *Matrix*, *exp*
 and *KB*: matrix instructions, exponentials and bytes to and from the L2 of one program of the most frequent kind.
-""".replace("@TRITON@", triton.__version__)
+"""
 
 
 class Row(NamedTuple):
@@ -86,13 +91,25 @@ def roofline_ns(tokens: int, head_dim: int, backward: bool, gpu: Gpu) -> float:
     )
 
 
-def document() -> str:
-    """The page. Compiles everything, which takes some minutes."""
+def parts(page: str) -> dict[str, str]:
+    """The parts of a page by the version of triton that compiled."""
+    return {part.partition("\n")[0]: part.partition("\n")[2] for part in page.split("\n## triton ")[1:]}
+
+
+def document(page: str) -> str:
+    """The page with the running triton's part written anew. Compiles all of that, which takes some minutes."""
+    found = parts(page) | {triton.__version__: _part()}
+    return _INTRODUCTION + "".join(
+        f"\n## triton {version}\n{found[version]}" for version in TRITONS if version in found
+    )
+
+
+def _part() -> str:
     sections = [
-        [*_headings(arch), *(line for tokens, head_dim in SHAPES for line in lines(arch, tokens, head_dim)), ""]
-        for arch in GPUS
+        [*_headings(arch), *(line for tokens, head_dim in SHAPES for line in lines(arch, tokens, head_dim))]
+        for arch in TRITONS[triton.__version__]
     ]
-    return "\n".join([_INTRODUCTION, *(line for section in sections for line in section)])
+    return "\n".join(line for section in sections for line in section) + "\n"
 
 
 def lines(arch: int, tokens: int, head_dim: int) -> list[str]:
@@ -125,7 +142,8 @@ def lines(arch: int, tokens: int, head_dim: int) -> list[str]:
 def _headings(arch: int) -> list[str]:
     gpu = GPUS[arch]
     return [
-        f"## sm_{arch}: {gpu.name}",
+        "",
+        f"### sm_{arch}: {gpu.name}",
         "",
         f"Rates: {gpu.matrix_tflops:.0f} TFLOP/s, memory {gpu.memory_tbps} TB/s, L2 {gpu.l2_tbps} TB/s, "
         f"{gpu.multiprocessors} multiprocessors at {gpu.clock_ghz} GHz.",

@@ -80,7 +80,7 @@ def run(inputs: AttentionInputs, grad_output: Tensor, arch: int) -> dict[str, Te
         "output": guarded((batch, tokens, heads, head_dim), query.dtype),
         "lse": guarded((batch, heads, tokens), torch.float32),
         "normalizer": guarded((batch, heads, tokens), torch.float32),
-        "normalizer of the backward": guarded((batch, heads, tokens), torch.float32),
+        "normalization": guarded((batch, heads, tokens), torch.float32),
         "square_norm": guarded((batch, heads, tokens), torch.float32),
         "received_attention": guarded((batch, heads, tokens), torch.float32),
         "prefix_attention": guarded((batch, heads, prefix, tokens), torch.float32),
@@ -93,13 +93,13 @@ def run(inputs: AttentionInputs, grad_output: Tensor, arch: int) -> dict[str, Te
 
     output = written["output"].view.transpose(1, 2)
     lse, delta = written["lse"].view, written["delta"].view
-    normalizer, backward_normalizer = written["normalizer"].view, written["normalizer of the backward"].view
+    normalizer, normalization = written["normalizer"].view, written["normalization"].view
     gradients = gradient.view.permute(2, 0, 3, 1, 4).unbind(0)
     statistics = ("max_logit", "square_norm", "received_attention", "prefix_attention")
     buffers = ForwardBuffers(output, lse, normalizer, *(written[name].view for name in statistics))
     launches = [
         *backend._forward_launches(inputs, buffers, arch),
-        *backward_launches(inputs, output, lse, delta, backward_normalizer, grad_output, *gradients, arch),
+        *backward_launches(inputs, output, lse, delta, normalization, grad_output, *gradients, arch),
     ]
     for launch in launches:
         launch.run()

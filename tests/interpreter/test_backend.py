@@ -96,14 +96,18 @@ def test_without_prefix() -> None:
     assert statistics.prefix_attention.shape == (1, 1, 0, 17)
 
 
-def test_measured_tiles_override_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = tuning.Tiles(block_m=32, block_n=128, num_warps=8, num_stages=4)
+@pytest.mark.parametrize("whole_head", [False, True])
+def test_measured_tiles_override_the_rules(whole_head: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = tuning.Tiles(block_m=32, block_n=128, num_warps=8, num_stages=4, whole_head=whole_head)
     row = {"kernel": "forward", "bits": 16, "width": 64, "tokens": 272, **vars(tiles)}
     (tmp_path / "sm_90.json").write_text(json.dumps({tuning.SECTION: [row]}))
     monkeypatch.setattr(tuning, "_MEASURED", tuning.measured_tiles(tmp_path))
     tuning.attention_tiles.cache_clear()
     try:
         assert tuning.attention_tiles("forward", 90, torch.bfloat16, 64, 201) == tiles
+        # They are measured on many heads; few do not fill a GPU with a program each.
+        of_few = tuning.attention_tiles("forward", 90, torch.bfloat16, 64, 201, many_heads=False)
+        assert (of_few == tiles) is not whole_head
         others = [
             ("forward", 80, 64, 201),
             ("statistics", 90, 64, 201),

@@ -21,6 +21,9 @@ def faults() -> list[str]:
     Not cached: ``dispatch.select`` remembers its choice anyway, and torch.compile, which traces through this function,
     cannot trace a cache.
     """
+    if torch.version.hip is not None and not INTERPRETING:
+        # There torch calls an AMD GPU "cuda" too, and gives it a capability: an MI300 that of an sm_94.
+        return ["Triton kernels here are written and tuned for NVIDIA GPUs, and this torch is built for AMD's (ROCm)"]
     try:
         import triton
         from triton.runtime.interpreter import InterpretedFunction

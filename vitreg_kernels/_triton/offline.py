@@ -123,8 +123,7 @@ def compilation(launch: Launch, capability: int) -> Compilation:
     arguments = {
         **launch.arguments,
         **launch.constants,
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
+        **launch.options,
         "debug": kernel.debug or knobs.runtime.debug,
     }
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)

@@ -15,14 +15,14 @@ from ...._shared import requirements
 from ...._shared.capability import tuned_for
 from ... import features
 from ...types import AttentionInputs, AttentionOutputs, AttentionResult, empty_output
-from .plan import ForwardBuffers, fp32_precision, launch_plan
+from .plan import ForwardBuffers, launch_plan, tf32_is_allowed
 
 
 def forward(inputs: AttentionInputs) -> AttentionResult:
     """The output and the statistics asked for."""
     capability = tuned_for(inputs.query.device)
     buffers = _allocate(inputs, capability)
-    run_launches(_forward_launches, inputs, buffers, capability, depends_on=fp32_precision())
+    run_launches(_forward_launches, inputs, buffers, capability, depends_on=tf32_is_allowed())
     statistics = AttentionOutputs(
         lse=buffers.lse if "lse" in inputs.outputs else None,
         prefix_attention=buffers.prefix_attention,
@@ -51,10 +51,10 @@ def backward(
         grad_query, grad_key, grad_value: written in full.
     """
     lse = lse.contiguous()
-    delta, normalizer = torch.empty_like(lse), torch.empty_like(lse)
-    tensors = (output, lse, delta, normalizer, grad_output, grad_query, grad_key, grad_value)
+    delta, normalization = torch.empty_like(lse), torch.empty_like(lse)
+    tensors = (output, lse, delta, normalization, grad_output, grad_query, grad_key, grad_value)
     capability = tuned_for(inputs.query.device)
-    run_launches(_backward_launches, inputs, *tensors, capability, depends_on=fp32_precision())
+    run_launches(_backward_launches, inputs, *tensors, capability, depends_on=tf32_is_allowed())
 
 
 def launches(inputs: AttentionInputs, capability: int) -> list[Launch]:
@@ -68,11 +68,11 @@ def launches(inputs: AttentionInputs, capability: int) -> list[Launch]:
     """
     buffers = _allocate(inputs, capability)
     shape = inputs.query.shape[:3]
-    lse, delta, normalizer = (inputs.query.new_empty(shape, dtype=torch.float32) for _ in range(3))
+    lse, delta, normalization = (inputs.query.new_empty(shape, dtype=torch.float32) for _ in range(3))
     gradients = (empty_output(inputs.query) for _ in range(4))
     return [
         *_forward_launches(inputs, buffers, capability),
-        *_backward_launches(inputs, buffers.output, lse, delta, normalizer, *gradients, capability),
+        *_backward_launches(inputs, buffers.output, lse, delta, normalization, *gradients, capability),
     ]
 
 

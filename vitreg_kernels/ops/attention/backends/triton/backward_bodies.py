@@ -1,9 +1,14 @@
 """Backward: the gradients of one owned tile, of queries or of keys and values, and of all tiles of a head.
 
 With S = scale Q K^T, P = exp(S - lse) and dP = dO V^T: dS = P * (dP - delta), delta = rowsum(dO * O), dQ = scale dS K,
-dK = scale dS^T Q, dV = P^T dO. A program that owns queries computes delta, dQ and the queries' normalizers (see
-`primitives.probabilities`), and stores delta and the normalizers for the programs that own keys. Each gradient is
-summed by one program in a fixed order, so results are the same from run to run.
+dK = scale dS^T Q, dV = P^T dO. A program that owns queries computes dQ, delta and the queries' *normalization*, and
+stores the last two for the programs that own keys. Each gradient is summed by one program in a fixed order, so results
+are the same from run to run.
+
+The normalization is what makes the probabilities of a query sum to 1. For 16-bit inputs it is the lse in base 2: its
+rounding is an error of 1e-4 in a probability at logits in the thousands, less than rounding that to 16 bits. For fp32
+inputs this would be the largest error, so there it is the normalizer (see `primitives.probabilities`), a factor beside
+the lse.
 
 Source: Dao, "FlashAttention-2" (arXiv 2307.08691), algorithm 2, split in two so that nothing is added to global memory.
 """
@@ -47,7 +52,7 @@ class Backward(NamedTuple):
     grad_value: Rows | None
     lse: Any
     delta: Any
-    normalizer: Any
+    normalization: Any
     key_mask: Rows | None
     rope: RopeRows | None
     program: ProgramIndex
@@ -86,7 +91,9 @@ def _fold_keys(state, owned, ctx, swept, first, end, MASKED: tl.constexpr):
     grad_p = tl.dot(grad_output, tl.trans(value), input_precision=ctx.PRECISION)
     grad_logits = p * (grad_p - delta[:, None])
     grad_query = tl.dot(grad_logits.to(key.dtype), key, grad_query, input_precision=ctx.PRECISION)
-    return grad_query, total + tl.sum(p, 1)
+    if query.dtype == tl.float32:
+        total += tl.sum(p, 1)
+    return grad_query, total
 
 
 @triton.jit
@@ -109,9 +116,12 @@ def _grad_of_queries(ctx, first, end, WIDTH: tl.constexpr, resident=None):
         grad_query, total = for_swept_tiles(_load_and_fold_keys, nothing, owned, ctx)
     else:
         grad_query, total = _fold_resident(_fold_keys, nothing, owned, ctx, resident)
-    normalizer = 1.0 / tl.where(total > 0.0, total, 1.0)
-    tl.store(ctx.normalizer + tokens, normalizer, mask=tokens < end)
-    store_gradient(ctx.grad_query, ctx, grad_query * (normalizer * ctx.scale)[:, None], tokens, end)
+    normalization = lse
+    if query.dtype == tl.float32:
+        normalization = 1.0 / tl.where(total > 0.0, total, 1.0)
+        grad_query *= normalization[:, None]
+    tl.store(ctx.normalization + tokens, normalization, mask=tokens < end)
+    store_gradient(ctx.grad_query, ctx, grad_query * ctx.scale, tokens, end)
 
 
 @triton.jit
@@ -134,12 +144,13 @@ def _load_statistic(statistic, first, end, WIDTH: tl.constexpr, MASKED: tl.const
 
 
 @triton.jit
-def _load_statistics(ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """lse in base 2, delta and normalizer. By their lse, probabilities of queries beyond the end are 0."""
-    lse = base_2(_load_statistic(ctx.lse, first, end, WIDTH, MASKED, float("inf")))
-    delta = _load_statistic(ctx.delta, first, end, WIDTH, MASKED, 0.0)
-    normalizer = _load_statistic(ctx.normalizer, first, end, WIDTH, MASKED, 0.0)
-    return lse, delta, normalizer
+def _load_lse(ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """In base 2. By it, probabilities of queries beyond the end are 0."""
+    if ctx.query.pointer.dtype.element_ty == tl.float32:
+        lse = base_2(_load_statistic(ctx.lse, first, end, WIDTH, MASKED, float("inf")))
+    else:
+        lse = _load_statistic(ctx.normalization, first, end, WIDTH, MASKED, float("inf"))
+    return lse
 
 
 @triton.jit
@@ -147,9 +158,12 @@ def _fold_queries(state, owned, ctx, swept, first, end, MASKED: tl.constexpr):
     grad_key, grad_value = state
     key, value = owned
     query, grad_output = swept
-    lse, delta, normalizer = _load_statistics(ctx, first, end, query.shape[0], MASKED)
+    lse = _load_lse(ctx, first, end, query.shape[0], MASKED)
+    delta = _load_statistic(ctx.delta, first, end, query.shape[0], MASKED, 0.0)
     logits = tl.dot(key, tl.trans(query), input_precision=ctx.PRECISION)  # [M, W], keys by queries
-    p = probabilities(logits, lse[None, :], ctx.scale) * normalizer[None, :]
+    p = probabilities(logits, lse[None, :], ctx.scale)
+    if query.dtype == tl.float32:
+        p *= _load_statistic(ctx.normalization, first, end, query.shape[0], MASKED, 0.0)[None, :]
     grad_value = tl.dot(p.to(grad_output.dtype), grad_output, grad_value, input_precision=ctx.PRECISION)
     grad_p = tl.dot(value, tl.trans(grad_output), input_precision=ctx.PRECISION)
     grad_logits = p * (grad_p - delta[None, :])
@@ -230,7 +244,7 @@ def _for_owned_tiles_of_head(body: tl.constexpr, load: tl.constexpr, ctx):
 
 @triton.jit
 def grad_of_query_tile(ctx):
-    """The gradient of one tile of queries; stores delta and the normalizer for the kernel that owns keys."""
+    """The gradient of one tile of queries; stores delta and the normalization for the kernel that owns keys."""
     for_owned_tile(_grad_of_queries, ctx)
 
 
@@ -244,5 +258,5 @@ def grad_of_key_value_tile(ctx):
 def grad_of_head(ctx):
     """All gradients of a head: first its keys and values are resident in shared memory, then its queries."""
     _for_owned_tiles_of_head(_grad_of_queries, _load_keys, ctx)
-    tl.debug_barrier()  # what follows reads the delta and the normalizers that other threads wrote
+    tl.debug_barrier()  # what follows reads the delta and the normalization that other threads wrote
     _for_owned_tiles_of_head(_grad_of_keys_and_values, _load_queries, ctx)

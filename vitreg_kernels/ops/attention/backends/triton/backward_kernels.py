@@ -35,7 +35,7 @@ class Tensors(NamedTuple):
     grad_value: Any
     lse: Any
     delta: Any
-    normalizer: Any
+    normalization: Any
     key_mask: Any
     rope: Any
 
@@ -71,7 +71,7 @@ def _run(body: tl.constexpr, tensors, cu_seqlens, sizes, scale, constants):
             grad_value=None if tensors.grad_value is None else rows_of(tensors.grad_value, program),
             lse=statistic_of(tensors.lse, program, sizes),
             delta=statistic_of(tensors.delta, program, sizes),
-            normalizer=statistic_of(tensors.normalizer, program, sizes),
+            normalization=statistic_of(tensors.normalization, program, sizes),
             key_mask=None if tensors.key_mask is None else mask_of(tensors.key_mask, program),
             rope=None if tensors.rope is None else rope_of(tensors.rope, program),
             program=program,
@@ -103,7 +103,7 @@ def _attention_bwd_kernel(
     output,
     lse,  # [B, H, N] fp32
     delta,  # [B, H, N] fp32, written and read
-    normalizer,  # [B, H, N] fp32, written and read
+    normalization,  # [B, H, N] fp32, written and read
     key_mask,  # [B, N] bool or None
     rope,  # cos and sin [B, M, D] or None
     cu_seqlens,  # [images + 1] int32 or None
@@ -133,7 +133,7 @@ def _attention_bwd_kernel(
             grad_value,
             lse,
             delta,
-            normalizer,
+            normalization,
             key_mask,
             rope,
         ),
@@ -154,7 +154,7 @@ def _attention_bwd_query_kernel(
     output,
     lse,  # [B, H, N] fp32
     delta,  # [B, H, N] fp32, written
-    normalizer,  # [B, H, N] fp32, written
+    normalization,  # [B, H, N] fp32, written
     key_mask,  # [B, N] bool or None
     rope,  # cos and sin [B, M, D] or None
     cu_seqlens,  # [images + 1] int32 or None
@@ -172,7 +172,9 @@ def _attention_bwd_query_kernel(
 ):
     _run(
         grad_of_query_tile,
-        Tensors(query, key, value, output, grad_output, grad_query, None, None, lse, delta, normalizer, key_mask, rope),
+        Tensors(
+            query, key, value, output, grad_output, grad_query, None, None, lse, delta, normalization, key_mask, rope
+        ),
         cu_seqlens,
         sizes,
         scale,
@@ -190,7 +192,7 @@ def _attention_bwd_key_value_kernel(
     value,
     lse,  # [B, H, N] fp32
     delta,
-    normalizer,
+    normalization,
     key_mask,  # [B, N] bool or None
     rope,  # cos and sin [B, M, D] or None
     cu_seqlens,  # [images + 1] int32 or None
@@ -209,7 +211,7 @@ def _attention_bwd_key_value_kernel(
     _run(
         grad_of_key_value_tile,
         Tensors(
-            query, key, value, None, grad_output, None, grad_key, grad_value, lse, delta, normalizer, key_mask, rope
+            query, key, value, None, grad_output, None, grad_key, grad_value, lse, delta, normalization, key_mask, rope
         ),
         cu_seqlens,
         sizes,
@@ -223,7 +225,7 @@ def backward_launches(
     output: Tensor,
     lse: Tensor,
     delta: Tensor,
-    normalizer: Tensor,
+    normalization: Tensor,
     grad_output: Tensor,
     grad_query: Tensor,
     grad_key: Tensor,
@@ -235,7 +237,7 @@ def backward_launches(
     Args:
         inputs: the call.
         output, lse: of the forward; ``lse`` ``[B, H, N]`` fp32, contiguous.
-        delta, normalizer: ``[B, H, N]`` fp32, contiguous; what programs that own queries compute for those that own
+        delta, normalization: ``[B, H, N]`` fp32, contiguous; what programs that own queries compute for those that own
             keys.
         grad_output: ``[B, H, N, D]``, any strides, zero ones included.
         grad_query, grad_key, grad_value: ``[B, H, N, D]``, any strides that do not overlap; every element is written.
@@ -248,7 +250,7 @@ def backward_launches(
         "grad_output": strided(grad_output),
         "lse": lse,
         "delta": delta,
-        "normalizer": normalizer,
+        "normalization": normalization,
     }
     of_queries = tensors | {"output": strided(output), "grad_query": strided(grad_query)}
     of_keys = {"grad_key": strided(grad_key), "grad_value": strided(grad_value)}

@@ -37,7 +37,6 @@ from .primitives import (
     program_index,
     rope_of,
     rows_of,
-    signed,
     statistic_of,
     store_tokens,
     takes_part,
@@ -156,29 +155,31 @@ def _load_and_attend(state, query, ctx, first, end, WIDTH: tl.constexpr, MASKED:
 @triton.jit
 def _attend_from_tile(ctx, first, end, WIDTH: tl.constexpr):
     """The owned tile of queries attends to keys and values that are loaded tile by tile."""
-    query = signed(_load_queries(ctx, first, end, WIDTH), ctx.scale)
+    query = _load_queries(ctx, first, end, WIDTH)
+    query = -query if ctx.NEGATIVE else query  # see `exponent_scale`
     _store(for_swept_tiles(_load_and_attend, _initial_state(ctx, WIDTH), query, ctx), ctx, first, end)
 
 
 @triton.jit
 def _keep_in_smem(ctx, WIDTHS: tl.constexpr):
-    """Tiles of all (signed) keys and values. Products alone use them, so triton keeps them in shared memory."""
+    """Tiles of all keys and values. Products alone use them, so triton keeps them in shared memory."""
     resident = ()
     first = 0
     for i in tl.static_range(len(WIDTHS)):
         key = _load_keys(ctx, first, ctx.program.num_tokens, WIDTHS[i], ctx.PACKED or i == len(WIDTHS) - 1)
         value = _load_values(ctx, first, ctx.program.num_tokens, WIDTHS[i], ctx.PACKED or i == len(WIDTHS) - 1)
-        # Not `signed`, whose choice at run time would make every product fetch the keys back into registers.
-        resident = resident + ((-key if ctx.NEGATIVE else key, value),)
+        resident = resident + ((-key if ctx.NEGATIVE else key, value),)  # see `exponent_scale`
         first += WIDTHS[i]
     return resident
 
 
 @triton.jit
-def _attend_to_resident(query, ctx, resident):
-    state = _initial_state(ctx, query.shape[0])
+def _attend_to_resident(state, query, ctx, resident, FROM: tl.constexpr, TO: tl.constexpr):
+    """Fold the resident tiles from FROM up to TO into the state."""
     first = 0
-    for i in tl.static_range(len(resident)):
+    for i in tl.static_range(FROM):
+        first += resident[i][0].shape[0]
+    for i in tl.static_range(FROM, TO):
         key, value = resident[i]
         if not ctx.PACKED:
             state = _attend(state, query, ctx, key, value, first, ctx.program.num_tokens, i == len(resident) - 1)
@@ -244,7 +245,8 @@ def _attend_from_small_head(ctx, WIDTHS: tl.constexpr):
     resident = _keep_in_smem(ctx, WIDTHS)
     for i in tl.static_range(ctx.PREFIX_TILES):
         _attend_from_16_queries(ctx, resident, 16 * i, first)
-    _store(_attend_to_resident(query, ctx, resident), ctx, first, end)
+    state = _initial_state(ctx, ctx.BLOCK_M)
+    _store(_attend_to_resident(state, query, ctx, resident, 0, len(resident)), ctx, first, end)
 
 
 @triton.jit
@@ -262,15 +264,22 @@ def _attend_from_large_head(ctx):
         _attend_from_16_queries(ctx, resident, 16 * i, remainder_rows)
     if ctx.SMALL_REMAINDER and ctx.PREFIX_TILES == 0:
         _attend_from_16_queries(ctx, resident, 0, remainder_rows)
+    # The next queries set out before the last tile of keys: sooner, they would take the registers of a third program on
+    # the multiprocessor. More than two full tiles leave shared memory for two programs only, so there they set out
+    # first, unless a mask needs the registers. (With num_stages they would take shared memory twice over.)
+    LAST: tl.constexpr = len(ctx.RESIDENT_WIDTHS) - 1
+    TWO_PROGRAMS: tl.constexpr = LAST > 1 and ctx.RESIDENT_WIDTHS[1] == ctx.BLOCK_N
+    BEFORE: tl.constexpr = 0 if TWO_PROGRAMS and ctx.key_mask is None else LAST
     for start in range(remainder_rows, end, ctx.BLOCK_M):
+        state = _initial_state(ctx, ctx.BLOCK_M)
         if ctx.rope is None:
-            # The next queries are on their way while these are attended from. (With num_stages they would take shared
-            # memory twice over, and with it the room of a third program on the multiprocessor.)
+            state = _attend_to_resident(state, query, ctx, resident, 0, BEFORE)
             next_query = _load_queries(ctx, start + ctx.BLOCK_M, end, ctx.BLOCK_M)
-            _store(_attend_to_resident(query, ctx, resident), ctx, start, end)
+            _store(_attend_to_resident(state, query, ctx, resident, BEFORE, LAST + 1), ctx, start, end)
             query = next_query
         else:  # rotated queries wait for their values, and take registers
-            _store(_attend_to_resident(_load_queries(ctx, start, end, ctx.BLOCK_M), ctx, resident), ctx, start, end)
+            query = _load_queries(ctx, start, end, ctx.BLOCK_M)
+            _store(_attend_to_resident(state, query, ctx, resident, 0, LAST + 1), ctx, start, end)
 
 
 @triton.jit

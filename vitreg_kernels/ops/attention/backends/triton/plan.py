@@ -100,12 +100,13 @@ def launch_plan(inputs: AttentionInputs, kernel: tuning.AttentionKernel, capabil
     _, heads, tokens, head_dim = inputs.query.shape
     packed = inputs.cu_seqlens is not None
     longest = _longest(inputs)
-    tiles = tuning.attention_tiles(kernel, capability, inputs.query.dtype, head_dim, longest)
+    images = _num_images(inputs)
+    many_heads = tuning.fills_a_gpu(images * heads)
+    tiles = tuning.attention_tiles(kernel, capability, inputs.query.dtype, head_dim, longest, many_heads)
     num_tiles, prefix, tail = _cut(longest, inputs.num_prefix_tokens, tiles, packed)
     owns_heads = kernel == "backward" or (kernel == "forward" and tiles.whole_head)
     resident_widths = _resident_widths(longest, tiles.block_n) if owns_heads else ()
     num_programs = 1 if owns_heads else num_tiles
-    images = _num_images(inputs)
     return LaunchPlan(
         num_tiles=num_tiles,
         images=images,
@@ -126,16 +127,16 @@ def launch_plan(inputs: AttentionInputs, kernel: tuning.AttentionKernel, capabil
             "TAIL": tail,
             "PREFIX": prefix,
             "INTERLEAVED": inputs.rope is not None and inputs.rope.interleaved,
-            "PRECISION": fp32_precision(),
+            "PRECISION": _fp32_precision(capability, head_dim),
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
 
 
-def fp32_precision() -> str:
-    """Of products: exact, unless the user allowed tf32 for torch's own. Half precision ignores it."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def tf32_is_allowed() -> bool:
+    """Whether the user allows torch's own products of fp32 inputs to round them to tf32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def backward_by_heads(inputs: AttentionInputs, capability: int) -> bool:
@@ -154,6 +155,17 @@ def leaves_small_remainder(inputs: AttentionInputs, plan: LaunchPlan) -> bool:
 def prefix_tiles(inputs: AttentionInputs) -> int:
     """Tiles of 16 tokens that the prefix takes."""
     return _ceil_div(inputs.num_prefix_tokens, _PREFIX_TILE)
+
+
+def _fp32_precision(capability: int, head_dim: int) -> str:
+    """Of products of fp32 inputs: exact, or, where the user allows tf32, three products of tf32 for one.
+
+    One alone would cut its operands off where cuBLAS rounds them, and miss the accuracy rule by a factor of two. Three
+    keep it even against exact products. On GPUs whose products take their operands from registers, and at wide heads,
+    the parts of all operands spill; exact products serve there.
+    """
+    room = 90 <= capability < 120 and tuning.padded_head_dim(head_dim) <= 64
+    return "tf32x3" if room and tf32_is_allowed() else "ieee"
 
 
 def _longest(inputs: AttentionInputs) -> int:

@@ -125,25 +125,25 @@ def for_owned_tile(body: tl.constexpr, ctx):
 def for_swept_tiles(step: tl.constexpr, state, owned, ctx):
     """Fold `state = step(state, owned, ctx, first, end, WIDTH, MASKED)` over all tokens of the image.
 
-    The prefix comes first if it has a tile of its own, then full tiles, then the TAIL as halves, quarters... of
-    BLOCK_N, of which only the last can reach beyond `end`.
+    The prefix comes first if it has a tile of its own, then what full tiles leave over, as the halves, quarters... of
+    BLOCK_N that TAIL is made of, of which only the last can reach beyond its tokens, then full tiles.
     """
     first = 0
     end = ctx.program.num_tokens
     if ctx.PREFIX:
         state = step(state, owned, ctx, first, ctx.program.num_prefix, ctx.PREFIX, True)
         first = ctx.program.num_prefix
-    full_end = end
     if ctx.TAIL:
-        full_end = first + (end - first - 1) // ctx.BLOCK_N * ctx.BLOCK_N
-    for tile in range(first, full_end, ctx.BLOCK_N):
+        # After the loop, it would have its addresses computed before the loop, and kept in registers all the while.
+        full = first + (end - first - 1) % ctx.BLOCK_N + 1
+        for halving in tl.static_range(5):
+            if ctx.TAIL & (ctx.BLOCK_N >> halving):
+                width: tl.constexpr = ctx.BLOCK_N >> halving
+                state = step(state, owned, ctx, first, full, width, ctx.TAIL % width == 0)
+                first += width
+        first = full
+    for tile in range(first, end, ctx.BLOCK_N):
         state = step(state, owned, ctx, tile, end, ctx.BLOCK_N, False)
-    for halving in tl.static_range(5):
-        if ctx.TAIL & (ctx.BLOCK_N >> halving):
-            state = step(
-                state, owned, ctx, full_end, end, ctx.BLOCK_N >> halving, ctx.TAIL % (ctx.BLOCK_N >> halving) == 0
-            )
-            full_end += ctx.BLOCK_N >> halving
     return state
 
 
@@ -268,16 +268,11 @@ def takes_part(key_mask, tokens, end):
 def exponent_scale(scale):
     """Factor from raw logits to exponents of two, positive.
 
-    A negative scale is a sign on the owned tile (`signed`); a zero one becomes so small that no logit shows, because
-    0 * -inf would turn a masked logit into NaN.
+    Of a negative scale (NEGATIVE), queries or keys take the sign, which is exact. It is known when a kernel is
+    compiled: a choice at run time would make every product fetch that operand from shared memory into registers. A zero
+    scale becomes so small that no logit shows, because 0 * -inf would turn a masked logit into NaN.
     """
     return tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
-
-
-@triton.jit
-def signed(tile, scale):
-    """The owned tile of queries or keys with the sign of the scale: exact, unlike the scale itself."""
-    return tl.where(scale < 0, -tile, tile)
 
 
 @triton.jit
@@ -294,7 +289,7 @@ def load_lse(lse, tokens, end):
 
 @triton.jit
 def probabilities(logits, lse, scale):
-    """exp(|scale| * logits - lse), of logits whose owned side is `signed` and an lse in base 2.
+    """exp(|scale| * logits - lse), of logits that have the sign of the scale, and an lse in base 2.
 
     The product is not rounded by itself: at logits in the thousands that would be an error of 1e-4 in each probability.
     The rounding of the lse is as large, but one factor for all keys of a query; whoever needs better multiplies by the

@@ -30,7 +30,6 @@ from .primitives import (
     program_index,
     rope_of,
     rows_of,
-    signed,
     statistic_of,
     takes_part,
 )
@@ -57,6 +56,7 @@ class Statistics(NamedTuple):
     PREFIX: Any
     INTERLEAVED: Any
     PRECISION: Any
+    NEGATIVE: Any
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _from_queries(key, ctx, first, end, WIDTH: tl.constexpr, MASKED: tl.constexp
     """
     tokens = first + tl.arange(0, WIDTH)
     query = load_rotated(ctx.query, ctx, tokens, end, MASKED)
-    logits = tl.dot(signed(query, ctx.scale), tl.trans(key), input_precision=ctx.PRECISION)
+    logits = tl.dot(-query if ctx.NEGATIVE else query, tl.trans(key), input_precision=ctx.PRECISION)
     normalizer = tl.load(ctx.normalizer + tokens, mask=tokens < end, other=0.0)
     return probabilities(logits, load_lse(ctx.lse, tokens, end)[:, None], ctx.scale) * normalizer[:, None]
 
@@ -116,6 +116,7 @@ def _statistics_fwd_kernel(
     PREFIX: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr,  # whether scale is
 ):
     program = program_index(sizes, cu_seqlens)
     for_owned_tile(
@@ -141,6 +142,7 @@ def _statistics_fwd_kernel(
             PREFIX=PREFIX,
             INTERLEAVED=INTERLEAVED,
             PRECISION=PRECISION,
+            NEGATIVE=NEGATIVE,
         ),
     )
 
@@ -166,4 +168,5 @@ def statistics_launch(
             "received_attention": buffers.received_attention,
             "prefix_attention": buffers.prefix_attention if with_prefix_attention else None,
         },
+        {"NEGATIVE": inputs.scale < 0},
     )

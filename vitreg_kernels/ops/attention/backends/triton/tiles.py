@@ -70,9 +70,26 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def fills_a_gpu(num_heads: int) -> bool:
+    """Whether a program a head keeps a GPU busy.
+
+    A multiprocessor of sm_90 has room for two or three programs that own a head, so 132 of them are full with 264 or
+    396 heads, and of the second round on it matters little how full the last is.
+
+    Args:
+        num_heads: of all images together.
+    """
+    return num_heads >= _HEADS_THAT_FILL_A_GPU
+
+
 @functools.lru_cache(maxsize=1024)
 def attention_tiles(
-    kernel: AttentionKernel, capability: int, dtype: torch.dtype, head_dim: int, num_tokens: int
+    kernel: AttentionKernel,
+    capability: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    num_tokens: int,
+    many_heads: bool = True,
 ) -> Tiles:
     """Tiles of an attention kernel.
 
@@ -82,11 +99,12 @@ def attention_tiles(
         dtype: of query, key and value.
         head_dim: D.
         num_tokens: N, the longest image's if packed.
+        many_heads: whether they fill a GPU, as they do where tiles are measured.
     """
     block_d = padded_head_dim(head_dim)
     bits = torch.finfo(dtype).bits
     measured = _MEASURED.get(key_of(kernel, capability, dtype, head_dim, num_tokens))
-    if measured is not None:
+    if measured is not None and (many_heads or not measured.whole_head):
         return measured
     wide = block_d > 64
     # Without wgmma or tcgen05 all operands of a product lie in registers, and tiles that fit sm_90 and sm_100 spill.
@@ -99,22 +117,29 @@ def attention_tiles(
         return Tiles(64, 64, 4, 1)
     if kernel == "statistics":
         return Tiles(64, 64, 4, 2)
-    if kernel == "forward" and not wide and (num_tokens <= 64 or (num_tokens <= 272 and 90 <= capability < 100)):
-        # Keys and values are read once, and leave room for 3 programs a multiprocessor up to 256 tokens, 2 beyond. With
-        # more than one tile of keys sm_80 spills, and on sm_100 one program takes all of the tensor memory.
-        return Tiles(64, 128, 4, 1, whole_head=True)
+    if kernel == "forward" and not wide and (num_tokens <= 64 or _short_on_sm_90(capability, num_tokens)):
+        if num_tokens <= 64 or many_heads:
+            # Keys and values are read once, and leave room for 3 programs a multiprocessor up to 256 tokens, 2 beyond.
+            # With more than one tile of keys sm_80 spills, and on sm_100 one program takes all of the tensor memory.
+            return Tiles(64, 128, 4, 1, whole_head=True)
+        # One program a head would leave most multiprocessors idle, and the others pass all queries one tile after
+        # another. Small tiles make the most programs.
+        return Tiles(64, 64, 4, 2)
     if kernel == "forward":
         # Every owned tile reads all keys and values out of the L2; a tall one halves that. On sm_100 eight warps
         # leave a thread 128 registers, which spill once every statistic is asked for.
         return Tiles(128, 32 if wide and small else 64, 4 if 100 <= capability < 120 else 8, 2)
+    if kernel == "grad_key_value" and not small:
+        # Without prefetching: from two stages on, triton 3.6 copies the statistics of queries 4 bytes at a time, a copy
+        # for each column of a thread. Three programs a multiprocessor hide the latency as well.
+        return Tiles(64, 64, 4, 1)
     return Tiles(64, 32 if cramped else 64, 8 if wide and small else 4, 2)
 
 
 def backward_by_heads(capability: int, dtype: torch.dtype, head_dim: int, num_tokens: int, num_heads: int) -> bool:
     """Whether a program of the backward owns a whole head (kernel ``"backward"``), or one tile of it (the other two).
 
-    Up to 64 tokens a head is one tile anyway. Longer ones must be many: a multiprocessor of sm_90 has room for two
-    programs, so 132 of them are full with 264 heads, and of the second round on it matters little how full the last is.
+    Up to 64 tokens a head is one tile anyway. Longer ones must be many.
 
     Args:
         capability, dtype, head_dim, num_tokens: as for ``attention_tiles``.
@@ -125,7 +150,12 @@ def backward_by_heads(capability: int, dtype: torch.dtype, head_dim: int, num_to
     if num_tokens <= 64:
         return 90 <= capability < 120  # sm_80 spills
     # On sm_100 one program takes all of the tensor memory.
-    return num_tokens <= 272 and 90 <= capability < 100 and num_heads >= _HEADS_THAT_FILL_A_GPU
+    return _short_on_sm_90(capability, num_tokens) and fills_a_gpu(num_heads)
+
+
+def _short_on_sm_90(capability: int, num_tokens: int) -> bool:
+    """Whether all tokens of a head fit the shared memory of a program, two of which a multiprocessor of sm_90 holds."""
+    return num_tokens <= 272 and 90 <= capability < 100
 
 
 def measured_tiles(folder: Path) -> dict[Key, Tiles]:
