@@ -70,15 +70,22 @@ class Compiler:
 
     Attributes:
         told: what became of the kernels, once the context has ended.
+        keys: of the kernels, in triton's cache.
+        raised: what calls raised.
     """
 
     told: Compiled
 
     def __init__(self, device: torch.device, *, deadline: float = math.inf) -> None:
+        self.raised: list[Exception] = []
         self._device, self._deadline = device, deadline
         self._jobs: dict[str, Future[bool]] = {}  # by the key of the kernel
         self._cached: set[str] = set()
         self._ends: list[float] = []
+
+    @property
+    def keys(self) -> list[str]:
+        return sorted(self._cached | self._jobs.keys())
 
     def __enter__(self) -> Compiler:
         self._start = time.monotonic()
@@ -111,8 +118,8 @@ class Compiler:
                     self._jobs[kernel.key] = job = self._pool.submit(_compile, kernel)
                     job.add_done_callback(lambda _: self._ends.append(time.monotonic()))
                 needed.append(self._jobs[kernel.key])
-        except Exception:  # a call may raise anything, and so may the pool once a process of it has died
-            pass
+        except Exception as error:  # a call may raise anything, and so may the pool once a process of it has died
+            self.raised.append(error)
         return needed
 
     def wait(self, jobs: Iterable[Future[bool]]) -> None:
