@@ -31,8 +31,9 @@ bench: $(READY) $(NATIVE)
 	$(BIN)/python -m benchmarks --size $(if $(FULL),full,quick) $(if $(MODEL),--model $(MODEL))
 
 gpu: $(if $(filter file,$(origin PYTHON)),$(READY))
-	@echo "== GPU run: accuracy, races, outputs and models, within eight minutes"
-	$(if $(DRY),TRITON_INTERPRET=1) $(GPU_PYTHON) -m benchmarks.gpu $(if $(STAGES),--stages $(STAGES)) $(if $(FRESH),--fresh) $(if $(DRY),--dry-run)
+	@echo "== GPU run: smoke test, accuracy, races, outputs and models, within nine minutes"
+	$(if $(DRY),TRITON_INTERPRET=1) $(GPU_PYTHON) -m benchmarks.gpu $(if $(STAGES),--stages $(STAGES)) $(if $(FRESH),--fresh) \
+		$(if $(CACHE),--cache $(CACHE)) $(if $(RESULTS),--results $(RESULTS)) $(if $(DRY),--dry-run)
 
 test: $(READY)
 	@echo "== lint"

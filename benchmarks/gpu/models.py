@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ _OWN = {
 _MEASURED = (*results.UNTIMED, "images_per_s", "speedup", "peak_memory_bytes", "errors")
 
 
-class ModelRow(TypedDict):
+class ModelRow(results.HostTime):
     """One model with one attention in one mode; one that did not run has ``None`` for everything measured.
 
     A model that cannot be built has a single row, of attention ``"any"`` and no mode.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ _KERNELS = tuple(backend.name for backend in BACKENDS if backend.opaque)  # our 
 _GOALS = {_FOUR: 1.05, ("received_attention",): 1.35, OUTPUT_NAMES: 1.35}
 
 
-class OutputsRow(TypedDict):
+class OutputsRow(results.HostTime):
     """One backend asked for some outputs. One that could not be timed has ``None`` for everything measured."""
 
     kind: Literal["outputs"]

@@ -94,7 +94,8 @@ def compiled(arch: int) -> list[str]:
             print(f"{len(compiler.keys)} kernels of {len(waiting)} calls, {time.monotonic() - start:.0f} s", flush=True)
             for done, jobs in enumerate(waiting, 1):
                 compiler.wait(jobs)
-                print(f"\r{done}/{len(waiting)} calls, {time.monotonic() - start:.0f} s", end="", flush=True)
+                if sys.stdout.isatty():
+                    print(f"\r{done}/{len(waiting)} calls, {time.monotonic() - start:.0f} s", end="", flush=True)
         except KeyboardInterrupt:
             print("\nCut: packing what there is.", file=sys.stderr)
     print()

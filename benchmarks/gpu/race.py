@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from typing import Literal, TypedDict, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -35,7 +35,7 @@ _CROPS = ((2, 261), (8, 54))  # a sample of DINOv2's training
 _SAMPLES = (64, 16)  # and heads
 
 
-class RaceRow(TypedDict):
+class RaceRow(results.HostTime):
     """One contender in one case. One not raced has ``None`` for everything measured.
 
     In the multi-crop layout ``batch`` counts samples of several images, and ``tokens`` are those of a sample.

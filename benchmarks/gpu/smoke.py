@@ -90,6 +90,12 @@ def failures(rows: list[Row]) -> list[str]:
     return sentences
 
 
+def forbids_timing(rows: list[Row]) -> bool:
+    """Whether our kernels are too wrong to be timed."""
+    hung = [r for r in rows if r["kind"] == "broken" and r["stage"] == NAME and r["piece"] != memcheck.NAME]
+    return bool(hung or failures([row for row in rows if row["kind"] == NAME]))
+
+
 def unfinished(setup: Setup, writer: Writer) -> int:
     """Cases without rows, and the memory checker."""
     return sum(not _done(writer, case) for case in _cases(setup)) + (not _checked(writer))
