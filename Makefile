@@ -32,8 +32,7 @@ bench: $(READY) $(NATIVE)
 
 gpu: $(if $(filter file,$(origin PYTHON)),$(READY))
 	@echo "== GPU run: smoke test, accuracy, races, outputs and models, within nine minutes"
-	$(if $(DRY),TRITON_INTERPRET=1) $(GPU_PYTHON) -m benchmarks.gpu $(if $(STAGES),--stages $(STAGES)) $(if $(FRESH),--fresh) \
-		$(if $(CACHE),--cache $(CACHE)) $(if $(RESULTS),--results $(RESULTS)) $(if $(DRY),--dry-run)
+	$(if $(DRY),TRITON_INTERPRET=1) $(GPU_PYTHON) -m benchmarks.gpu $(if $(STAGES),--stages $(STAGES)) $(if $(FRESH),--fresh) $(if $(CACHE),--cache $(CACHE)) $(if $(RESULTS),--results $(RESULTS)) $(if $(DRY),--dry-run)
 
 test: $(READY)
 	@echo "== lint"

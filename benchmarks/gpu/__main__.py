@@ -51,15 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="vitreg-gpu-") as folder:
         try:
             ended = _stages(asked, named, end, Path(folder))
+            cut = ended.why == "by itself" and ended.code == worker.CUT
         except KeyboardInterrupt:
-            print(f"\nCut. What is done is written: {_AGAIN}.", file=sys.stderr)
-            return worker.CUT
+            cut = True
+    if cut:
+        print(f"\nCut. What is done is written: {_AGAIN}.", file=sys.stderr)
+        return worker.CUT
     if ended.mark is None:  # it had not begun, and has said why
         return ended.code if ended.code > 0 else 2
     print()
     file = Path(ended.mark.file)
     _report(file)
-    return _verdict(loaded, results.load(file), lost=ended.code == worker.AGAIN, dry=asked.dry_run)
+    unloaded = [loaded.broken[name] for name in named if name in loaded.broken]
+    return _verdict(loaded, unloaded, results.load(file), lost=ended.code == worker.AGAIN, dry=asked.dry_run)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -173,11 +177,11 @@ def _report(path: Path) -> int:
     return 0
 
 
-def _verdict(loaded: Loaded, rows: list[Row], *, lost: bool, dry: bool) -> int:
+def _verdict(loaded: Loaded, unloaded: list[str], rows: list[Row], *, lost: bool, dry: bool) -> int:
     if dry:
         print(f"\n{worker.DRY}.")
     last = {row["stage"]: row for row in rows if row["kind"] == "stage"}
-    failures = [*loaded.broken.values(), *(f"{n} stopped: {row['error']}" for n, row in last.items() if row["error"])]
+    failures = [*unloaded, *(f"{n} stopped: {row['error']}" for n, row in last.items() if row["error"])]
     failures += pieces.failures(rows) + [s for stage in loaded.stages.values() for s in stage.failures(rows)]
     if lost:
         failures.append(f"a kernel broke the hold of the GPU and the stages after it did not run: {_AGAIN}")
