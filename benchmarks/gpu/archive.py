@@ -56,10 +56,16 @@ def misfits(manifest: Manifest, arch: int) -> list[str]:
     ]
 
 
+def folder_of(key: str) -> Path:
+    """Where triton's cache has a kernel, or would have it."""
+    from triton.runtime.cache import get_cache_manager
+
+    return Path(get_cache_manager(key).cache_dir)
+
+
 def write(file: Path, cache: Path, manifest: Manifest) -> None:
-    """Writes the kernels of a manifest, and every launcher, from triton's cache in a folder."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    folders = [*(cache / key for key in manifest["keys"]), *(path.parent for path in _modules(cache, suffix))]
+    """Writes the kernels of a manifest, and every launcher, from triton's cache, which is in a folder."""
+    folders = [*map(folder_of, manifest["keys"]), *(path.parent for path in _modules(cache))]
     part = file.with_name(file.name + ".part")
     with tarfile.open(part, "w:xz", preset=6) as tar:
         _add(tar, _MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -78,7 +84,7 @@ def write(file: Path, cache: Path, manifest: Manifest) -> None:
 
 def launchers(cache: Path) -> int:
     """How many of this Python a folder holds."""
-    return sum(1 for _ in _modules(cache, sysconfig.get_config_var("EXT_SUFFIX")))
+    return len(_modules(cache))
 
 
 def read(file: Path) -> Manifest:
@@ -121,9 +127,9 @@ def unpack(file: Path, cache: Path) -> None:
         raise ValueError(f"{file} is broken: {error}") from error
 
 
-def _modules(cache: Path, suffix: str) -> Iterable[Path]:
+def _modules(cache: Path) -> list[Path]:
     """Extension modules that triton compiled: launchers, and its driver's own."""
-    return sorted(cache.glob(f"*/*{suffix}"))
+    return sorted(cache.glob(f"*/*{sysconfig.get_config_var('EXT_SUFFIX')}"))
 
 
 def _group(names: Iterable[str]) -> bytes:

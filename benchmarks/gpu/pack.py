@@ -61,7 +61,7 @@ def pack(file: Path, arch: int) -> archive.Manifest:
         stub.libcuda(Path(folder))
         _driver()
         keys = compiled(arch)
-    there = [key for key in keys if any((cache / key).glob("*.cubin"))]
+    there = [key for key in keys if any(archive.folder_of(key).glob("*.cubin"))]
     manifest = archive.Manifest(
         **archive.environment(),
         arch=arch,

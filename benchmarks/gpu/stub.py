@@ -21,12 +21,14 @@ _FUNCTION = re.compile(r"\bcu[A-Z]\w+")
 
 @contextmanager
 def pretending(arch: int) -> Iterator[None]:
-    """Backends take tensors of a CPU for those of a GPU of a compute capability (ten times the version).
+    """Triton backends take tensors of a CPU for those of a GPU of a compute capability, ten times the version.
 
-    No kernel may be launched: calls are for ``vitreg_kernels.measure.warm``, which leaves launches out.
+    No other backend serves a call, and no kernel may be launched: calls are for ``vitreg_kernels.measure.warm``, which leaves launches out.
     """
 
     def reasons_against(backend: Backend, request: Request) -> list[str]:
+        if backend.name != "triton":
+            return ["is not ours to compile"]
         there = request._replace(device="cuda", capability=arch)
         return rules.unmet(backend.requirements, there) + backend.refuses(there)
 
