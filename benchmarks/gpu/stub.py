@@ -23,7 +23,8 @@ _FUNCTION = re.compile(r"\bcu[A-Z]\w+")
 def pretending(arch: int) -> Iterator[None]:
     """Triton backends take tensors of a CPU for those of a GPU of a compute capability, ten times the version.
 
-    No other backend serves a call, and no kernel may be launched: calls are for ``vitreg_kernels.measure.warm``, which leaves launches out.
+    No other backend serves a call, and no kernel may be launched: calls are for ``vitreg_kernels.measure.warm``, which
+    leaves launches out.
     """
 
     def reasons_against(backend: Backend, request: Request) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -78,6 +80,25 @@ def test_what_was_compiled_ahead_is_what_a_launch_loads(tmp_path, monkeypatch, c
     assert warm.compile_ahead(calls, GPU) == (2, 0, 0, 0.0)
 
 
+def test_keys_do_not_hang_on_which_kernel_a_process_uses_first():
+    """Each order in a process of its own, as triton hashes a function once."""
+    script = """
+import sys
+from vitreg_kernels._triton.keys import settle
+from vitreg_kernels.ops.attention.backends.triton import backward_kernels, forward_kernel
+kernels = {"bwd": backward_kernels._attention_bwd_kernel, "fwd": forward_kernel._attention_fwd_kernel}
+for name in sys.argv[1:]:
+    settle(kernels[name])
+print(*(kernels[name].cache_key for name in sorted(kernels)))
+"""
+    orders = (("fwd", "bwd"), ("bwd", "fwd"))
+    found = {
+        subprocess.run([sys.executable, "-c", script, *order], capture_output=True, text=True, check=True).stdout
+        for order in orders
+    }
+    assert len(found) == 1
+
+
 @pytest.fixture
 def compiling(monkeypatch):
     """Calls give names of kernels, and ``compile`` is told to compile each in a thread."""
@@ -99,9 +120,11 @@ def compiling(monkeypatch):
 
     monkeypatch.setattr(capability, "capability", lambda device: ARCH)
     monkeypatch.setattr(warm, "processes", processes)
-    monkeypatch.setattr(warm, "launched", lambda call: call())
+    monkeypatch.setattr(warm, "launched", lambda call: [SimpleNamespace(kernel=name) for name in call()])
     monkeypatch.setattr(warm, "_compile", compile_one)
-    monkeypatch.setattr(offline, "compilation", lambda name, arch: SimpleNamespace(key=name, cached=name == "old"))
+    monkeypatch.setattr(
+        offline, "compilation", lambda launch, arch: SimpleNamespace(key=launch.kernel, cached=launch.kernel == "old")
+    )
     return told
 
 
@@ -158,7 +181,7 @@ def test_nothing_is_waited_for_after_the_deadline(compiling):
 class Kernel:
     """What a process is given to compile; compiled, it is told to the launcher of ``built``."""
 
-    src, metadata = "source", "metadata"
+    source, src, metadata = SimpleNamespace(fn=None), "source", "metadata"
 
     def run(self):
         return self

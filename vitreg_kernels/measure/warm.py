@@ -107,9 +107,11 @@ class Compiler:
             return needed
         try:
             from .._triton import offline
+            from .._triton.keys import settle
 
             arch = tuned_for(self._device)
             for launch in launched(call):
+                settle(launch.kernel)
                 kernel = offline.compilation(launch, arch)
                 if kernel.key not in self._jobs:
                     if kernel.key in self._cached or kernel.cached:
@@ -153,6 +155,9 @@ def launched(call: Callable[[], object]) -> list[Launch]:
 def _compile(kernel: Compilation) -> bool:
     """Puts a kernel and its launcher into triton's cache on disk; whether it could."""
     try:
+        from .._triton.keys import settle
+
+        settle(kernel.source.fn)
         compiled = kernel.run()
         _build_launcher(compiled)
     except Exception:  # not every exception survives the way back to the process that waits
