@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from triton.runtime.jit import JITFunction
-
 
 def settle(kernel: Any) -> None:
     """Has triton hash a kernel's source after that of all functions it calls: then its key is the same everywhere.
@@ -14,6 +12,8 @@ def settle(kernel: Any) -> None:
     the function was hashed for another kernel before, and else none. So the key depended on which kernel a process used
     first, and what one process had compiled another did not find.
     """
+    from triton.runtime.jit import JITFunction
+
     if not isinstance(kernel, JITFunction) or kernel.hash is not None:  # the interpreter's have no key
         return
     for name in kernel.fn.__code__.co_names:
