@@ -26,7 +26,7 @@ from vitreg_kernels.measure.race import lost
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 NAME = "accuracy"
-SECONDS = 75.0
+SECONDS = 60.0
 LONGEST = 20.0
 
 Precision = Literal["bf16", "fp16", "fp32", "tf32"]  # tf32: fp32 inputs, and the user allows tf32 products

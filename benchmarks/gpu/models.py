@@ -27,7 +27,7 @@ from vitreg_kernels.measure.accuracy import compare
 from vitreg_kernels.measure.race import Stopped, attempted, lost
 
 NAME = "models"
-SECONDS = 80.0
+SECONDS = 70.0
 LONGEST = 40.0
 ModelMode = Literal["training", "forward"]
 

@@ -23,7 +23,7 @@ from vitreg_kernels.measure.race import Stopped, attempted
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 NAME = "outputs"
-SECONDS = 30.0
+SECONDS = 20.0
 LONGEST = 25.0
 
 _BUDGET_S = 3.0  # of timing a length, shared by 16 calls
