@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ended.code if ended.code > 0 else 2
     print()
     file = Path(ended.mark.file)
-    _report(file)
+    if status := _report(file):
+        return status
     unloaded = [loaded.broken[name] for name in named if name in loaded.broken]
     return _verdict(loaded, unloaded, results.load(file), lost=ended.code == worker.AGAIN, dry=asked.dry_run)
 
@@ -117,9 +118,10 @@ def _stages(asked: argparse.Namespace, named: Sequence[str], end: float, folder:
     left = [name for name in NAMES if name in named or name == NAMES[0]]  # every share is of the ceilings there
     first = [*(["--fresh"] if asked.fresh else []), *(["--cache", str(asked.cache.absolute())] if asked.cache else [])]
     ended = _watched(asked, left, end, folder, first)
-    while ended.mark is not None and time.monotonic() < end:
+    while ended.mark is not None:
         file = Path(ended.mark.file)
-        if not (left := _rest(ended, left, file)):
+        left = _rest(ended, left, file)
+        if not left or time.monotonic() >= end:
             break
         print(f"Going on in a new process: {', '.join(left)}.", flush=True)
         before = _work(results.load(file))

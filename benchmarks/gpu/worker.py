@@ -123,8 +123,8 @@ def _run(
         deadline = math.inf if math.isinf(asked.end) else min(start + stage.SECONDS, asked.end)
         longest = _ALONE_S if math.isinf(deadline) else stage.LONGEST
         here = mark._replace(stage=name, limit=deadline + longest)
-        _leave(here, asked.mark)
         writer.extend([_row(name, None, None, None)])  # where the process is killed, the file says so
+        _leave(here, asked.mark)
         unfinished, error = _attempt(
             stage, setup._replace(deadline=deadline, mark=_marker(here, longest, asked.mark)), writer
         )

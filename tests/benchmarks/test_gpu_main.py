@@ -318,6 +318,47 @@ def test_where_tuning_has_changed_the_tiles_no_new_process_is_started(path, stag
     assert stages["models"].did == []
 
 
+@pytest.mark.parametrize(
+    ("code", "piece", "why", "blamed", "follow"),
+    [
+        (-9, "N=261", "hung", "hung, and its process was ended", ["race", "models"]),
+        (-9, None, "hung", "hung, and its process was ended", ["models"]),
+        (-11, "N=261", "by itself", "died with status -11", ["race", "models"]),
+        (1, None, "by itself", "died with status 1", ["models"]),
+        (-9, "N=261", "time", None, []),
+        (0, None, "by itself", None, []),
+        (worker.CUT, "N=261", "by itself", None, []),
+    ],
+)
+def test_how_a_process_ended_decides_what_follows(path, code, piece, why, blamed, follow):
+    assert driver.main(["--dry-run", "--stages", "race"]) == 0
+    before = results.load(path)
+    ended = watch.Ended(code, watch.Mark(str(path), "race", piece), why)
+    assert driver._rest(ended, ["race", "models"], path) == follow
+    added = results.load(path)[len(before) :]
+    assert [row.get("reason") or row.get("error") for row in added] == ([blamed] if blamed else [])
+    assert [row["kind"] for row in added] == ([] if blamed is None else ["stage"] if piece is None else ["broken"])
+
+
+def test_what_hung_as_time_ran_out_is_a_row_too(path, stages, monkeypatch, capsys):
+    def hangs(command, mark, end):
+        in_this_process(command, mark, end)
+        monkeypatch.setattr(driver.time, "monotonic", lambda: end)
+        return watch.Ended(-9, watch.Mark(str(path), "race", "N=261"), "hung")
+
+    monkeypatch.setattr(watch, "watch", hangs)
+    assert driver.main(["--dry-run", "--stages", "race,models"]) == 1
+    assert [row["piece"] for row in rows(path, "broken")] == ["N=261"]
+    assert "race, N=261: hung" in capsys.readouterr().err
+
+
+def test_a_process_that_dies_before_it_writes_is_no_traceback(path, monkeypatch, capsys, tmp_path):
+    nothing = watch.Ended(-9, watch.Mark(str(tmp_path / "nothing.json")))
+    monkeypatch.setattr(watch, "watch", lambda *_: nothing)
+    assert driver.main(["--dry-run"]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
 def test_where_the_smoke_test_fails_nothing_is_timed(stages, path, capsys):
     stages["smoke"].wrong = (1,)
     assert driver.main(["--dry-run"]) == 1
