@@ -99,6 +99,8 @@ def compiled(arch: int) -> list[str]:
         except KeyboardInterrupt:
             print("\nCut: packing what there is.", file=sys.stderr)
     print()
+    if compiler.refused:
+        print(f"{len(compiler.refused)} kernels do not compile, the first: {compiler.refused[0]}", file=sys.stderr)
     return compiler.keys
 
 

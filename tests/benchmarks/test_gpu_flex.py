@@ -20,13 +20,15 @@ def writer(tmp_path, machine) -> Writer:
     return Writer(tmp_path / "run.json", {"command": "gpu"}, machine)
 
 
-def test_only_its_own_rows_are_written_and_the_race_is_still_to_be_run(writer):
+def test_only_its_own_rows_are_written(writer):
     assert flex.unfinished(DRY, writer) == 2
+    (case, *_) = flex._cases(DRY)
+    writer.extend(race.race(case, race._contenders(case, DRY), DRY, None))  # whose fastest take part again
     rows = list(flex.run(DRY, writer))
     assert [row["variant"] for row in rows] == ["torch:flex"] * 2
     assert all("too slow for a dry run" in row["reason"] for row in rows)
     assert flex.unfinished(DRY, writer) == 0
-    assert race.unfinished(DRY, writer) == 9
+    assert race.unfinished(DRY, writer) == 8
     assert flex.failures(rows) == []
 
 

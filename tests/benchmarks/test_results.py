@@ -102,6 +102,7 @@ def test_a_cut_run_is_resumed(tmp_path, machine, bare, row):
 def test_the_time_of_the_host_is_in_rows_of_a_gpu_alone(race):
     good = race(Case(1, 2, 7, "fp32", "forward", head_dim=16))[0]
     assert "host_ms" not in good
+    results.validate(good)
     results.validate(good | {"host_ms": 0.3})
     with pytest.raises(ValueError, match=r"attention.host_ms must be a finite number, not None"):
         results.validate(good | {"host_ms": None})

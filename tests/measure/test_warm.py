@@ -116,7 +116,7 @@ def compiling(monkeypatch):
         told.began.append(kernel.key)
         compiled = told.compile(kernel.key)
         told.ended.append(kernel.key)
-        return compiled
+        return None if compiled else "too many registers"
 
     monkeypatch.setattr(capability, "capability", lambda device: ARCH)
     monkeypatch.setattr(warm, "processes", processes)
@@ -156,12 +156,16 @@ def test_what_fails_is_left_to_the_real_call(compiling):
 
     def compile(name):
         if name == "crash":
-            raise MemoryError
+            raise MemoryError("no memory")
         return name != "refused"
 
     compiling.compile = compile
-    told = warm.compile_ahead([wrong, of("crash"), of("refused"), of("right")], GPU)
-    assert told[:3] == (0, 1, 2)
+    with warm.Compiler(GPU) as compiler:
+        for call in (wrong, of("crash"), of("refused"), of("right")):
+            compiler.wait(compiler.begin(call))
+    assert compiler.told[:3] == (0, 1, 2)
+    assert [str(error) for error in compiler.raised] == ["out of its bounds"]
+    assert sorted(compiler.refused) == ["no memory", "too many registers"]
 
 
 def test_nothing_is_waited_for_after_the_deadline(compiling):
@@ -194,7 +198,7 @@ def test_a_launcher_is_built_where_triton_has_one_for_each_signature(monkeypatch
     monkeypatch.delattr(nvidia, "make_launcher", raising=False)
     if triton == "3.6":
         monkeypatch.setattr(nvidia, "make_launcher", None, raising=False)
-    assert warm._compile(Kernel())
+    assert warm._compile(Kernel()) is None
     assert built == ([("source", "metadata")] if triton == "3.6" else [])
 
 
@@ -206,4 +210,4 @@ def test_what_does_not_compile_is_no_error(monkeypatch, what):
     if what == "kernel":
         monkeypatch.setattr(Kernel, "run", refuse)
     monkeypatch.setattr(warm, "_build_launcher", refuse)
-    assert not warm._compile(Kernel())
+    assert warm._compile(Kernel()) == "RuntimeError: no compiler here"

@@ -72,14 +72,16 @@ class Compiler:
         told: what became of the kernels, once the context has ended.
         keys: of the kernels, in triton's cache.
         raised: what calls raised.
+        refused: why kernels or their launchers do not compile, once the context has ended.
     """
 
     told: Compiled
 
     def __init__(self, device: torch.device, *, deadline: float = math.inf) -> None:
         self.raised: list[Exception] = []
+        self.refused: list[str] = []
         self._device, self._deadline = device, deadline
-        self._jobs: dict[str, Future[bool]] = {}  # by the key of the kernel
+        self._jobs: dict[str, Future[str | None]] = {}  # by the key of the kernel
         self._cached: set[str] = set()
         self._ends: list[float] = []
 
@@ -95,14 +97,16 @@ class Compiler:
 
     def __exit__(self, *error: object) -> None:
         self._processes.__exit__(*error)
-        jobs = self._jobs.values()
-        compiled = sum(not job.cancelled() and job.exception() is None and job.result() for job in jobs)
+        ended = [job for job in self._jobs.values() if not job.cancelled()]
+        reasons = [job.exception() or job.result() for job in ended]  # a process that died gives an exception
+        self.refused = [str(reason) for reason in reasons if reason is not None]
+        compiled = len(ended) - len(self.refused)
         seconds = max(self._ends, default=self._start) - self._start
-        self.told = Compiled(len(self._cached), compiled, len(jobs) - compiled, seconds)
+        self.told = Compiled(len(self._cached), compiled, len(self._jobs) - compiled, seconds)
 
-    def begin(self, call: Callable[[], object]) -> list[Future[bool]]:
+    def begin(self, call: Callable[[], object]) -> list[Future[str | None]]:
         """Has other processes compile those kernels of a call that no cache has; what ``wait`` takes."""
-        needed: list[Future[bool]] = []
+        needed: list[Future[str | None]] = []
         if time.monotonic() >= self._deadline:
             return needed
         try:
@@ -124,7 +128,7 @@ class Compiler:
             self.raised.append(error)
         return needed
 
-    def wait(self, jobs: Iterable[Future[bool]]) -> None:
+    def wait(self, jobs: Iterable[Future[str | None]]) -> None:
         """Until they have ended, or the deadline has come."""
         wait(list(jobs), max(0.0, min(self._deadline - time.monotonic(), threading.TIMEOUT_MAX)))
 
@@ -152,17 +156,17 @@ def launched(call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def _compile(kernel: Compilation) -> bool:
-    """Puts a kernel and its launcher into triton's cache on disk; whether it could."""
+def _compile(kernel: Compilation) -> str | None:
+    """Puts a kernel and its launcher into triton's cache on disk; why it could not."""
     try:
         from .._triton.keys import settle
 
         settle(kernel.source.fn)
         compiled = kernel.run()
         _build_launcher(compiled)
-    except Exception:  # not every exception survives the way back to the process that waits
-        return False
-    return True
+    except Exception as error:  # not every exception survives the way back to the process that waits
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _build_launcher(compiled: object) -> None:
