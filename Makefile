@@ -33,9 +33,10 @@ bench: $(READY) $(NATIVE)
 	@echo "== main job: a real ViT on real photographs, then the attention benchmark"
 	$(BIN)/python -m benchmarks --size $(if $(FULL),full,quick) $(if $(MODEL),--model $(MODEL))
 
+# From kernels that were compiled elsewhere, with CACHE (`python -m benchmarks.gpu.pack`); its rows into a folder, with RESULTS.
 gpu: $(if $(filter file,$(origin PYTHON)),$(READY))
-	@echo "== GPU run: accuracy, races, outputs and models, within eight minutes"
-	$(if $(DRY),TRITON_INTERPRET=1) $(GPU_PYTHON) -m benchmarks.gpu $(if $(STAGES),--stages $(STAGES)) $(if $(FRESH),--fresh) $(if $(DRY),--dry-run)
+	@echo "== GPU run: smoke test, accuracy, races, outputs and models, within nine minutes"
+	$(if $(DRY),TRITON_INTERPRET=1) $(GPU_PYTHON) -m benchmarks.gpu $(if $(STAGES),--stages $(STAGES)) $(if $(FRESH),--fresh) $(if $(CACHE),--cache $(CACHE)) $(if $(RESULTS),--results $(RESULTS)) $(if $(DRY),--dry-run)
 
 test: $(READY)
 	@echo "== lint"

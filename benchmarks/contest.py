@@ -39,7 +39,7 @@ def contest(case: Case, contenders: Sequence[Peer], copies: Sequence[Copy], budg
         "flops": case.flops,
         "bytes": case.bytes,
     }
-    rows = compete(contenders, copies, budget_s, _check(case, copies[0]), partial(_variant, case), case.bytes)
+    rows = compete(contenders, copies, budget_s, check_of(case, copies[0]), partial(_variant, case), case.bytes)
     return [about | row for row in rows]
 
 
@@ -156,7 +156,8 @@ def first_and_last(case: Case, tensor: Tensor) -> Tensor:
     return tensor[:: max(len(tensor) - 1, 1)]
 
 
-def _check(case: Case, copy: Copy) -> Callable[..., dict[str, Errors]]:
+def check_of(case: Case, copy: Copy) -> Callable[..., dict[str, Errors]]:
+    """``check(attend, *copy)`` gives the errors of what ``attend`` makes of a copy of a case's input."""
     few = [first_and_last(case, x) for x in copy]
     eager = EAGER.attend(case.layout, _pack_of_first_and_last(case, copy[0].device))
     exact, rounded = job(eager, *(x.double() for x in few)), job(eager, *few)

@@ -7,7 +7,7 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ _CPU = torch.device("cpu")
 _MEASURED = (*results.UNTIMED, "images_per_s", "speedup", "errors")
 
 
-class EndToEndRow(TypedDict):
+class EndToEndRow(results.HostTime):
     """One model with one attention, forward. One that did not run has ``None`` for everything measured.
 
     A model that cannot be built has a single row, of attention ``"any"``.

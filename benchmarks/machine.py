@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -21,6 +22,9 @@ PACKAGES = ("torch", "triton", "xformers", "onnxruntime", "timm", "numpy")
 ROOT = Path(__file__).parent.parent
 _SOURCES = ("vitreg_kernels/**/*.py", "vitreg_kernels/**/*.json", "csrc/**/*", "benchmarks/**/*.py")
 
+# Says how the native library was built here, and is in no commit.
+_OF_A_BUILD = ROOT / "vitreg_kernels" / "_native" / "cpu.json"
+
 
 class Machine(TypedDict):
     """Goes into every row of a result file."""
@@ -33,7 +37,7 @@ class Machine(TypedDict):
     system: str
     python: str
     packages: dict[str, str]  # the version of each package that takes part and is installed
-    commit: str  # "unknown" outside a git checkout
+    commit: str  # where there is no git checkout, what $VITREG_COMMIT says, or else "unknown"
     dirty: bool  # the checkout holds changes that no commit has
     sources: str | None  # ``sources()``; None in files older than that
 
@@ -78,7 +82,7 @@ def describe(device: torch.device | None = None) -> Machine:
             "vitreg_kernels": vitreg_kernels.__version__,  # of this checkout, installed or not
             **{name: version for name in PACKAGES if (version := _version(name)) is not None},
         },
-        commit=commit or "unknown",
+        commit=commit or os.environ.get("VITREG_COMMIT") or "unknown",
         dirty=bool(changes),
         sources=sources(),
     )
@@ -90,7 +94,7 @@ def sources() -> str:
     Tiles and defaults that were measured are among it, as the same call runs another kernel with others.
     """
     digest = hashlib.sha256()
-    files = {path for pattern in _SOURCES for path in ROOT.glob(pattern) if path.is_file()}
+    files = {path for pattern in _SOURCES for path in ROOT.glob(pattern) if path.is_file() and path != _OF_A_BUILD}
     for name, path in sorted((path.relative_to(ROOT).as_posix(), path) for path in files):
         digest.update(f"{name} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ _COPY_BUDGET_S = 0.05
 _OUTPUTS = ("residual", "normalized", "token_norms")
 
 
-class ResidualNormRow(TypedDict):
+class ResidualNormRow(results.HostTime):
     """One contender in one case. One not raced has ``None`` for everything measured."""
 
     kind: Literal["residual_norm"]

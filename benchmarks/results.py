@@ -49,6 +49,12 @@ class Errors(TypedDict):
     passed: bool  # by the rule of vitreg_kernels.measure.accuracy
 
 
+class HostTime(TypedDict, total=False):
+    """Of rows of a timing, those that were timed on a GPU."""
+
+    host_ms: float  # that enqueuing a call keeps the host; the GPU's time is right where it slept longer than that
+
+
 class RooflineRow(TypedDict):
     """One measurement of the ceilings; a run takes several, and its own are the highest (``roofline.highest``)."""
 
@@ -60,7 +66,7 @@ class RooflineRow(TypedDict):
     machine: Machine
 
 
-class AttentionRow(TypedDict):
+class AttentionRow(HostTime):
     """One contender in one case of the attention race. One not raced has ``None`` for everything measured."""
 
     kind: Literal["attention"]
@@ -191,19 +197,22 @@ class Writer:
         return document["rows"] if same_run and mine else []
 
     def _save(self) -> None:
-        """Through a file beside it, so that a cut leaves either the old file or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        document = Document(schema=SCHEMA, run=self._run, complete=self._complete, rows=[])
-        # A row a line: json indents in Python, and hundreds of rows would take it a second after each one.
-        rows = ",\n".join(json.dumps(row, allow_nan=False) for row in self.rows)
-        beside = self.path.with_name(self.path.name + ".part")
-        beside.write_text(f"{json.dumps(document).removesuffix(']}')}\n{rows}\n]}}\n")
-        os.replace(beside, self.path)
+        _save(self.path, Document(schema=SCHEMA, run=self._run, complete=self._complete, rows=self.rows))
+
+
+def append(path: Path, row: Row) -> None:
+    """Adds a row, of the machine of the others, to the file of a run whose process is gone (``ValueError``)."""
+    document = _read(path)
+    row = {**row, "machine": document["rows"][-1]["machine"]}
+    validate(row)
+    _save(path, {**document, "rows": [*document["rows"], row]})
 
 
 def timed(timing: Timing) -> dict[str, float | int]:
     """A timing as a row holds it."""
-    return {name: getattr(timing, name) for name in UNTIMED}
+    host = {} if timing.host_ms is None else {"host_ms": timing.host_ms}
+    return {name: getattr(timing, name) for name in UNTIMED} | host
 
 
 def errors(found: Accuracy) -> Errors:
@@ -213,10 +222,10 @@ def errors(found: Accuracy) -> Errors:
     return Errors(max=held[0], mean=held[1], eager_max=held[2], eager_mean=held[3], passed=found.passed)
 
 
-def default_path(machine: Machine, ending: str = "") -> Path:
-    """``benchmarks/results/<device>-<date><ending>.json``."""
+def default_path(machine: Machine, ending: str = "", folder: Path | None = None) -> Path:
+    """``<device>-<date><ending>.json`` in a folder, ``benchmarks/results`` by default."""
     device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    return FOLDER / f"{device}-{datetime.date.today().isoformat()}{ending}.json"
+    return (folder or FOLDER) / f"{device}-{datetime.date.today().isoformat()}{ending}.json"
 
 
 def load(path: Path) -> list[Row]:
@@ -229,7 +238,7 @@ def load(path: Path) -> list[Row]:
 
 
 def validate(row: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` unless ``row`` has exactly the fields of its kind, each of its type and finite."""
+    """Raises ``ValueError`` unless ``row`` has the fields of its kind and no others, each of its type and finite."""
     row_type = ROW_TYPES.get(row.get("kind", ""))
     if row_type is None:
         raise ValueError(f"a row's kind must be one of {', '.join(ROW_TYPES)}, not {row.get('kind')!r}")
@@ -241,6 +250,15 @@ def _numbered(path: Path) -> Iterator[Path]:
     yield path
     for number in itertools.count(2):
         yield path.with_stem(f"{path.stem}-{number}")
+
+
+def _save(path: Path, document: Document) -> None:
+    """Through a file beside it, so that a cut leaves either the old file or the new one."""
+    # A row a line: json indents in Python, and hundreds of rows would take it a second after each one.
+    rows = ",\n".join(json.dumps(row, allow_nan=False) for row in document["rows"])
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(f"{json.dumps({**document, 'rows': []}).removesuffix(']}')}\n{rows}\n]}}\n")
+    os.replace(beside, path)
 
 
 def _read(path: Path) -> Row:
@@ -259,7 +277,7 @@ def _read(path: Path) -> Row:
 def _check(value: Any, expected: Any, where: str) -> None:
     """Raises ``ValueError`` unless ``value``, as JSON has it, is of the type ``expected``."""
     if is_typeddict(expected):
-        _check_fields(value, get_type_hints(expected), where)
+        _check_fields(value, get_type_hints(expected), expected.__required_keys__, where)
     elif get_origin(expected) in (types.UnionType, Union):
         options = get_args(expected)
         if not (value is None and type(None) in options):
@@ -282,13 +300,13 @@ def _check(value: Any, expected: Any, where: str) -> None:
         _require(type(value) is expected, value, expected.__name__, where)
 
 
-def _check_fields(value: Any, fields: dict[str, Any], where: str) -> None:
+def _check_fields(value: Any, fields: dict[str, Any], required: frozenset[str], where: str) -> None:
     _require(isinstance(value, dict), value, "an object", where)
-    if value.keys() != fields.keys():
-        missing, unknown = sorted(fields.keys() - value.keys()), sorted(value.keys() - fields.keys())
+    missing, unknown = sorted(required - value.keys()), sorted(value.keys() - fields.keys())
+    if missing or unknown:
         raise ValueError(f"{where} lacks {missing} and has unknown {unknown}")
-    for name, field in fields.items():
-        _check(value[name], field, f"{where}.{name}")
+    for name, found in value.items():
+        _check(found, fields[name], f"{where}.{name}")
 
 
 def _require(holds: bool, value: Any, expected: str, where: str) -> None:

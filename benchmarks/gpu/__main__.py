@@ -1,70 +1,70 @@
-"""The GPU run: accuracy, races, outputs and models, in stages; then a table and a picture.
+"""The GPU run: a smoke test, accuracy, races, outputs and models, in stages; then a table and a picture.
 
-Every row is written as it comes, and the same command goes on with a run that was cut or ran out of time. Ends with
-status 1 if anything is wrong or broke, naming each; and with 2 if it cannot begin.
+Every row is written as it comes, and the same command goes on with a run that was cut or ran out of time. The stages
+run in a process that is watched: if it hangs, dies or loses the GPU, another goes on behind the piece of work that did
+it. Ends with status 1 if anything is wrong or broke, naming each; and with 2 if it cannot begin.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import math
 import os
+import signal
 import sys
+import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import machine, results
-from benchmarks.gpu import report
-from benchmarks.gpu.stage import DEFAULT, NAMES, Loaded, Setup, Stage, load, sentence
-from benchmarks.machine import Machine
-from benchmarks.results import Writer
+from benchmarks.gpu import pieces, report, watch, worker
+from benchmarks.gpu.stage import DEFAULT, NAMES, Loaded, load
+from benchmarks.gpu.watch import Ended
+from benchmarks.results import Row
 from vitreg_kernels._triton import mode
-from vitreg_kernels.measure.race import lost
 
-SECONDS = 480.0  # of a default run
+SECONDS = 540.0  # of a default run, with its beginning and its end
+_CLOSING_S = 15.0  # of them for the report, and for a process that is told to end
 _AGAIN = "run `make gpu` again to go on"
-_DRY = "DRY RUN: tiny shapes on a CPU, whose times and speeds mean nothing"
+# Rows that a new process writes anew, or that are no work.
+_NO_WORK = {"environment", "roofline", "stage"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for and returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    start = time.monotonic()
     asked = _parser().parse_args(arguments)
     loaded = load()  # the schema of result files is in the stages
     if asked.report is not None:
         return _report(asked.report)
     named = tuple(asked.stages.split(","))
-    if problem := _problem(named, asked.dry_run):
+    if problem := _problem(named, asked):
         print(problem, file=sys.stderr)
         return 2
-    device = torch.device("cpu" if asked.dry_run else "cuda")
-    try:
-        writer = _writer(machine.describe(device), dry=asked.dry_run, fresh=asked.fresh)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    setup = Setup(device, asked.dry_run, deadline=math.inf)
-    try:
-        errors = _run(named, loaded, setup, writer)
-    except KeyboardInterrupt:
+    end = math.inf if len(named) == 1 else start + SECONDS - _CLOSING_S
+    if asked.cache is not None:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "vitreg_kernels"))
+    with tempfile.TemporaryDirectory(prefix="vitreg-gpu-") as folder:
+        try:
+            ended = _stages(asked, named, end, Path(folder))
+            cut = ended.why == "by itself" and ended.code == worker.CUT
+        except KeyboardInterrupt:
+            cut = True
+    if cut:
         print(f"\nCut. What is done is written: {_AGAIN}.", file=sys.stderr)
-        return 130
-    if lost(device):
-        if _may_start_over(writer):
-            print("\nA kernel broke the hold of the GPU; going on in a new process.", flush=True)
-            rest = [argument for argument in arguments if argument != "--fresh"]
-            os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *rest])
-        errors.append(f"a kernel broke the hold of the GPU and the stages after it did not run: {_AGAIN}")
-    elif not errors and _complete(loaded, setup, writer):
-        writer.finish()
+        return worker.CUT
+    if ended.mark is None:  # it had not begun, and has said why
+        return ended.code if ended.code > 0 else 2
     print()
-    _report(writer.path)
-    failures = errors + [s for stage in loaded.stages.values() for s in stage.failures(writer.rows)]
-    return _verdict(failures, writer, dry=asked.dry_run)
+    file = Path(ended.mark.file)
+    if status := _report(file):
+        return status
+    unloaded = [loaded.broken[name] for name in named if name in loaded.broken]
+    return _verdict(loaded, unloaded, results.load(file), lost=ended.code == worker.AGAIN, dry=asked.dry_run)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,22 +74,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stages",
         default=",".join(DEFAULT),
-        help=f"any of {','.join(NAMES)}; all but the last by default, within eight minutes; one alone takes all the "
+        help=f"any of {','.join(NAMES)}; all but the last by default, within nine minutes; one alone takes all the "
         "time it needs",
     )
     parser.add_argument("--fresh", action="store_true", help="begin a new file, do not go on from a cut run")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="the folder of the result file, table and picture")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="kernels of `python -m benchmarks.gpu.pack`")
     parser.add_argument("--dry-run", action="store_true", help="rehearse every step on the CPU, on tiny shapes")
     parser.add_argument("--report", type=Path, metavar="FILE", help="only draw the table and picture of a result file")
     return parser
 
 
-def _problem(named: Sequence[str], dry: bool) -> str | None:
+def _problem(named: Sequence[str], asked: argparse.Namespace) -> str | None:
     """Why the command cannot begin."""
     unknown = [name for name in named if name not in NAMES]
     if unknown:
         return f"unknown stage {unknown[0]!r}: expected any of {','.join(NAMES)}"
-    if dry:
-        return None
+    if asked.cache is not None and not asked.cache.is_file():
+        return f"there is no file {asked.cache}: `python -m benchmarks.gpu.pack` makes it"
+    if asked.dry_run:
+        return _interpreter_fault() if mode.INTERPRETING else None
     if mode.INTERPRETING:
         return "TRITON_INTERPRET is set, so no kernel would run on the GPU: unset it, or ask for --dry-run"
     if not torch.cuda.is_available():
@@ -97,65 +101,69 @@ def _problem(named: Sequence[str], dry: bool) -> str | None:
     return None
 
 
-def _writer(here: Machine, *, dry: bool, fresh: bool) -> Writer:
-    path, run = results.default_path(here), {"command": "gpu"}
-    if dry:
-        path, run = path.with_name(f"dry-run-{path.name}"), run | {"dry": "yes"}
-        print(_DRY)
-    writer = Writer(path, run, here, fresh=fresh)
-    print(f"vitreg_kernels on {here['device']} ({here['capability']})")
-    resumed = f", from row {writer.resumed + 1} of a cut run" if writer.resumed else ""
-    print(f"Results go to {os.path.relpath(writer.path)}{resumed}")
-    return writer
+def _interpreter_fault() -> str | None:
+    """Why triton's interpreter cannot run here, where the kernels on a GPU could."""
+    found = {name: importlib.metadata.version(name) for name in ("triton", "numpy")}
+    triton, numpy = (tuple(map(int, version.split(".")[:2])) for version in found.values())
+    if triton >= (3, 7) or numpy < (2, 5):
+        return None
+    return (
+        f"the interpreter of triton {found['triton']} fails with numpy {found['numpy']}: rehearse with "
+        "`pip install 'numpy<2.5'` or with triton 3.7; kernels on a GPU are not concerned"
+    )
 
 
-def _run(named: Sequence[str], loaded: Loaded, setup: Setup, writer: Writer) -> list[str]:
-    """Runs the stages in order, until the GPU is lost; what stopped those that did not end well."""
-    names = [name for name in NAMES if name in named or name == NAMES[0]]  # every share is of the ceilings there
-    end = time.monotonic() + SECONDS
-    errors = []
-    for number, name in enumerate(names, 1):
-        if name in loaded.broken:
-            print(f"\n{number}/{len(names)} {loaded.broken[name]}")
-            errors.append(loaded.broken[name])
-            continue
-        stage = loaded.stages[name]
-        print(f"\n{number}/{len(names)} {name}: {stage.__doc__.partition(chr(10))[0]}", flush=True)
-        start = time.monotonic()
-        deadline = math.inf if len(named) == 1 else min(start + stage.SECONDS, end)
-        unfinished, error = _attempt(stage, setup._replace(deadline=deadline), writer)
-        seconds = time.monotonic() - start
-        row = {"kind": "stage", "stage": name, "seconds": seconds, "unfinished": unfinished, "error": error}
-        writer.extend([row])
-        left = f"; {unfinished} pieces of work are unfinished: {_AGAIN}" if unfinished else ""
-        print(f"    {seconds:.0f} s{left}", flush=True)
-        if error is not None:
-            errors.append(f"{name} stopped: {error}")
-        if lost(setup.device):
+def _stages(asked: argparse.Namespace, named: Sequence[str], end: float, folder: Path) -> Ended:
+    """Runs the stages in one process after another, until one has nothing left to do or cannot go on."""
+    left = [name for name in NAMES if name in named or name == NAMES[0]]  # every share is of the ceilings there
+    first = [*(["--fresh"] if asked.fresh else []), *(["--cache", str(asked.cache.absolute())] if asked.cache else [])]
+    ended = _watched(asked, left, end, folder, first)
+    while ended.mark is not None:
+        file = Path(ended.mark.file)
+        left = _rest(ended, left, file)
+        if not left or time.monotonic() >= end:
             break
-    return errors
+        print(f"Going on in a new process: {', '.join(left)}.", flush=True)
+        before = _work(results.load(file))
+        ended = _watched(asked, left, end, folder, ["--file", str(file)])
+        if ended.code == worker.AGAIN and _work(results.load(file)) == before:
+            break  # another one would come no further
+    return ended
 
 
-def _attempt(stage: Stage, setup: Setup, writer: Writer) -> tuple[int | None, str | None]:
-    """Runs a stage. How much it leaves undone, and what stopped it: no stage takes the later ones along."""
-    try:
-        for _ in stage.run(setup, writer):
-            pass
-        return stage.unfinished(setup, writer), None
-    except Exception as error:
-        traceback.print_exc()
-        return None, sentence(error)
+def _watched(asked: argparse.Namespace, stages: Sequence[str], end: float, folder: Path, more: Sequence[str]) -> Ended:
+    mark = folder / "mark.json"
+    given = {"--results": asked.results and asked.results.absolute(), "--mark": mark, "--end": end}
+    options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
+    dry = ["--dry-run"] if asked.dry_run else []
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", "--stages", ",".join(stages), *options, *dry, *more]
+    return watch.watch(command, mark, end)
 
 
-def _complete(loaded: Loaded, setup: Setup, writer: Writer) -> bool:
-    """Whether nothing is left of a default run, whichever stages this one was asked for."""
-    return all(name in loaded.stages and not loaded.stages[name].unfinished(setup, writer) for name in DEFAULT)
+def _rest(ended: Ended, stages: list[str], file: Path) -> list[str]:
+    """The stages for a next process; none if it is not to be. Writes what the last one broke on."""
+    _, stage, piece, _ = ended.mark
+    by_itself = ended.why == "by itself"
+    if ended.why == "time" or (by_itself and ended.code in (0, worker.CANNOT, worker.CUT)):
+        return []
+    if by_itself and ended.code == worker.AGAIN:
+        print("\nA kernel broke the hold of the GPU.", flush=True)
+        rows = results.load(file)
+        # Tuning changes the sources, and a new process would begin another file.
+        return stages if machine.sources() == rows[0]["machine"]["sources"] else []
+    how = f"died with status {ended.code}" if by_itself else "hung, and its process was ended"
+    print(f"\n{stage}, {piece or 'between two pieces of work'}: {how}.", flush=True)
+    if stage is None:
+        return []
+    if piece is not None:
+        results.append(file, pieces.row(stage, piece, how))
+        return stages
+    results.append(file, {"kind": "stage", "stage": stage, "seconds": None, "unfinished": None, "error": how})
+    return [name for name in stages if stages.index(name) > stages.index(stage)]
 
 
-def _may_start_over(writer: Writer) -> bool:
-    """Whether a new process would go on with this one's rows, what broke among them, and so not break on it again."""
-    written = {row["kind"] for row in writer.rows[writer.resumed :]} - {"environment", "roofline", "stage"}
-    return bool(written) and machine.sources() == writer.rows[0]["machine"]["sources"]  # tuning changes them
+def _work(rows: Sequence[Row]) -> int:
+    return sum(row["kind"] not in _NO_WORK for row in rows)
 
 
 def _report(path: Path) -> int:
@@ -171,17 +179,24 @@ def _report(path: Path) -> int:
     return 0
 
 
-def _verdict(failures: Sequence[str], writer: Writer, *, dry: bool) -> int:
+def _verdict(loaded: Loaded, unloaded: list[str], rows: list[Row], *, lost: bool, dry: bool) -> int:
     if dry:
-        print(f"\n{_DRY}.")
+        print(f"\n{worker.DRY}.")
+    last = {row["stage"]: row for row in rows if row["kind"] == "stage"}
+    failures = [*unloaded, *(f"{n} stopped: {row['error']}" for n, row in last.items() if row["error"])]
+    failures += pieces.failures(rows) + [s for stage in loaded.stages.values() for s in stage.failures(rows)]
+    if lost:
+        failures.append(f"a kernel broke the hold of the GPU and the stages after it did not run: {_AGAIN}")
     if failures:
         print(f"\n{len(failures)} failures:", *failures, sep="\n  ", file=sys.stderr)
         return 1
-    unfinished = {row["stage"]: row["unfinished"] for row in writer.rows if row["kind"] == "stage"}  # the last counts
-    left = ", ".join(f"{count} pieces of {name}" for name, count in unfinished.items() if count)
+    # None where it was cut: how much is left, nobody has counted.
+    undone = {n: row["unfinished"] for n, row in last.items() if row["unfinished"] != 0}
+    left = ", ".join(f"{'some' if count is None else count} pieces of {name}" for name, count in undone.items())
     print(f"\nNothing failed. Unfinished: {left}: {_AGAIN}." if left else "\nNothing failed.")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # whoever ends it by force leaves no process behind
     sys.exit(main())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NamedTuple, TypedDict, get_args
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import results
-from benchmarks.gpu import BACKENDS, warm
-from benchmarks.gpu.stage import Setup
+from benchmarks.gpu import BACKENDS, pieces, warm
+from benchmarks.gpu.stage import Rehearsal, Setup
 from benchmarks.machine import Machine
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import LENGTHS
@@ -26,7 +26,8 @@ from vitreg_kernels.measure.race import lost
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 NAME = "accuracy"
-SECONDS = 90.0
+SECONDS = 60.0
+LONGEST = 20.0
 
 Precision = Literal["bf16", "fp16", "fp32", "tf32"]  # tf32: fp32 inputs, and the user allows tf32 products
 
@@ -67,23 +68,29 @@ class _Piece(NamedTuple):
     call: Call
     dtype: Precision
 
+    def __str__(self) -> str:
+        return f"{self.call.name} in {self.dtype}"
+
 
 def run(setup: Setup, writer: Writer) -> Iterator[Row]:
-    """One row for each backend in each case, the cases of the goals first."""
-    pieces = _pieces(setup)
-    undone = [(number, piece) for number, piece in enumerate(pieces, 1) if _missing(setup, writer, piece)]
+    """One row for each backend in each case: dtype by dtype, of each the cases of the goals first."""
+    every = _pieces(setup)
+    undone = [(number, piece) for number, piece in enumerate(every, 1) if _missing(setup, writer, piece)]
     for number, piece in warm.ahead(undone, lambda numbered: _rehearse(numbered[1]), setup):
         if setup.expired:
             return
-        print(f"    {number}/{len(pieces)} {piece.call.name} in {piece.dtype}", flush=True)
-        with _products(piece.dtype):
-            rows = list(_judged(piece, _missing(setup, writer, piece), setup.device))
-        yield from writer.extend(rows)
-        for row in rows:
-            for sentence in wrong(row, _opaque()):
-                print(f"      FAIL {sentence}", flush=True)
-        if rows[-1]["crash"] and lost(setup.device):
-            raise RuntimeError(f"the GPU cannot be used any more by this process, after {_named(rows[-1])}")
+        print(f"    {number}/{len(every)} {piece}", flush=True)
+        with pieces.begun(setup, writer, NAME, piece), _products(piece.dtype):
+            rows = writer.extend(_judged(piece, _missing(setup, writer, piece), setup.device))
+            for row in rows:
+                for sentence in wrong(row, _opaque()):
+                    print(f"      FAIL {sentence}", flush=True)
+            yield from rows
+
+
+def rehearsals(setup: Setup) -> Iterator[Rehearsal]:
+    """The calls of our own kernels."""
+    return (partial(_rehearse, piece) for piece in _pieces(setup))
 
 
 def failures(rows: list[Row]) -> list[str]:
@@ -118,14 +125,16 @@ def _opaque() -> set[str]:
 
 
 def _missing(setup: Setup, writer: Writer, piece: _Piece) -> list[str]:
-    """Backends without a row."""
+    """Backends without a row; none of a case that broke."""
+    if pieces.broken(writer, NAME, piece):
+        return []
     judged = writer.find(kind="accuracy", case=piece.call.name, dtype=piece.dtype)
     return [name for name in _backends(setup) if name not in {row["backend"] for row in judged}]
 
 
 def _pieces(setup: Setup) -> list[_Piece]:
-    pieces = [_Piece(call, dtype) for dtype in get_args(Precision) for call in _calls(_DTYPES[dtype], setup)]
-    return sorted(pieces, key=lambda piece: piece.call.name not in _GOALS)  # stable
+    by_dtype = ([_Piece(call, dtype) for call in _calls(_DTYPES[dtype], setup)] for dtype in get_args(Precision))
+    return [piece for its in by_dtype for piece in sorted(its, key=lambda piece: piece.call.name not in _GOALS)]
 
 
 def _calls(dtype: torch.dtype, setup: Setup) -> Iterator[Call]:
@@ -162,7 +171,7 @@ def _judged(piece: _Piece, backends: list[str], device: torch.device) -> Iterato
         if not reasons:
             try:
                 with poisoned(device):
-                    first, second = _every_way(backend, oracle), _every_way(backend, oracle)
+                    first, second = (_every_way(backend, oracle.call, oracle.run) for _ in range(2))
                     deterministic = all(same_bits(first[way][name], second[way][name]) for way, name in _names(first))
                     found = {way: oracle.compare(tensors) for way, tensors in first.items()}
             except Exception as error:  # whatever a kernel raises, the other cases are still to be judged
@@ -185,17 +194,17 @@ def _judged(piece: _Piece, backends: list[str], device: torch.device) -> Iterato
 def _rehearse(piece: _Piece) -> None:
     """The calls of our own kernels."""
     with _products(piece.dtype):
-        oracle = Oracle(piece.call.changed(guarded))
+        call = piece.call.changed(guarded)
         for backend in _opaque():
-            if not piece.call.reasons_against(backend):
-                _every_way(backend, oracle)
+            if not call.reasons_against(backend):
+                _every_way(backend, call, call.run)
 
 
-def _every_way(backend: str, oracle: Oracle) -> dict[str, Tensors]:
+def _every_way(backend: str, call: Call, run: Callable[[str], Tensors]) -> dict[str, Tensors]:
     return {
-        "": oracle.run(backend),
-        "training ": _packed(backend, oracle.call, backward=True),
-        "inference ": _packed(backend, oracle.call, backward=False),
+        "": run(backend),
+        "training ": _packed(backend, call, backward=True),
+        "inference ": _packed(backend, call, backward=False),
     }
 
 

@@ -12,12 +12,13 @@ from typing import Literal, TypedDict
 import torch
 
 from benchmarks import results, roofline
-from benchmarks.gpu.stage import Setup
+from benchmarks.gpu.stage import Rehearsal, Setup
 from benchmarks.machine import Machine
 from benchmarks.results import Row, Writer
 
 NAME = "environment"
 SECONDS = 15.0
+LONGEST = 30.0
 
 # Modules that the races and models take if they are there.
 PEERS = ("xformers", "flash_attn", "flash_attn_interface", "flash_attn.cute", "timm")
@@ -53,6 +54,11 @@ def run(setup: Setup, writer: Writer) -> Iterator[Row]:
         yield from writer.extend([{"kind": "roofline", **ceilings._asdict()}])
         products = ", ".join(f"{dtype} {gflops / 1e3:.3g}" for dtype, gflops in ceilings.product_gflops.items())
         print(f"    copy {ceilings.copy_gbps:.0f} GB/s; matrix product of random data, TFLOP/s: {products}", flush=True)
+
+
+def rehearsals(setup: Setup) -> tuple[Rehearsal, ...]:
+    """None: no kernel of ours takes part."""
+    return ()
 
 
 def failures(rows: list[Row]) -> list[str]:

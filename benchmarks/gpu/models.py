@@ -1,4 +1,4 @@
-"""Whole models: timm's ViTs with their own attention, and with RegisterAttention in every block."""
+"""Whole models, uncompiled: timm's ViTs with their own attention, and with RegisterAttention in every block."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +15,34 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import results
-from benchmarks.gpu import BACKENDS
-from benchmarks.gpu.stage import Setup
+from benchmarks.gpu import BACKENDS, pieces, warm
+from benchmarks.gpu.stage import Rehearsal, Setup
 from benchmarks.machine import Machine
 from benchmarks.results import Errors, Row, Writer
-from benchmarks.shapes import DTYPES, DType
+from benchmarks.shapes import DTYPES, HEAD_DIM, DType
 from benchmarks.timm_vits import Model, build, first_and_last, formula, register_attention, with_attention
+from vitreg_kernels import functional
 from vitreg_kernels.measure import timing
 from vitreg_kernels.measure.accuracy import compare
 from vitreg_kernels.measure.race import Stopped, attempted, lost
 
 NAME = "models"
-SECONDS = 110.0
+SECONDS = 70.0
+LONGEST = 40.0
 ModelMode = Literal["training", "forward"]
 
 _MODES: tuple[ModelMode, ...] = get_args(ModelMode)
 _DTYPE: DType = "bf16"
 _LARGE = "vit_large_patch14_reg4_dinov2"
 _GOALS: dict[tuple[str, str, bool], float] = {(_LARGE, "training", False): 1.15}
-_TIMING_BUDGET_S = {False: 4.0, True: 0.2}  # a piece of work, by whether the run is dry
+# Tokens, heads and prefix tokens of an attention.
+_ATTENTION = {
+    _LARGE: (261, 16, 5),
+    "vit_small_patch14_reg4_dinov2": (261, 6, 5),
+    "vit_base_patch14_reg4_dinov2": (261, 12, 5),
+    "vit_large_patch16_224": (197, 16, 1),
+}
+_TIMING_BUDGET_S = {False: 3.0, True: 0.2}  # a piece of work, by whether the run is dry
 _OWN = {
     "own: flash": SDPBackend.FLASH_ATTENTION,
     "own: cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -42,7 +51,7 @@ _OWN = {
 _MEASURED = (*results.UNTIMED, "images_per_s", "speedup", "peak_memory_bytes", "errors")
 
 
-class ModelRow(TypedDict):
+class ModelRow(results.HostTime):
     """One model with one attention in one mode; one that did not run has ``None`` for everything measured.
 
     A model that cannot be built has a single row, of attention ``"any"`` and no mode.
@@ -125,16 +134,27 @@ class _Ready(NamedTuple):
 
 def run(setup: Setup, writer: Writer) -> Iterator[Row]:
     """Measures piece by piece, the one with a goal first, and yields rows once written."""
-    for piece in _pieces(setup):
-        if _found(writer, piece):
+    todo = [piece for piece in pieces_of(setup, compiled=False) if not _done(writer, NAME, piece)]
+    warm.up(todo, partial(rehearse, device=setup.device), setup)
+    return (yield from measure(todo, NAME, setup, writer))
+
+
+def rehearsals(setup: Setup) -> Iterator[Rehearsal]:
+    """The calls of our own kernels."""
+    return (partial(rehearse, piece, setup.device) for piece in pieces_of(setup, compiled=False))
+
+
+def measure(todo: list[Piece], stage: str, setup: Setup, writer: Writer) -> Iterator[Row]:
+    """Those pieces of a stage that ``writer`` has no rows of."""
+    for piece in todo:
+        if _done(writer, stage, piece):
             continue
         if setup.expired:
             return
         print(f"    {piece}", flush=True)
         try:
-            yield from writer.extend(_rows(piece, setup, writer))
-            if lost(setup.device):
-                raise RuntimeError(f"the GPU cannot be used any more by this process, after {piece}")
+            with pieces.begun(setup, writer, stage, piece):
+                yield from writer.extend(_rows(piece, setup, writer))
         finally:
             if piece.compiled:
                 torch.compiler.reset()
@@ -145,9 +165,14 @@ def run(setup: Setup, writer: Writer) -> Iterator[Row]:
 
 def failures(rows: list[Row]) -> list[str]:
     """Ours that broke, and ours that is wrong; what torch's own attention does is not ours to fail."""
+    return failures_of(rows, compiled=False)
+
+
+def failures_of(rows: list[Row], *, compiled: bool) -> list[str]:
+    """Of the pieces that are compiled or that are not."""
     sentences = []
     for row in rows:
-        if row["kind"] != "model" or not row["ours"]:
+        if row["kind"] != "model" or not row["ours"] or row["compiled"] is not compiled:
             continue
         where = f"{row['model']}, {row['mode']}, {'compiled' if row['compiled'] else 'eager'}, {row['attention']}"
         if row["failed"]:
@@ -163,7 +188,12 @@ def failures(rows: list[Row]) -> list[str]:
 
 def unfinished(setup: Setup, writer: Writer) -> int:
     """Pieces of work without rows."""
-    return sum(not _found(writer, piece) for piece in _pieces(setup))
+    return undone(pieces_of(setup, compiled=False), NAME, writer)
+
+
+def undone(those: list[Piece], stage: str, writer: Writer) -> int:
+    """How many pieces of a stage have no rows."""
+    return sum(not _done(writer, stage, piece) for piece in those)
 
 
 def contenders(module: nn.Module, own: tuple[str, ...] = tuple(_OWN)) -> list[Contender]:
@@ -186,7 +216,8 @@ class _Under(nn.Module):
             return self.attention(x, **options)
 
 
-def _pieces(setup: Setup) -> list[Piece]:
+def pieces_of(setup: Setup, *, compiled: bool) -> list[Piece]:
+    """Every model uncompiled, or the one with a goal compiled: that takes a minute each on a GPU."""
     if setup.dry:
         tiny = {"embed_dim": 48, "depth": 2, "num_heads": 3}
         models = [
@@ -200,12 +231,29 @@ def _pieces(setup: Setup) -> list[Piece]:
             Model("vit_base_patch14_reg4_dinov2", 128, {"img_size": 224}),
             Model("vit_large_patch16_224", 64, {}),
         ]
-    return [Piece(model, mode, compiled) for compiled in (False, True) for model in models for mode in _MODES]
+    return [Piece(model, mode, compiled) for model in models[: 1 if compiled else None] for mode in _MODES]
 
 
-def _found(writer: Writer, piece: Piece) -> list[Row]:
+def rehearse(piece: Piece, device: torch.device) -> None:
+    """The calls of our own kernels that a block makes, without the model around them."""
+    tokens, heads, prefix = _ATTENTION[piece.model.name]
+    backward = piece.mode == "training"
+    qkv = torch.empty(piece.model.batch, tokens, 3, heads, HEAD_DIM, device=device, dtype=DTYPES[_DTYPE])
+    for backend in BACKENDS:
+        if backend.opaque:
+            attempted(partial(_attend, qkv.requires_grad_(backward), prefix, backend.name), ours=True)
+
+
+def _attend(qkv: Tensor, prefix: int, backend: str) -> None:
+    output = functional.register_attention_qkv(qkv, num_prefix_tokens=prefix, backend=backend)
+    if qkv.requires_grad:
+        torch.autograd.grad(output, qkv, torch.empty_like(output))
+
+
+def _done(writer: Writer, stage: str, piece: Piece) -> bool:
     rows = partial(writer.find, kind="model", model=piece.model.name)
-    return rows(mode=piece.mode, compiled=piece.compiled) or rows(mode=None)
+    its = rows(mode=piece.mode, compiled=piece.compiled) or rows(mode=None)
+    return bool(its) or pieces.broken(writer, stage, piece)
 
 
 def _rows(piece: Piece, setup: Setup, writer: Writer) -> list[Row]:

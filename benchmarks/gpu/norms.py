@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple, TypedDict
 import torch
 
 from benchmarks import norms, results
-from benchmarks.gpu import accuracy, on_gpus, warm
+from benchmarks.gpu import accuracy, on_gpus, pieces, warm
 from benchmarks.gpu.calls import OPS, calls
-from benchmarks.gpu.stage import Setup
+from benchmarks.gpu.stage import Rehearsal, Setup
 from benchmarks.machine import Machine
 from benchmarks.norms import Case
 from benchmarks.peers import attempt
@@ -26,7 +26,8 @@ from vitreg_kernels.measure.race import Stopped, attempted, lost
 from vitreg_kernels.ops import catalogue
 
 NAME = "norms"
-SECONDS = 35.0
+SECONDS = 55.0
+LONGEST = 30.0
 
 _BUDGET_S = 0.3  # of timing a case; compiling torch's contender takes most of its time
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -66,23 +67,29 @@ def run(setup: Setup, writer: Writer) -> Iterator[Row]:
         if setup.expired:
             return
         print(f"    {number}/{len(undone)} {check}", flush=True)
-        rows = writer.extend(_judged(check, _missing(setup, writer, check), setup.device))
-        for row in rows:
-            for sentence in accuracy.wrong(row, _opaque()):
-                print(f"      FAIL {sentence}", flush=True)
-        yield from rows
-        _stop_if_lost(setup, str(check))
+        with pieces.begun(setup, writer, NAME, check):
+            rows = writer.extend(_judged(check, _missing(setup, writer, check), setup.device))
+            for row in rows:
+                for sentence in accuracy.wrong(row, _opaque()):
+                    print(f"      FAIL {sentence}", flush=True)
+            yield from rows
 
-    todo = [case for case in _cases(setup) if not norms.rows_of(writer, case)]
+    todo = [case for case in _cases(setup) if not _raced(writer, case)]
     warm.up(todo, partial(rehearse_race, device=setup.device), setup)
     for number, case in enumerate(todo, 1):
         if setup.expired:
             return
         print(f"    {number}/{len(todo)} {case}", end="", flush=True)
-        rows = writer.extend(_race(case, setup))
-        print(_summary(rows), flush=True)
-        yield from rows
-        _stop_if_lost(setup, str(case))
+        with pieces.begun(setup, writer, NAME, case):
+            rows = writer.extend(_race(case, setup))
+            print(_summary(rows), flush=True)
+            yield from rows
+
+
+def rehearsals(setup: Setup) -> Iterator[Rehearsal]:
+    """The calls of our own kernels."""
+    yield from (partial(rehearse_race, case, setup.device) for case in _cases(setup))
+    yield from (partial(rehearse_check, check) for check in _checks(setup))
 
 
 def failures(rows: list[Row]) -> list[str]:
@@ -102,7 +109,7 @@ def failures(rows: list[Row]) -> list[str]:
 def unfinished(setup: Setup, writer: Writer) -> int:
     """Calls that lack a backend's row, and races without rows."""
     checks = sum(bool(_missing(setup, writer, check)) for check in _checks(setup))
-    return checks + sum(not norms.rows_of(writer, case) for case in _cases(setup))
+    return checks + sum(not _raced(writer, case) for case in _cases(setup))
 
 
 def rehearse_check(check: _Check) -> None:
@@ -138,7 +145,9 @@ def _checks(setup: Setup) -> list[_Check]:
 
 
 def _missing(setup: Setup, writer: Writer, check: _Check) -> list[str]:
-    """Backends without a row; the reference is what the others are held against."""
+    """Backends without a row; the reference is what the others are held against. None of a check that broke."""
+    if pieces.broken(writer, NAME, check):
+        return []
     op = check.call.request.op
     judged = {row["backend"] for row in writer.find(kind="norm_accuracy", case=check.call.name, dtype=check.dtype)}
     those = [b.name for b in _backends(op) if setup.device.type in b.requirements.devices and b.name != "reference"]
@@ -185,6 +194,10 @@ def _cases(setup: Setup) -> list[Case]:
     return [*layer_norms, *(Case(channels, "bf16", "forward", rms=True) for channels in norms.CHANNELS)]
 
 
+def _raced(writer: Writer, case: Case) -> bool:
+    return bool(norms.rows_of(writer, case)) or pieces.broken(writer, NAME, case)
+
+
 def _race(case: Case, setup: Setup) -> list[Row]:
     make = norms.inputs_of(case, setup.device)
     copies = [make(), make()] if setup.dry else timing.copies_past_cache(make, setup.device)
@@ -204,8 +217,3 @@ def _summary(rows: list[Row]) -> str:
             best = min(raced, key=lambda row: row["median_ms"])
             fastest.append(f"{best['variant']} {best['gbps']:.0f} GB/s")
     return ": " + (", ".join(fastest) or "nobody could be raced")
-
-
-def _stop_if_lost(setup: Setup, after: str) -> None:
-    if lost(setup.device):
-        raise RuntimeError(f"the GPU cannot be used any more by this process, after {after}")

@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from typing import Literal, TypedDict, get_args
+from typing import Literal, get_args
 
 import torch
 
 from benchmarks import results, roofline
 from benchmarks.contest import contest, inputs_of, job, runs_of
-from benchmarks.gpu import warm
+from benchmarks.gpu import pieces, warm
 from benchmarks.gpu.accuracy import off
-from benchmarks.gpu.stage import Setup
+from benchmarks.gpu.stage import Rehearsal, Setup
 from benchmarks.machine import Machine
 from benchmarks.peers import Pack, Peer, attempt, everyone, pack_of, vitreg
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.roofline import Roofline
 from benchmarks.shapes import HEAD_DIM, Case, DType, Layout, Mode
 from vitreg_kernels.measure import timing
-from vitreg_kernels.measure.race import lost
 
 NAME = "race"
-SECONDS = 200.0
+SECONDS = 115.0
+LONGEST = 25.0
 
-_BUDGET_S = 0.8  # of timing a case; compiling FlexAttention, and us, takes most of the stage
+FLEX = "torch:flex"
+_BUDGET_S = 0.8  # of timing a case
 _UNIFORM: tuple[Layout, ...] = ("packed", "separate")
 # (batch, heads) by tokens, the most important first: 1024 heads fill a GPU, and of 54 tokens 4096.
 _SHAPES = {261: (64, 16), 201: (64, 16), 1029: (64, 16), 1374: (64, 16), 54: (256, 16)}
@@ -34,7 +35,7 @@ _CROPS = ((2, 261), (8, 54))  # a sample of DINOv2's training
 _SAMPLES = (64, 16)  # and heads
 
 
-class RaceRow(TypedDict):
+class RaceRow(results.HostTime):
     """One contender in one case. One not raced has ``None`` for everything measured.
 
     In the multi-crop layout ``batch`` counts samples of several images, and ``tokens`` are those of a sample.
@@ -77,20 +78,24 @@ results.ROW_TYPES["race"] = RaceRow
 def run(setup: Setup, writer: Writer) -> Iterator[Row]:
     """The cases that ``writer`` has no rows of, the most important first."""
     cases = _cases(setup)
-    warm.up([case for case in cases if not _rows(writer, case)], partial(rehearse, device=setup.device), setup)
+    warm.up([case for case in cases if not _done(writer, case)], partial(rehearse, device=setup.device), setup)
     for number, case in enumerate(cases, 1):
-        if _rows(writer, case):
+        if _done(writer, case):
             continue
         if setup.expired:
             return
         print(f"    {number}/{len(cases)} {case}", end="", flush=True)
-        rows = writer.extend(race(case, setup, roofline.highest(writer.rows)))
-        print(_summary(rows), flush=True)
-        yield from rows
-        if lost(setup.device):
-            raise RuntimeError(f"the GPU cannot be used any more by this process, after {case}")
+        with pieces.begun(setup, writer, NAME, case):
+            rows = writer.extend(race(case, _contenders(case, setup), setup, roofline.highest(writer.rows)))
+            print(_summary(rows), flush=True)
+            yield from rows
         if setup.device.type == "cuda":
             torch.cuda.empty_cache()  # a contender that holds N x N leaves blocks of no use to the next case
+
+
+def rehearsals(setup: Setup) -> Iterator[Rehearsal]:
+    """The calls of our own kernels."""
+    return (partial(rehearse, case, device=setup.device) for case in _cases(setup))
 
 
 def failures(rows: list[Row]) -> list[str]:
@@ -113,10 +118,10 @@ def failures(rows: list[Row]) -> list[str]:
 
 def unfinished(setup: Setup, writer: Writer) -> int:
     """Cases without rows."""
-    return sum(not _rows(writer, case) for case in _cases(setup))
+    return sum(not _done(writer, case) for case in _cases(setup))
 
 
-def race(case: Case, setup: Setup, ceilings: Roofline | None) -> list[Row]:
+def race(case: Case, contenders: list[Peer], setup: Setup, ceilings: Roofline | None) -> list[Row]:
     """One row for each contender, raced or not, without its ``machine``."""
     device = setup.device
     pack = _pack(case, device)
@@ -129,7 +134,7 @@ def race(case: Case, setup: Setup, ceilings: Roofline | None) -> list[Row]:
     if ceilings is not None:
         roofline_ns = max(case.bytes / ceilings.copy_gbps, case.flops / ceilings.peak_gflops(case.dtype)) / heads
     rows = []
-    for row in contest(case, _contenders(case, pack, setup), copies, 0.0 if setup.dry else _BUDGET_S):
+    for row in contest(case, contenders, copies, 0.0 if setup.dry else _BUDGET_S):
         median_ms = row["median_ms"]
         ns_per_head = None if median_ms is None else 1e6 * median_ms / heads
         rows.append(
@@ -180,19 +185,20 @@ def _multicrop(shape: tuple[int, int], crops: tuple[tuple[int, int], ...], dtype
     return [Case(*shape, tokens, dtype, mode, head_dim, layout="multicrop", crops=crops) for mode in get_args(Mode)]
 
 
-def _rows(writer: Writer, case: Case) -> list[Row]:
+def rows_of(writer: Writer, case: Case) -> list[Row]:
+    """Of the case, whichever stage raced it."""
     fields = ("layout", "mode", "dtype", "batch", "heads", "tokens", "head_dim")
     return writer.find(kind="race", **{field: getattr(case, field) for field in fields})
 
 
-def _contenders(case: Case, pack: Pack | None, setup: Setup) -> list[Peer]:
-    reason = None
-    if setup.dry:
-        reason = "compiles anew for every shape, too slow for a dry run"
-    elif (case.layout, case.head_dim) != ("packed", HEAD_DIM):
-        reason = f"compiles anew for every shape, too slow for more than packed qkv at D = {HEAD_DIM}"
-    contenders = everyone(case.layout, pack)
-    return [peer.unless(lambda *_: reason) if peer.name == "torch:flex" else peer for peer in contenders]
+def _done(writer: Writer, case: Case) -> bool:
+    its = [row for row in rows_of(writer, case) if row["variant"] != FLEX]
+    return bool(its) or pieces.broken(writer, NAME, case)
+
+
+def _contenders(case: Case, setup: Setup) -> list[Peer]:
+    """All but FlexAttention, which a later stage races: it is compiled anew for every shape."""
+    return [peer for peer in everyone(case.layout, _pack(case, setup.device)) if peer.name != FLEX]
 
 
 def _summary(rows: list[Row]) -> str:

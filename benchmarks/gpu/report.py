@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import machine, results, roofline
-from benchmarks.gpu import accuracy, norms
+from benchmarks.gpu import accuracy, memcheck, norms, pieces, smoke
 from benchmarks.gpu.stage import load
 from benchmarks.results import Row
 
@@ -72,7 +72,20 @@ def is_dry(rows: Sequence[Row]) -> bool:
 def markdown(rows: Sequence[Row]) -> str:
     """The whole report. ``rows`` hold the environment's at least."""
     title = f"# vitreg_kernels on {rows[0]['machine']['device']}"
-    sections = (_environment, _accuracy, _races, _goals, _outputs, _norms, _models, _tiles, _refusals, _stages)
+    sections = (
+        _environment,
+        _smoke,
+        _broken,
+        _accuracy,
+        _races,
+        _goals,
+        _outputs,
+        _norms,
+        _models,
+        _tiles,
+        _refusals,
+        _stages,
+    )
     parts = [title, *([_DRY] if is_dry(rows) else []), *(section(rows) for section in sections)]
     return "\n\n".join(part for part in parts if part)
 
@@ -171,6 +184,31 @@ def _environment(rows: Sequence[Row]) -> str:
 def _clocks(row: Row) -> str | None:
     clocks = (row["sm_clock_mhz"], row["memory_clock_mhz"])
     return None if None in clocks else "SM {:.0f} MHz, memory {:.0f} MHz".format(*clocks)
+
+
+def _smoke(rows: Sequence[Row]) -> str:
+    """The smoke test's own errors beside the eager formula's, and what the memory checker says."""
+    table = [
+        (
+            row["backend"],
+            row["tokens"],
+            row["batch"] * row["heads"],
+            row["dtype"],
+            row["reason"]
+            or ", ".join(f"{name} {e['max']:.2g} ({e['eager_max']:.2g})" for name, e in row["errors"].items()),
+            "FAIL" if smoke.failures([row]) else "",
+        )
+        for row in _of(rows, "smoke")
+    ]
+    told = [f"Memory checker: {memcheck.told(row)}." for row in _of(rows, "memcheck")]
+    columns = ("backend", "N", "heads", "dtype", "largest errors (eager's)", "")
+    parts = [*([_table(columns, table)] if table else []), *told]
+    return "## Smoke test\n" + "\n\n".join(parts) if parts else ""
+
+
+def _broken(rows: Sequence[Row]) -> str:
+    """Pieces of work that hung, raised or took their process along."""
+    return "\n".join(["## Broken", *(f"- {sentence}" for sentence in its)]) if (its := pieces.failures(rows)) else ""
 
 
 def _accuracy(rows: Sequence[Row]) -> str:
@@ -384,14 +422,17 @@ def _refusals(rows: Sequence[Row]) -> str:
 
 
 def _stages(rows: Sequence[Row]) -> str:
+    its = _of(rows, "stage")
+    last = {row["stage"]: row for row in its}
     table = [
         (
             row["stage"],
-            f"{row['seconds']:.0f}",
+            "cut" if row["seconds"] is None else f"{row['seconds']:.0f}",
             "unknown" if row["unfinished"] is None else row["unfinished"],
             row["error"],
         )
-        for row in _of(rows, "stage")
+        for row in its
+        if row["seconds"] is not None or row is last[row["stage"]]  # not how one began that also ended
     ]
     return "## Stages\n" + _table(("stage", "seconds", "unfinished", "stopped by"), table) if table else ""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import torch
@@ -13,22 +14,41 @@ from benchmarks import results
 from benchmarks.machine import Machine
 from benchmarks.results import Row, Writer
 
-NAMES = ("environment", "accuracy", "race", "outputs", "norms", "models", "tune")  # in the order in which they run
+# In the order in which they run: what decides whether the rest is worth anything, then what is raced, then what
+# torch.compile takes most of.
+NAMES = (
+    "environment",
+    "smoke",
+    "accuracy",
+    "race",
+    "outputs",
+    "norms",
+    "models",
+    "compiled",
+    "flex",
+    "tune",
+)
 DEFAULT = NAMES[:-1]
+
+Rehearsal = Callable[[], object]
 
 
 class StageRow(TypedDict):
-    """One stage in one run of the command: a run that was gone on with has it several times."""
+    """One stage in one run of the command, as it begins and as it ends: of those of a stage the last one counts."""
 
     kind: Literal["stage"]
     stage: str
-    seconds: float
-    unfinished: int | None  # pieces of work still to be done; None if it could not tell
+    seconds: float | None  # None as it begins
+    unfinished: int | None  # pieces of work still to be done; None if it could not tell, and as it begins
     error: str | None  # what stopped it, other than its time
     machine: Machine
 
 
 results.ROW_TYPES["stage"] = StageRow
+
+
+def _unwatched(piece: str | None) -> None:
+    pass
 
 
 class Setup(NamedTuple):
@@ -38,11 +58,13 @@ class Setup(NamedTuple):
         device: a GPU, or in a dry run a CPU.
         dry: a rehearsal without a GPU: every step, on shapes so small that its times mean nothing.
         deadline: ``time.monotonic()`` after which no new piece of work is begun.
+        mark: told the name of each piece of work as it begins, and ``None`` as it ends.
     """
 
     device: torch.device
     dry: bool
-    deadline: float
+    deadline: float = math.inf
+    mark: Callable[[str | None], None] = _unwatched
 
     @property
     def expired(self) -> bool:
@@ -54,13 +76,17 @@ class Stage(Protocol):
     """One stage, a module. The first line of its docstring is what the command says that it does."""
 
     NAME: str
-    SECONDS: float  # its share of the default eight minutes
+    SECONDS: float  # its share of a default run
+    LONGEST: float  # seconds after which a piece of its work, in a default run, counts as hung
 
     def run(self, setup: Setup, writer: Writer) -> Iterator[Row]:
         """Does what ``writer`` has no rows of yet, prints a line for each piece of work, and yields rows once written.
 
         The environment's rows are there before any other stage runs.
         """
+
+    def rehearsals(self, setup: Setup) -> Iterable[Rehearsal]:
+        """Calls that launch every kernel of ours that the stage launches, the most important first."""
 
     def failures(self, rows: list[Row]) -> list[str]:
         """One sentence for each row of this stage that must make the command fail; the others' rows are there too."""

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import results
-from benchmarks.gpu.stage import Setup, sentence
+from benchmarks.gpu import pieces
+from benchmarks.gpu.stage import Rehearsal, Setup, sentence
 from benchmarks.machine import Machine
 from benchmarks.results import Row, Writer
 from benchmarks.shapes import DTYPES, HEAD_DIM, NUM_PREFIX_TOKENS, DType
@@ -43,6 +44,7 @@ from vitreg_kernels.ops.attention.types import AttentionInputs
 
 NAME = "tune"
 SECONDS = 120.0
+LONGEST = 600.0
 
 GAIN = 1.02  # how many times as fast as the present choice, at every length
 _FINALISTS = 3
@@ -144,24 +146,28 @@ class _Timed(int):
 
 def run(setup: Setup, writer: Writer) -> Iterator[Row]:
     """Sweeps kernel by kernel, merges each winner into the configs file at once, and yields rows once written."""
-    pieces = _pieces(setup)
+    every = _pieces(setup)
     folder = Path(tempfile.mkdtemp(prefix="vitreg-configs-")) if setup.dry else tables.CONFIGS
     with warm.processes() as pool:
-        for number, piece in enumerate(pieces, 1):
-            if _found(writer, piece):
+        for number, piece in enumerate(every, 1):
+            if _done(writer, piece):
                 continue
             if setup.expired:
                 return
-            print(f"    {number}/{len(pieces)} {piece}", end="", flush=True)
-            row, path = _row(piece, setup, pool), None
-            if row["best"] is not None:
-                key = piece.key(setup)
-                entry = {**key._asdict(), **row["best"]}
-                path = tables.merge(folder, key.device, tuning.SECTION, [entry], tuning.Key._fields)
-            print(f": {_summary(row, path)}", flush=True)
-            yield from writer.extend([row])
-            if lost(setup.device):
-                raise RuntimeError(f"the GPU cannot be used any more by this process, after {piece}")
+            print(f"    {number}/{len(every)} {piece}", end="", flush=True)
+            with pieces.begun(setup, writer, NAME, piece):
+                row, path = _row(piece, setup, pool), None
+                if row["best"] is not None:
+                    key = piece.key(setup)
+                    entry = {**key._asdict(), **row["best"]}
+                    path = tables.merge(folder, key.device, tuning.SECTION, [entry], tuning.Key._fields)
+                print(f": {_summary(row, path)}", flush=True)
+                yield from writer.extend([row])
+
+
+def rehearsals(setup: Setup) -> tuple[Rehearsal, ...]:
+    """None: which kernels it takes, it finds out by racing others."""
+    return ()
 
 
 def failures(rows: list[Row]) -> list[str]:
@@ -175,7 +181,7 @@ def failures(rows: list[Row]) -> list[str]:
 
 def unfinished(setup: Setup, writer: Writer) -> int:
     """Kernels and sizes without a row."""
-    return sum(not _found(writer, piece) for piece in _pieces(setup))
+    return sum(not _done(writer, piece) for piece in _pieces(setup))
 
 
 @contextmanager
@@ -220,8 +226,9 @@ def _pieces(setup: Setup) -> list[Piece]:
     return [Piece(k, head_dim, tokens, "bf16") for tokens, head_dim, k in product(_LENGTHS, (64, 128), kernels)]
 
 
-def _found(writer: Writer, piece: Piece) -> list[Row]:
-    return writer.find(kind="tuning", kernel=piece.kernel, size=piece.size)
+def _done(writer: Writer, piece: Piece) -> bool:
+    its = writer.find(kind="tuning", kernel=piece.kernel, size=piece.size)
+    return bool(its) or pieces.broken(writer, NAME, piece)
 
 
 def _row(piece: Piece, setup: Setup, pool: Executor) -> Row:
@@ -297,11 +304,16 @@ def _fitting(piece: Piece, tiles: list[Tiles], setup: Setup, pool: Executor) -> 
 
 def _planned(piece: Piece, tiles: Tiles, shape: tuple[int, ...], arch: int) -> list[Launch]:
     """The kernel's launches for qkv of a shape, on tensors without data."""
+    from vitreg_kernels._triton.keys import settle
+
     query, key, value = torch.empty(shape, dtype=DTYPES[piece.dtype], device="meta").permute(2, 0, 3, 1, 4)
     scale, outputs = piece.head_dim**-0.5, ("lse", *piece.outputs)
     inputs = AttentionInputs(query, key, value, scale=scale, num_prefix_tokens=NUM_PREFIX_TOKENS, outputs=outputs)
     with choosing(piece.kernel, tiles):
-        return timed(triton.launches(inputs, arch))
+        launches = timed(triton.launches(inputs, arch))
+    for launch in launches:
+        settle(launch.kernel)  # or what another process compiles, this one does not find
+    return launches
 
 
 def _ranked(raced: dict[Tiles, Raced]) -> list[Tiles]:

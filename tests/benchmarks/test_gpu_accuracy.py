@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.gpu import accuracy
+from benchmarks.gpu import accuracy, pieces
 from benchmarks.gpu.stage import Setup
 from benchmarks.results import Writer
 from benchmarks.shapes import LENGTHS
@@ -118,8 +118,9 @@ def test_a_crash_is_recorded_and_named(writer, change_backends):
 @pytest.mark.usefixtures("one_case")
 def test_a_crash_that_takes_the_gpu_along_is_recorded_before_the_stage_stops(writer, monkeypatch, change_backends):
     broken(change_backends, raises)
-    monkeypatch.setattr(accuracy, "lost", lambda device: True)
-    with pytest.raises(RuntimeError, match="cannot be used any more by this process, after sdpa on 21 tokens in fp32"):
+    for module in (accuracy, pieces):
+        monkeypatch.setattr(module, "lost", lambda device: True)
+    with pytest.raises(RuntimeError, match="cannot be used any more by this process, after 21 tokens in fp32"):
         list(accuracy.run(SETUP, writer))
     assert [row["crash"] for row in writer.rows] == ["IndexError: out of its bounds\nand more"]
     assert list(accuracy.run(SETUP, writer)) == []
@@ -201,7 +202,11 @@ def test_the_named_shapes_are_there_the_goals_first(monkeypatch):
     assert all(qkv.dtype == torch.float16 for qkv in qkvs.values())
 
     monkeypatch.setattr(accuracy, "_calls", lambda dtype, setup: calls)
-    ordered = [piece.call.name for piece in accuracy._pieces(SETUP)]
-    goals = 4 * (len(LENGTHS) + len(many))
-    assert set(ordered[:goals]) == accuracy._GOALS
-    assert not accuracy._GOALS & set(ordered[goals:])
+    ordered = accuracy._pieces(SETUP)
+    assert list(dict.fromkeys(piece.dtype for piece in ordered)) == ["bf16", "fp16", "fp32", "tf32"]
+    goals = len(LENGTHS) + len(many)
+    for start in range(0, len(ordered), len(calls)):
+        names = [piece.call.name for piece in ordered[start : start + len(calls)]]
+        assert len({piece.dtype for piece in ordered[start : start + len(calls)]}) == 1
+        assert set(names[:goals]) == accuracy._GOALS
+        assert not accuracy._GOALS & set(names[goals:])

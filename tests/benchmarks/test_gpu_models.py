@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend
 
 from benchmarks import results, timm_vits
-from benchmarks.gpu import models
+from benchmarks.gpu import compiled, models, pieces
 from benchmarks.gpu.stage import Setup
 from benchmarks.results import Writer
 from benchmarks.timm_vits import build, with_attention
@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 
 CPU = torch.device("cpu")
 DRY = Setup(CPU, dry=True, deadline=math.inf)
-TRAINING, FORWARD, *_ = models._pieces(DRY)
+TRAINING, FORWARD, *_ = models.pieces_of(DRY, compiled=False)
 MEASURED = models._MEASURED
 
 
@@ -41,7 +41,7 @@ def only(monkeypatch):
     """Leaves these pieces of work alone."""
 
     def only(*pieces):
-        monkeypatch.setattr(models, "_pieces", lambda setup: list(pieces))
+        monkeypatch.setattr(models, "pieces_of", lambda setup, *, compiled: list(pieces))
 
     return only
 
@@ -63,13 +63,13 @@ def by_attention(rows):
 
 
 def test_a_dry_run_measures_every_model_in_every_way(writer, monkeypatch, dynamo, capsys):
-    assert models.unfinished(DRY, writer) == 8
-    rows = list(models.run(DRY, writer))
-    assert models.unfinished(DRY, writer) == 0
-    assert models.failures(rows) == []
+    assert (models.unfinished(DRY, writer), compiled.unfinished(DRY, writer)) == (4, 2)
+    rows = [*models.run(DRY, writer), *compiled.run(DRY, writer)]
+    assert (models.unfinished(DRY, writer), compiled.unfinished(DRY, writer)) == (0, 0)
+    assert models.failures(rows) == compiled.failures(rows) == []
     assert rows == results.load(writer.path)
     ran = [row for row in rows if row["reason"] is None]
-    assert len({(row["model"], row["mode"], row["compiled"]) for row in ran}) == 8
+    assert len({(row["model"], row["mode"], row["compiled"]) for row in ran}) == 6
     assert {row["attention"] for row in ran} == {"own: flash", "vitreg: default"}
     assert {row["tokens"] for row in ran} == {21, 17}
     for row in ran:
@@ -92,7 +92,7 @@ def test_a_dry_run_measures_every_model_in_every_way(writer, monkeypatch, dynamo
     assert {row["reason"] for row in rows if row["attention"] == "vitreg: triton"} == {"runs on cuda, not on cpu"}
     goals = {(row["attention"], row["mode"], row["compiled"]) for row in rows if row["goal"] == 1.15}
     assert goals == {("vitreg: default", "training", False), ("vitreg: triton", "training", False)}
-    assert capsys.readouterr().out.count("\n") == 8
+    assert capsys.readouterr().out.count("\n") == 6
 
 
 def same_piece(a, b):
@@ -209,23 +209,24 @@ def test_a_cut_run_is_gone_on_with(writer, tmp_path, machine, monkeypatch):
     rows.close()
     again = Writer(tmp_path / "run.json", {"command": "gpu"}, machine)
     assert again.rows[:2] == first
-    assert models.unfinished(DRY, again) == 7
+    assert models.unfinished(DRY, again) == 3
     done = []
     monkeypatch.setattr(models, "_rows", lambda piece, setup, writer: done.append(piece) or [])
     list(models.run(DRY, again))
-    assert done == models._pieces(DRY)[1:]
+    assert done == models.pieces_of(DRY, compiled=False)[1:]
 
 
 def test_nothing_is_begun_after_the_deadline(writer):
     assert list(models.run(DRY._replace(deadline=time.monotonic()), writer)) == []
-    assert models.unfinished(DRY, writer) == 8
+    assert models.unfinished(DRY, writer) == 4
 
 
-def test_the_piece_with_the_goal_comes_first_and_compiling_last():
-    pieces = models._pieces(DRY._replace(dry=False))
-    assert [(p.model.name, p.mode) for p in pieces[:2]] == [(models._LARGE, "training"), (models._LARGE, "forward")]
-    assert [p.compiled for p in pieces] == [False] * 8 + [True] * 8
-    first = pieces[0]
+def test_the_piece_with_the_goal_comes_first_and_is_the_one_that_is_compiled():
+    large = [(models._LARGE, "training"), (models._LARGE, "forward")]
+    eager, by_compiler = (models.pieces_of(DRY._replace(dry=False), compiled=compiled) for compiled in (False, True))
+    assert [(p.model.name, p.mode) for p in eager[:2]] == [(p.model.name, p.mode) for p in by_compiler] == large
+    assert len(eager) == 8
+    first = eager[0]
     assert models._GOALS[first.model.name, first.mode, first.compiled] == 1.15
 
 
@@ -272,7 +273,8 @@ def test_after_a_kernel_that_broke_the_gpu_nothing_runs(writer, only, monkeypatc
 
     change_backends("sdpa", forward=breaks)
     monkeypatch.setattr(models, "_attempt", spy)
-    monkeypatch.setattr(models, "lost", lambda device: bool(broken))
+    for module in (models, pieces):
+        monkeypatch.setattr(module, "lost", lambda device: bool(broken))
 
     def interleave(variants, *_, **__):
         assert not variants, "a call would fail"

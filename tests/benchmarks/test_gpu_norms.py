@@ -10,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from benchmarks import norms as race
-from benchmarks.gpu import calls, norms, stage
+from benchmarks.gpu import calls, norms, pieces, stage
 from benchmarks.gpu.stage import Setup
 from benchmarks.norms import Case
 from benchmarks.results import Writer
@@ -109,7 +109,7 @@ def test_a_crash_is_named_and_the_others_go_on(writer, change_backends):
 
 
 def test_a_lost_gpu_ends_the_stage_after_its_row_is_written(writer, monkeypatch):
-    monkeypatch.setattr(norms, "lost", lambda device: True)
+    monkeypatch.setattr(pieces, "lost", lambda device: True)
     with pytest.raises(RuntimeError, match="cannot be used any more by this process, after residual_norm of 2 x 9"):
         list(norms.run(DRY, writer))
     assert writer.find(kind="norm_accuracy")

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.gpu import outputs, stage
+from benchmarks.gpu import outputs, pieces, stage
 from benchmarks.gpu.stage import Setup
 from benchmarks.results import Writer
 from vitreg_kernels import functional
@@ -122,7 +122,7 @@ def test_the_full_size_takes_the_lengths_of_the_goals_and_goes_on_after_a_cut(wr
 
 
 def test_a_lost_gpu_ends_the_stage(writer, monkeypatch):
-    monkeypatch.setattr(outputs, "lost", lambda device: True)
+    monkeypatch.setattr(pieces, "lost", lambda device: True)
     with pytest.raises(RuntimeError, match="cannot be used any more"):
         list(outputs.run(DRY, writer))
     assert writer.rows

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import contest, peers, shapes
-from benchmarks.gpu import race, stage
+from benchmarks.gpu import pieces, race, stage
 from benchmarks.gpu.stage import Setup
 from benchmarks.machine import ROOT
 from benchmarks.peers import EAGER, Peer, pack_of
@@ -81,7 +81,9 @@ def test_a_dry_run_races_everything_it_can_in_every_layout_and_mode(writer, ceil
     assert min(raced.values()) >= 4
     for layout, mode in raced:
         case = [row for row in rows if (row["layout"], row["mode"]) == (layout, mode)]
-        assert [row["variant"] for row in case] == [peer.name for peer in peers.everyone(layout, None)]
+        assert [row["variant"] for row in case] == [
+            peer.name for peer in peers.everyone(layout, None) if peer.name != race.FLEX
+        ]
         assert [row["variant"] for row in case if row["default"]] == ["vitreg:sdpa"]
         assert all(row["reason"] for row in case if row["median_ms"] is None)
         for row in case:
@@ -180,8 +182,8 @@ def test_inputs_are_rotated_past_the_cache_except_in_a_dry_run(only, monkeypatch
         race, "contest", lambda case, who, copies, *rest: given.append(copies) or one(case, who, copies, *rest)
     )
     case = race._cases(DRY)[0]
-    race.race(case, DRY, None)
-    race.race(case, GPU, None)
+    for setup in (DRY, GPU):
+        race.race(case, race._contenders(case, setup), setup, None)
     assert len(given[0]) == 2
     assert sum(x.nbytes for copy in given[1] for x in copy) >= 2 * 2**16
 
@@ -213,7 +215,7 @@ def test_no_case_begins_after_the_deadline(only, writer, monkeypatch):
 def test_who_breaks_the_hold_of_the_gpu_is_not_hidden_behind_the_others(only, writer, monkeypatch):
     only(("vitreg:before", lambda x: x), ("other:breaks", crash), ("vitreg:after", lambda x: x))
     monkeypatch.setattr(measured_race, "lost", lambda device: True)
-    monkeypatch.setattr(race, "lost", lambda device: True)
+    monkeypatch.setattr(pieces, "lost", lambda device: True)
     with pytest.raises(RuntimeError, match="after N=22 fp32 forward"):
         list(race.run(DRY, writer))
     reasons = {row["variant"]: row["reason"] for row in writer.rows}
@@ -252,13 +254,9 @@ def test_work_of_a_backward_is_that_of_the_whole_less_the_forward():
     assert forward.bytes + backward.bytes == both.bytes
 
 
-def test_flex_attention_is_compiled_for_packed_qkv_at_head_dim_64_only():
-    qkv = torch.zeros(1)
+def test_flex_attention_is_left_to_its_own_stage():
     for case in race._cases(GPU):
-        flex = next(peer for peer in race._contenders(case, None, GPU) if peer.name == "torch:flex")
-        assert (flex.refuses(qkv) is None) is (case.layout == "packed" and case.head_dim == 64)
-    flex = next(peer for peer in race._contenders(race._cases(DRY)[0], None, DRY) if peer.name == "torch:flex")
-    assert "dry run" in flex.refuses(qkv)
+        assert "torch:flex" not in {peer.name for peer in race._contenders(case, GPU)}
 
 
 def test_the_gradient_of_separate_heads_lies_as_a_projection_gives_it():
@@ -281,7 +279,7 @@ ours = race.everyone
 race.everyone = lambda layout, pack: [peer for peer in ours(layout, pack) if peer.name == "vitreg:triton"]
 for case in race._cases(setup):
     if case.mode == "forward+backward":
-        (row,) = race.race(case, setup, None)
+        (row,) = race.race(case, race._contenders(case, setup), setup, None)
         print(case.layout, row["reason"], all(error["passed"] for error in row["errors"].values()), len(row["errors"]))
 """
     pytest.importorskip("triton", reason="the kernels are Triton's")

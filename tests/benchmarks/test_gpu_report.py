@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import results
-from benchmarks.gpu import environment, report, stage
+from benchmarks.gpu import environment, pieces, report, stage
 from benchmarks.results import Writer
 from benchmarks.roofline import Roofline
 
@@ -76,6 +76,12 @@ def made_up_rows():
     yield tuning_row(best=tiles(128, whole_head=True), speedup=1.25, rule_ms=[1.0, 1.0], best_ms=[0.5, 0.8])
     yield tuning_row("statistics", wrong=["Tiles(...): received_attention at 261 tokens"])
     yield tuning_row("grad_query", reason="IndexError: no | way", failed=True)
+    yield {"kind": "stage", "stage": "accuracy", "seconds": None, "unfinished": None, "error": None}
+    yield {"kind": "stage", "stage": "norms", "seconds": None, "unfinished": None, "error": None}
+    yield pieces.row("race", "N=54 bf16 forward", "hung, and its process was ended")
+    yield smoke_row({"output": error(True), "grad_key": error(False)})
+    yield smoke_row(None) | {"reason": "IndexError: out of its bounds", "failed": True}
+    yield {"kind": "memcheck", "reason": None, "failed": True, "report": "===== Invalid read\n= of 2", "seconds": 9.0}
     yield {"kind": "stage", "stage": "accuracy", "seconds": 89.7, "unfinished": 12, "error": None}
     yield {"kind": "stage", "stage": "race", "seconds": 3.0, "unfinished": None, "error": "IndexError: no | way"}
 
@@ -296,6 +302,31 @@ def test_the_goals_stand_beside_our_fastest(rows):
     assert told["1029"] == ["- (goal 484)", "- (goal 1570)", "- (goal 2054)"]
 
 
+def smoke_row(errors):
+    return {
+        "kind": "smoke",
+        "backend": "triton",
+        "dtype": "bf16",
+        "batch": 64,
+        "heads": 16,
+        "tokens": 261,
+        "head_dim": 64,
+        "reason": None,
+        "failed": False,
+        "seconds": 0.5,
+        "errors": errors,
+    }
+
+
+def test_what_was_wrong_from_the_start_and_what_broke_are_told(rows):
+    text = report.markdown(rows)
+    told = section(text, "## Smoke test")
+    assert told.count("| triton | 261 | 1024 | bf16 | ") == told.count("| FAIL |") == 2
+    assert "IndexError: out of its bounds" in told
+    assert "Memory checker: ===== Invalid read = of 2." in told
+    assert "- race, N=54 bf16 forward: hung, and its process was ended" in section(text, "## Broken")
+
+
 def test_outputs_models_and_stages_are_told(rows):
     text = report.markdown(rows)
     assert "| triton | received_attention | 1.38 (goal 1.35) |" in section(text, "## Outputs")
@@ -307,6 +338,8 @@ def test_outputs_models_and_stages_are_told(rows):
     assert "vitreg: default" not in models
     stages = section(text, "## Stages")
     assert "| accuracy | 90 | 12 |  |" in stages
+    assert stages.count("| accuracy |") == 1  # how it began is told only where it did not end
+    assert "| norms | cut | unknown |  |" in stages
     assert "| race | 3 | unknown | IndexError: no \\| way |" in stages
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from benchmarks import machine as about
 from benchmarks import results
+from benchmarks.machine import ROOT
 from benchmarks.results import Writer
 from benchmarks.shapes import Case
+from vitreg_kernels.measure.timing import Timing
 
 RUN = {"command": "bench", "size": "quick", "model": "a model"}
 
@@ -93,6 +97,49 @@ def test_a_cut_run_is_resumed(tmp_path, machine, bare, row):
     again.extend([bare | {"requires_grad": True}])
     assert results.load(path) == [row, row | {"requires_grad": True}]
     assert again.find(kind="overhead", requires_grad=True) == [row | {"requires_grad": True}]
+
+
+def test_the_time_of_the_host_is_in_rows_of_a_gpu_alone(race):
+    good = race(Case(1, 2, 7, "fp32", "forward", head_dim=16))[0]
+    assert "host_ms" not in good
+    results.validate(good)
+    results.validate(good | {"host_ms": 0.3})
+    with pytest.raises(ValueError, match=r"attention.host_ms must be a finite number, not None"):
+        results.validate(good | {"host_ms": None})
+    assert results.timed(Timing(1.0, 1.0, 1.0, 1.0, 3, 0.3))["host_ms"] == 0.3
+    assert "host_ms" not in results.timed(Timing(1.0, 1.0, 1.0, 1.0, 3))
+
+
+def test_a_row_is_added_behind_a_process_that_is_gone(tmp_path, machine, bare, row):
+    path = tmp_path / "run.json"
+    Writer(path, RUN, machine).extend([bare])
+    results.append(path, bare | {"requires_grad": True})
+    assert results.load(path) == [row, row | {"requires_grad": True}]
+    with pytest.raises(ValueError, match="unknown"):
+        results.append(path, bare | {"extra": 1})
+    assert Writer(path, RUN, machine).resumed == 2
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_the_commit_is_gits_or_what_the_environment_says(monkeypatch, git):
+    monkeypatch.setattr(about, "_git", lambda *asked: "from git" if git else None)
+    monkeypatch.delenv("VITREG_COMMIT", raising=False)
+    assert about.describe(torch.device("cpu"))["commit"] == ("from git" if git else "unknown")
+    monkeypatch.setenv("VITREG_COMMIT", "from the environment")
+    assert about.describe(torch.device("cpu"))["commit"] == ("from git" if git else "from the environment")
+
+
+def test_sources_do_not_hang_on_how_the_native_library_was_built(tmp_path, monkeypatch):
+    for name in ("_native/cpu.json", "dispatch/configs/sm_90.json"):
+        (tmp_path / "vitreg_kernels" / name).parent.mkdir(parents=True)
+        (tmp_path / "vitreg_kernels" / name).write_text("{}")
+    monkeypatch.setattr(about, "ROOT", tmp_path)
+    monkeypatch.setattr(about, "_OF_A_BUILD", tmp_path / about._OF_A_BUILD.relative_to(ROOT))
+    before = about.sources()
+    (tmp_path / "vitreg_kernels" / "_native" / "cpu.json").unlink()
+    assert about.sources() == before
+    (tmp_path / "vitreg_kernels" / "dispatch" / "configs" / "sm_90.json").unlink()
+    assert about.sources() != before
 
 
 @pytest.mark.parametrize("change", ["finished", "sources", "commit", "size", "model", "dirty", "fresh"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from vitreg_kernels.measure import timing
 from vitreg_kernels.measure.timing import MIN_SAMPLES, Variant
 
 CPU = torch.device("cpu")
-log: list[str] = []
 
 
 def test_every_round_runs_every_variant_once_and_in_changing_order():
@@ -78,33 +78,76 @@ def test_preparation_stays_outside_the_clock_and_its_result_is_what_is_called(cl
     assert timings["a"].median_ms < 1
 
 
-@pytest.mark.parametrize("prepare", [None, lambda x: log.append("prepare")], ids=["plain", "prepared"])
-def test_on_a_gpu_preparation_and_flush_are_enqueued_before_the_clock_starts(monkeypatch, prepare):
-    """With stand-ins for torch.cuda that note in which order they are called."""
+class Gpu:
+    """Stands in for torch.cuda: a GPU of 1 GHz on which every call takes a millisecond; ``log`` has what it is told."""
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
+    def __init__(self, monkeypatch, clock):
+        self.log, self._now, self._clock = [], 0.0, clock
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.log.append("synchronize"))
+        monkeypatch.setattr(timing, "_flush_cache", lambda: self.log.append("flush"))
 
-        def record(self):
-            log.append("record")
+    def event(self, enable_timing):
+        assert enable_timing
+        event = SimpleNamespace(at=None, elapsed_time=lambda end: end.at - event.at)
 
-        def elapsed_time(self, end):
-            return 1.0
+        def record():
+            self.log.append("record")
+            event.at = self._now
 
-    log.clear()
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
-    monkeypatch.setattr(timing, "_flush_cache", lambda: log.append("flush"))
-    call = Variant(lambda x: log.append("call"), prepare=prepare)
-    assert timing._cuda_round([(call, 1)]) == [1.0]
-    before = [] if prepare is None else ["prepare", "flush"]
-    assert log == [*before, "sleep", "record", "call", "record", "synchronize"]
+        event.record = record
+        return event
+
+    def sleep(self, cycles):
+        self.log.append("sleep")
+        self._now += cycles / 1e6
+
+    def call(self, host_ms=0.01):
+        self.log.append("call")
+        self._now += 1.0
+        self._clock.sleep(host_ms / 1e3)
+
+
+@pytest.fixture
+def gpu(monkeypatch, clock):
+    return Gpu(monkeypatch, clock)
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+def test_on_a_gpu_preparation_and_flush_are_enqueued_before_the_clock_starts(gpu, prepared):
+    prepare = (lambda x: gpu.log.append("prepare")) if prepared else None
+    (sample,) = timing._CudaRounds()({"a": (Variant(lambda x: gpu.call(), prepare=prepare), 1)}).values()
+    assert sample.ms == pytest.approx(1.0)
+    before = ["prepare", "flush"] if prepared else []
+    assert gpu.log == [*before, "record", "sleep", "record", "call", "record", "synchronize"]
+
+
+@pytest.mark.parametrize(
+    ("host_ms", "calls"),
+    [(0.1, 1), (0.4, 1), (0.7, 2), (2.5, 4), (1e6, 1 + timing._DOUBLINGS)],  # a sleep of 1 ms hides up to 0.6
+)
+def test_a_call_that_keeps_the_host_is_timed_again_behind_a_longer_sleep(gpu, host_ms, calls):
+    rounds = timing._CudaRounds()
+    slow, fast = (Variant(lambda _, ms=ms: gpu.call(ms)) for ms in (host_ms, 0.01))
+    samples = rounds({"slow": (slow, None), "fast": (fast, None)})
+    assert gpu.log.count("call") == calls + 1
+    assert samples["slow"].ms == pytest.approx(1.0)
+    assert samples["slow"].host_ms == pytest.approx(host_ms, abs=0.2)
+    gpu.log.clear()
+    rounds({"slow": (slow, None)})  # what a round has learnt holds in the next
+    assert gpu.log.count("call") == 1
+
+
+def test_the_time_of_the_host_is_part_of_a_timing_on_a_gpu(gpu):
+    variants = {"a": Variant(lambda _: gpu.call(5.0))}
+    timings = timing.interleave(variants, [None], device=torch.device("cuda"), budget_s=0.0)
+    assert timings["a"].host_ms == pytest.approx(5.0, abs=0.2)
+    assert timing.interleave({"a": Variant(abs)}, [1], device=CPU, budget_s=0.0)["a"].host_ms is None
 
 
 def test_summary():
-    assert timing.summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0, 1.0, 6)
+    assert timing.summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0, 1.0, 6, None)
 
 
 @pytest.mark.parametrize("nbytes", [1000, 2**20 + 4, 2**23])

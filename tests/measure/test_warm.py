@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -78,6 +80,25 @@ def test_what_was_compiled_ahead_is_what_a_launch_loads(tmp_path, monkeypatch, c
     assert warm.compile_ahead(calls, GPU) == (2, 0, 0, 0.0)
 
 
+def test_keys_do_not_hang_on_which_kernel_a_process_uses_first():
+    """Each order in a process of its own, as triton hashes a function once."""
+    script = """
+import sys
+from vitreg_kernels._triton.keys import settle
+from vitreg_kernels.ops.attention.backends.triton import backward_kernels, forward_kernel
+kernels = {"bwd": backward_kernels._attention_bwd_kernel, "fwd": forward_kernel._attention_fwd_kernel}
+for name in sys.argv[1:]:
+    settle(kernels[name])
+print(*(kernels[name].cache_key for name in sorted(kernels)))
+"""
+    orders = (("fwd", "bwd"), ("bwd", "fwd"))
+    found = {
+        subprocess.run([sys.executable, "-c", script, *order], capture_output=True, text=True, check=True).stdout
+        for order in orders
+    }
+    assert len(found) == 1
+
+
 @pytest.fixture
 def compiling(monkeypatch):
     """Calls give names of kernels, and ``compile`` is told to compile each in a thread."""
@@ -95,13 +116,15 @@ def compiling(monkeypatch):
         told.began.append(kernel.key)
         compiled = told.compile(kernel.key)
         told.ended.append(kernel.key)
-        return compiled
+        return None if compiled else "too many registers"
 
     monkeypatch.setattr(capability, "capability", lambda device: ARCH)
     monkeypatch.setattr(warm, "processes", processes)
-    monkeypatch.setattr(warm, "launched", lambda call: call())
+    monkeypatch.setattr(warm, "launched", lambda call: [SimpleNamespace(kernel=name) for name in call()])
     monkeypatch.setattr(warm, "_compile", compile_one)
-    monkeypatch.setattr(offline, "compilation", lambda name, arch: SimpleNamespace(key=name, cached=name == "old"))
+    monkeypatch.setattr(
+        offline, "compilation", lambda launch, arch: SimpleNamespace(key=launch.kernel, cached=launch.kernel == "old")
+    )
     return told
 
 
@@ -133,12 +156,16 @@ def test_what_fails_is_left_to_the_real_call(compiling):
 
     def compile(name):
         if name == "crash":
-            raise MemoryError
+            raise MemoryError("no memory")
         return name != "refused"
 
     compiling.compile = compile
-    told = warm.compile_ahead([wrong, of("crash"), of("refused"), of("right")], GPU)
-    assert told[:3] == (0, 1, 2)
+    with warm.Compiler(GPU) as compiler:
+        for call in (wrong, of("crash"), of("refused"), of("right")):
+            compiler.wait(compiler.begin(call))
+    assert compiler.told[:3] == (0, 1, 2)
+    assert [str(error) for error in compiler.raised] == ["out of its bounds"]
+    assert sorted(compiler.refused) == ["no memory", "too many registers"]
 
 
 def test_nothing_is_waited_for_after_the_deadline(compiling):
@@ -158,7 +185,7 @@ def test_nothing_is_waited_for_after_the_deadline(compiling):
 class Kernel:
     """What a process is given to compile; compiled, it is told to the launcher of ``built``."""
 
-    src, metadata = "source", "metadata"
+    source, src, metadata = SimpleNamespace(fn=None), "source", "metadata"
 
     def run(self):
         return self
@@ -171,7 +198,7 @@ def test_a_launcher_is_built_where_triton_has_one_for_each_signature(monkeypatch
     monkeypatch.delattr(nvidia, "make_launcher", raising=False)
     if triton == "3.6":
         monkeypatch.setattr(nvidia, "make_launcher", None, raising=False)
-    assert warm._compile(Kernel())
+    assert warm._compile(Kernel()) is None
     assert built == ([("source", "metadata")] if triton == "3.6" else [])
 
 
@@ -183,4 +210,4 @@ def test_what_does_not_compile_is_no_error(monkeypatch, what):
     if what == "kernel":
         monkeypatch.setattr(Kernel, "run", refuse)
     monkeypatch.setattr(warm, "_build_launcher", refuse)
-    assert not warm._compile(Kernel())
+    assert warm._compile(Kernel()) == "RuntimeError: no compiler here"

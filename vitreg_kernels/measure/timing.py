@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,8 +22,11 @@ import torch
 from torch import Tensor
 
 MIN_SAMPLES = 3
-# Cycles the GPU is kept busy before each call, so that the host has enqueued it before it starts: about 0.6 ms.
+# Cycles the GPU is kept busy before each call, so that the host has enqueued it before it starts: about 0.6 ms. A call
+# that keeps the host longer than this share of them is timed again behind twice as many, up to about 0.15 s.
 _SLEEP_CYCLES = 1_000_000
+_HIDDEN_SHARE = 0.6
+_DOUBLINGS = 8
 _DEFAULT_CACHE = 32 * 2**20
 
 
@@ -45,13 +49,21 @@ class Variant(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Milliseconds a call, over ``samples`` calls."""
+    """Milliseconds a call, over ``samples`` calls; ``host_ms`` is what enqueuing one keeps the host of a GPU."""
 
     median_ms: float
     p20_ms: float
     p80_ms: float
     min_ms: float
     samples: int
+    host_ms: float | None = None
+
+
+class Sample(NamedTuple):
+    """One call: milliseconds of the device, and of the host that enqueued it on a GPU."""
+
+    ms: float
+    host_ms: float | None = None
 
 
 def interleave(
@@ -68,7 +80,7 @@ def interleave(
         device: where the variants run. The CPU is timed with ``perf_counter``, a GPU with CUDA events.
         budget_s: seconds for all variants together, warm-up left out.
     """
-    timed_round = _cuda_round if device.type == "cuda" else _cpu_round
+    timed_round = _rounds_on(device)
     turn = 0
 
     def next_input() -> Any:
@@ -81,18 +93,18 @@ def interleave(
             variant.call(variant.prepared(next_input()))  # compiles, allocates, wakes the threads
 
     order = random.Random(0)
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    samples: dict[str, list[Sample]] = {name: [] for name in variants}
     share_ms = 1e3 * budget_s / max(len(variants), 1)
     deadline = time.perf_counter() + budget_s
     while active := [
         name
-        for name, times in samples.items()
-        if len(times) < MIN_SAMPLES or (sum(times) < share_ms and time.perf_counter() < deadline)
+        for name, its in samples.items()
+        if len(its) < MIN_SAMPLES or (sum(one.ms for one in its) < share_ms and time.perf_counter() < deadline)
     ]:
         order.shuffle(active)
-        for name, ms in zip(active, timed_round([(variants[n], next_input()) for n in active]), strict=True):
-            samples[name].append(ms)
-    return {name: summary(times) for name, times in samples.items()}
+        for name, sample in timed_round({name: (variants[name], next_input()) for name in active}).items():
+            samples[name].append(sample)
+    return {name: _timing(its) for name, its in samples.items()}
 
 
 def in_rounds(
@@ -110,16 +122,15 @@ def in_rounds(
         Milliseconds by name and round. Two of a round were measured side by side: their ratio is worth more than that
         of two medians.
     """
-    timed_round = _cuda_round if device.type == "cuda" else _cpu_round
+    timed_round = _rounds_on(device)
     order = random.Random(0)
     names = list(variants)
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(1 + rounds):
         order.shuffle(names)
-        times = timed_round([(variants[name], argument) for name in names])
-        for name, ms in zip(names, times, strict=True):
+        for name, sample in timed_round({name: (variants[name], argument) for name in names}).items():
             if i:
-                samples[name].append(ms)
+                samples[name].append(sample.ms)
     return samples
 
 
@@ -145,33 +156,67 @@ def last_level_cache(device: torch.device) -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=_DEFAULT_CACHE)
 
 
-def _cpu_round(calls: Sequence[tuple[Variant, Any]]) -> list[float]:
-    times = []
-    for variant, argument in calls:
+def _timing(samples: Sequence[Sample]) -> Timing:
+    host = [sample.host_ms for sample in samples if sample.host_ms is not None]
+    timing = summary([sample.ms for sample in samples])
+    return timing._replace(host_ms=float(np.median(host))) if host else timing
+
+
+_Calls = Mapping[str, tuple[Variant, Any]]  # in their order, each with its argument
+
+
+def _rounds_on(device: torch.device) -> Callable[[_Calls], dict[str, Sample]]:
+    return _CudaRounds() if device.type == "cuda" else _cpu_round
+
+
+def _cpu_round(calls: _Calls) -> dict[str, Sample]:
+    samples = {}
+    for name, (variant, argument) in calls.items():
         with variant.context():
             prepared = variant.prepared(argument)
             start = time.perf_counter()
             variant.call(prepared)
-            times.append(1e3 * (time.perf_counter() - start))
-    return times
+            samples[name] = Sample(1e3 * (time.perf_counter() - start))
+    return samples
 
 
-def _cuda_round(calls: Sequence[tuple[Variant, Any]]) -> list[float]:
-    events = []
-    for variant, argument in calls:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+class _CudaRounds:
+    """Rounds of calls on a GPU. How long it sleeps before each, a call's first samples tell for the later ones."""
+
+    def __init__(self) -> None:
+        self._doublings: Counter[str] = Counter()
+
+    def __call__(self, calls: _Calls) -> dict[str, Sample]:
+        samples = {}
+        left = dict(calls)
+        while left:
+            marks = {name: self._enqueue(name, *call) for name, call in left.items()}
+            torch.cuda.synchronize()
+            for name, (host_ms, asleep, start, end) in marks.items():
+                hidden = host_ms <= _HIDDEN_SHARE * asleep.elapsed_time(start)
+                if hidden or self._doublings[name] == _DOUBLINGS:
+                    samples[name] = Sample(start.elapsed_time(end), host_ms)
+                    del left[name]
+                else:
+                    self._doublings[name] += 1
+        return samples
+
+    def _enqueue(self, name: str, variant: Variant, argument: Any) -> tuple[float, Any, Any, Any]:
+        """Milliseconds of the host, and events: the GPU falls asleep, begins, and ends."""
+        asleep, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         with variant.context():
             prepared = variant.prepared(argument)
             if variant.prepare is not None:
                 _flush_cache()
-            torch.cuda._sleep(_SLEEP_CYCLES)
+            asleep.record()
+            torch.cuda._sleep(_SLEEP_CYCLES << self._doublings[name])
             start.record()
+            begun = time.perf_counter()
             variant.call(prepared)
+            host_ms = 1e3 * (time.perf_counter() - begun)
             end.record()
             del prepared  # or the next one would need its memory beside this one's
-        events.append((start, end))
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
+        return host_ms, asleep, start, end
 
 
 def _flush_cache() -> None:

@@ -70,15 +70,24 @@ class Compiler:
 
     Attributes:
         told: what became of the kernels, once the context has ended.
+        keys: of the kernels, in triton's cache.
+        raised: what calls raised.
+        refused: why kernels or their launchers do not compile, once the context has ended.
     """
 
     told: Compiled
 
     def __init__(self, device: torch.device, *, deadline: float = math.inf) -> None:
+        self.raised: list[Exception] = []
+        self.refused: list[str] = []
         self._device, self._deadline = device, deadline
-        self._jobs: dict[str, Future[bool]] = {}  # by the key of the kernel
+        self._jobs: dict[str, Future[str | None]] = {}  # by the key of the kernel
         self._cached: set[str] = set()
         self._ends: list[float] = []
+
+    @property
+    def keys(self) -> list[str]:
+        return sorted(self._cached | self._jobs.keys())
 
     def __enter__(self) -> Compiler:
         self._start = time.monotonic()
@@ -88,21 +97,25 @@ class Compiler:
 
     def __exit__(self, *error: object) -> None:
         self._processes.__exit__(*error)
-        jobs = self._jobs.values()
-        compiled = sum(not job.cancelled() and job.exception() is None and job.result() for job in jobs)
+        ended = [job for job in self._jobs.values() if not job.cancelled()]
+        reasons = [job.exception() or job.result() for job in ended]  # a process that died gives an exception
+        self.refused = [str(reason) for reason in reasons if reason is not None]
+        compiled = len(ended) - len(self.refused)
         seconds = max(self._ends, default=self._start) - self._start
-        self.told = Compiled(len(self._cached), compiled, len(jobs) - compiled, seconds)
+        self.told = Compiled(len(self._cached), compiled, len(self._jobs) - compiled, seconds)
 
-    def begin(self, call: Callable[[], object]) -> list[Future[bool]]:
+    def begin(self, call: Callable[[], object]) -> list[Future[str | None]]:
         """Has other processes compile those kernels of a call that no cache has; what ``wait`` takes."""
-        needed: list[Future[bool]] = []
+        needed: list[Future[str | None]] = []
         if time.monotonic() >= self._deadline:
             return needed
         try:
             from .._triton import offline
+            from .._triton.keys import settle
 
             arch = tuned_for(self._device)
             for launch in launched(call):
+                settle(launch.kernel)
                 kernel = offline.compilation(launch, arch)
                 if kernel.key not in self._jobs:
                     if kernel.key in self._cached or kernel.cached:
@@ -111,11 +124,11 @@ class Compiler:
                     self._jobs[kernel.key] = job = self._pool.submit(_compile, kernel)
                     job.add_done_callback(lambda _: self._ends.append(time.monotonic()))
                 needed.append(self._jobs[kernel.key])
-        except Exception:  # a call may raise anything, and so may the pool once a process of it has died
-            pass
+        except Exception as error:  # a call may raise anything, and so may the pool once a process of it has died
+            self.raised.append(error)
         return needed
 
-    def wait(self, jobs: Iterable[Future[bool]]) -> None:
+    def wait(self, jobs: Iterable[Future[str | None]]) -> None:
         """Until they have ended, or the deadline has come."""
         wait(list(jobs), max(0.0, min(self._deadline - time.monotonic(), threading.TIMEOUT_MAX)))
 
@@ -143,14 +156,17 @@ def launched(call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def _compile(kernel: Compilation) -> bool:
-    """Puts a kernel and its launcher into triton's cache on disk; whether it could."""
+def _compile(kernel: Compilation) -> str | None:
+    """Puts a kernel and its launcher into triton's cache on disk; why it could not."""
     try:
+        from .._triton.keys import settle
+
+        settle(kernel.source.fn)
         compiled = kernel.run()
         _build_launcher(compiled)
-    except Exception:  # not every exception survives the way back to the process that waits
-        return False
-    return True
+    except Exception as error:  # not every exception survives the way back to the process that waits
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _build_launcher(compiled: object) -> None:

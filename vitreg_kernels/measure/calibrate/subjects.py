@@ -263,7 +263,9 @@ def _attention(
         heads=images * heads,
         make=make,
         variant=attention_features.variant_of(
-            packed_projection=packed_projection, statistics=bool(options.get("outputs"))
+            packed_projection=packed_projection,
+            statistics=bool(options.get("outputs")),
+            tf32=dtype == torch.float32 and attention_features.tf32_is_allowed(device.type),
         ),
         images=0 if packed else batch,
     )

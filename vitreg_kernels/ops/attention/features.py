@@ -79,11 +79,24 @@ def request_of(inputs: AttentionInputs, qkv: Tensor | None = None) -> Request:
     workload = preferences.workload(request, query.device, tokens, images * heads, differentiable)
     if workload is None:
         return request
-    variant = variant_of(packed_projection=qkv is not None, statistics=bool(inputs.outputs))
+    variant = variant_of(
+        packed_projection=qkv is not None,
+        statistics=bool(inputs.outputs),
+        tf32=query.dtype == torch.float32 and tf32_is_allowed(query.device.type),
+    )
     return request._replace(workload=workload._replace(variant=variant))
 
 
-def variant_of(*, packed_projection: bool, statistics: bool) -> str:
+def variant_of(*, packed_projection: bool, statistics: bool, tf32: bool = False) -> str:
     """What tells the times of calls apart beside their size: how query, key and value come, and what is asked for."""
-    variant = "packed projection" if packed_projection else "separate"
-    return f"{variant}, with statistics" if statistics else variant
+    words = ["packed projection" if packed_projection else "separate"]
+    return ", ".join(words + ["with statistics"] * statistics + ["tf32"] * tf32)
+
+
+def tf32_is_allowed(device: str) -> bool:
+    """Whether the user allows products of fp32 inputs to round them to tf32, which GPUs of a device type can."""
+    return device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# The compiler takes the answer for a constant, as in observers.py: it does not trace torch's settings.
+tf32_is_allowed._dynamo_marked_constant = True
