@@ -211,3 +211,17 @@ def test_what_does_not_compile_is_no_error(monkeypatch, what):
         monkeypatch.setattr(Kernel, "run", refuse)
     monkeypatch.setattr(warm, "_build_launcher", refuse)
     assert warm._compile(Kernel()) == "RuntimeError: no compiler here"
+
+
+def test_a_script_without_a_guard_is_run_once(tmp_path):
+    """``calibrate`` in a notebook's or a plain script's top level is what users write."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import math\n"
+        "from vitreg_kernels.measure.warm import processes\n"
+        "print('once', flush=True)\n"
+        "with processes() as pool:\n"
+        "    print(pool.submit(math.sqrt, 4).result())\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["once", "2.0"]

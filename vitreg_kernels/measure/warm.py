@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -137,11 +139,23 @@ class Compiler:
 def processes() -> Iterator[Executor]:
     """As many processes as there are cores, to compile in. A job that has not begun when the block ends never does."""
     # Not forked: CUDA does not survive that. They start with the first jobs. Ctrl-C is for the process that waits.
-    pool = ProcessPoolExecutor(cores(), get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = _Pool(cores(), get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class _Pool(ProcessPoolExecutor):
+    """Its processes do not run the caller's script again, as a spawned one does: few scripts are made for that."""
+
+    def submit(self, *job: Any) -> Future[Any]:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # without a file or a spec there is nothing to run
+        try:
+            return super().submit(*job)
+        finally:
+            sys.modules["__main__"] = main
 
 
 def cores() -> int:
