@@ -98,6 +98,11 @@ def compare(actual: Tensor, exact: Tensor, eager: Tensor, *, terms: int, scale_o
     )
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bits, NaN included."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
 def _errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
     actual = actual.detach().double()
     error = torch.where(actual == exact, 0.0, (actual - exact).abs())  # inf - inf is no error, NaN always is

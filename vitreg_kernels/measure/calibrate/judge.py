@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ...dispatch import Backend
-from ..accuracy import Accuracy
+from ..accuracy import Accuracy, same_bits
 from ..oracle import Call, Oracle
 from ..poison import guarded, poisoned
 from .subjects import Subject, part, repeating
@@ -58,15 +58,11 @@ class Judge:
         with poisoned(self._device) if backend.opaque else nullcontext():
             first, second = self._guarded.run(backend.name), self._guarded.run(backend.name)
         # torch's kernels may add up in whatever order their threads come; ours may not.
-        changed = [name for name in first if backend.opaque and not _same_bits(first[name], second[name])]
+        changed = [name for name in first if backend.opaque and not same_bits(first[name], second[name])]
         if changed:
             return Verdict(f"{', '.join(changed)} gave other bits when run again", None)
         name, worst = max(self._oracle.compare(first).items(), key=_error_over_bound)
         return Verdict("" if worst.passed else f"{name} has {worst}", worst)
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def _error_over_bound(named: tuple[str, Accuracy]) -> float:
