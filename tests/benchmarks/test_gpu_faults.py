@@ -68,7 +68,7 @@ def test_what_hangs_dies_or_loses_the_gpu_is_a_row_and_all_the_rest_is_done(tmp_
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_killed_leaves_a_valid_file_and_the_next_goes_on(tmp_path, how):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--stages", "environment,accuracy,race"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--stages", "environment,accuracy"]
     command += ["--results", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(
@@ -77,7 +77,7 @@ def test_a_run_that_is_killed_leaves_a_valid_file_and_the_next_goes_on(tmp_path,
     end = time.monotonic() + 60
     while len(list(tmp_path.glob("*.json"))) == 0 and time.monotonic() < end:
         time.sleep(0.05)
-    time.sleep(random.Random(how).uniform(0.5, 3.0))
+    time.sleep(random.Random(how).uniform(0.2, 2.0))
     run.send_signal(how)
     run.communicate(timeout=30)
     written = results.load(only_file(tmp_path))
