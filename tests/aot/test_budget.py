@@ -137,10 +137,9 @@ def test_a_pack_of_crops_does_not_spill(lengths: tuple[int, ...]) -> None:
     assert compile_launch(forward, 90).spill_bytes == 0
 
 
-@pytest.mark.parametrize("tokens", [201, 261, 1029])
-def test_a_masked_forward_does_not_spill(tokens: int) -> None:
-    forward, *_ = launches(masked(attention_inputs(tokens)), 90)
-    assert compile_launch(forward, 90).spill_bytes == 0
+def test_a_masked_call_does_not_spill() -> None:
+    for launch in launches(masked(attention_inputs(201)), 90):
+        assert compile_launch(launch, 90).spill_bytes == 0, launch.kernel.__name__
 
 
 @pytest.mark.parametrize(("arch", "variant"), VARIANTS)

@@ -266,10 +266,10 @@ def _attend_from_large_head(ctx):
         _attend_from_16_queries(ctx, resident, 0, remainder_rows)
     # The next queries set out before the last tile of keys: sooner, they would take the registers of a third program on
     # the multiprocessor. More than two full tiles leave shared memory for two programs only, so there they set out
-    # first, unless a mask needs the registers. (With num_stages they would take shared memory twice over.)
+    # first. (With num_stages they would take shared memory twice over.)
     LAST: tl.constexpr = len(ctx.RESIDENT_WIDTHS) - 1
     TWO_PROGRAMS: tl.constexpr = LAST > 1 and ctx.RESIDENT_WIDTHS[1] == ctx.BLOCK_N
-    BEFORE: tl.constexpr = 0 if TWO_PROGRAMS and ctx.key_mask is None else LAST
+    BEFORE: tl.constexpr = 0 if TWO_PROGRAMS else LAST
     for start in range(remainder_rows, end, ctx.BLOCK_M):
         state = _initial_state(ctx, ctx.BLOCK_M)
         if ctx.rope is None:
