@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import results
-from benchmarks.gpu import accuracy, norms, race
+from benchmarks.gpu import accuracy, norms, race, smoke
 from benchmarks.gpu.stage import load
 from benchmarks.results import Row
 from benchmarks.shapes import DTYPES
@@ -191,9 +191,10 @@ def _lead(backend: str, incumbent: str, cases: Sequence[Mapping[str, float]]) ->
 
 
 def _finished(rows: Sequence[Row], stage: str) -> bool:
-    """Whether a stage judged all that it had to: a case that was not reached may be the one that fails."""
+    """Whether a stage judged all that it had to: a case that was not reached, or broke, may be the one that fails."""
     its = [row for row in rows if row["kind"] == "stage" and row["stage"] == stage]
-    return bool(its) and its[-1]["unfinished"] == 0 and its[-1]["error"] is None
+    broken = any(row["kind"] == "broken" and row["stage"] in (stage, smoke.NAME, race.NAME) for row in rows)
+    return bool(its) and its[-1]["unfinished"] == 0 and its[-1]["error"] is None and not broken
 
 
 def _passed(rows: Sequence[Row], of_op: Race, backend: str, dtype: str) -> bool:

@@ -304,16 +304,11 @@ def _fitting(piece: Piece, tiles: list[Tiles], setup: Setup, pool: Executor) -> 
 
 def _planned(piece: Piece, tiles: Tiles, shape: tuple[int, ...], arch: int) -> list[Launch]:
     """The kernel's launches for qkv of a shape, on tensors without data."""
-    from vitreg_kernels._triton.keys import settle
-
     query, key, value = torch.empty(shape, dtype=DTYPES[piece.dtype], device="meta").permute(2, 0, 3, 1, 4)
     scale, outputs = piece.head_dim**-0.5, ("lse", *piece.outputs)
     inputs = AttentionInputs(query, key, value, scale=scale, num_prefix_tokens=NUM_PREFIX_TOKENS, outputs=outputs)
     with choosing(piece.kernel, tiles):
-        launches = timed(triton.launches(inputs, arch))
-    for launch in launches:
-        settle(launch.kernel)  # or what another process compiles, this one does not find
-    return launches
+        return timed(triton.launches(inputs, arch))
 
 
 def _ranked(raced: dict[Tiles, Raced]) -> list[Tiles]:

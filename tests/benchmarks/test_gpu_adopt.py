@@ -121,6 +121,13 @@ def test_a_stage_that_was_not_finished_settles_nothing(last):
     assert set(adopt.defaults([*rows, stage()], "sm_90").values()) == {"triton"}
 
 
+@pytest.mark.parametrize("where", ["accuracy", "smoke", "race"])
+def test_what_broke_settles_nothing(where):
+    broken = {"kind": "broken", "stage": where, "piece": "261 tokens", "reason": "hung"}
+    assert adopt.defaults([*WON, broken], "sm_90") == {}
+    assert adopt.defaults([*WON, broken | {"stage": "models"}], "sm_90")
+
+
 @pytest.mark.parametrize(("gradients", "mode"), [(False, "forward"), (True, "forward+backward")])
 def test_with_gradients_and_without_are_settled_apart(gradients, mode):
     rows = WON + one(2.1, 2.0, tokens=201, batch=128, mode=mode)
@@ -331,5 +338,6 @@ def test_no_such_file(tmp_path, capsys):
 
 
 def test_the_rows_here_are_those_of_the_stages(machine):
-    for row in (*both(1.0, 2.0), accuracy(), *norms((1.0, 2.0), (1.0, 2.0))):
+    broken = {"kind": "broken", "stage": "race", "piece": "261 tokens", "reason": "hung"}
+    for row in (broken, stage(), *both(1.0, 2.0), accuracy(), *norms((1.0, 2.0), (1.0, 2.0))):
         results.validate(row | {"machine": machine})

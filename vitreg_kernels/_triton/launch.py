@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from .keys import settle
+
 Constant: TypeAlias = int | float | bool | str | tuple[int, ...] | None
 Argument: TypeAlias = "Tensor | int | float | tuple[Argument, ...] | None"
 
@@ -63,6 +65,7 @@ class Launch(NamedTuple):
         """
         if 0 in self.grid:
             return None
+        settle(self.kernel)
         return self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 

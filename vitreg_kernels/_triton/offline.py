@@ -25,6 +25,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from .keys import settle
 from .launch import Launch
 
 # From sm_90 on, cuobjdump counts the 1 KB that the system reserves in every block as the kernel's own. The limit that a
@@ -83,6 +84,7 @@ class Compilation:
     @cached_property
     def key(self) -> str:
         """The name of the compiled kernel in triton's cache on disk."""
+        settle(self.source.fn)
         backend = make_backend(self.target)
         options = backend.parse_options(self.options)
         key = get_cache_key(self.source, backend, options, get_cache_invalidating_env_vars())
@@ -96,6 +98,7 @@ class Compilation:
 
     def run(self) -> CompiledKernel:
         """Compile it into triton's cache on disk, or load it from there. Raises what triton and ptxas raise."""
+        settle(self.source.fn)
         return triton.compile(self.source, self.target, self.options)
 
 

@@ -113,11 +113,9 @@ class Compiler:
             return needed
         try:
             from .._triton import offline
-            from .._triton.keys import settle
 
             arch = tuned_for(self._device)
             for launch in launched(call):
-                settle(launch.kernel)
                 kernel = offline.compilation(launch, arch)
                 if kernel.key not in self._jobs:
                     if kernel.key in self._cached or kernel.cached:
@@ -173,9 +171,6 @@ def launched(call: Callable[[], object]) -> list[Launch]:
 def _compile(kernel: Compilation) -> str | None:
     """Puts a kernel and its launcher into triton's cache on disk; why it could not."""
     try:
-        from .._triton.keys import settle
-
-        settle(kernel.source.fn)
         compiled = kernel.run()
         _build_launcher(compiled)
     except Exception as error:  # not every exception survives the way back to the process that waits
