@@ -53,6 +53,7 @@ def gpu(tmp_path, monkeypatch, change_backends, clock):
     monkeypatch.setattr(contests, "time", clock)
     monkeypatch.setattr(contests, "_SAMPLE_MS", 0.0)
     monkeypatch.setattr(contests, "_BUDGET_S", 0.0)
+    monkeypatch.setattr(contests, "_FEWEST_ROUNDS", 3)
     monkeypatch.setattr(idle, "check", lambda device: None)
     for backend in OPS["attention"].backends:
         if backend.name not in ("triton", "sdpa", "reference"):  # who would ask the GPU
