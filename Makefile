@@ -43,7 +43,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@echo "== six suites on two cores, the longest first; what each prints comes when it ends"
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(addprefix test-,library interpreter contract native models aot)
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target $(addprefix test-,library interpreter contract native models aot)
 
 test-library: $(READY) $(NATIVE)
 	@echo "== tests: ops and modules"

@@ -160,8 +160,9 @@ def test_torchs_switches_are_as_the_user_left_them(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", sdpa.KERNELS, ids=TORCHS_KERNELS)
-def test_none_is_a_default_that_was_not_measured(backend):
-    assert backend.default == "if measured"
+def test_none_is_a_default(backend):
+    """Their switches are the whole process's, so nobody gets one who has not named it."""
+    assert backend.default == "never"
     assert find(BACKENDS, backend.name) is backend
 
 

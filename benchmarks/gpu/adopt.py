@@ -31,8 +31,7 @@ from vitreg_kernels.dispatch.tables import Default, Key
 from vitreg_kernels.ops.attention import features as attention_features
 from vitreg_kernels.ops.residual_norm import features as norm_features
 
-# Backends that may be the default in the place of torch's own choice: what everybody has who has torch.
-CHALLENGERS = ("triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
+CHALLENGERS = ("triton",)  # backends that may be the default in the place of torch's own choice
 
 
 class Race(NamedTuple):
@@ -41,7 +40,7 @@ class Race(NamedTuple):
     Attributes:
         op: the op's name.
         kind: of the rows.
-        stage: the stage that judges the op's backends.
+        stages: those that judge the op's backends, and race them.
         modes: those that a backend has to win to be the default without gradients, and with.
         case: fields that tell one race from another.
         width: the field of a row that the table calls so.
@@ -51,7 +50,7 @@ class Race(NamedTuple):
 
     op: str
     kind: str
-    stage: str
+    stages: tuple[str, ...]
     modes: Mapping[bool, tuple[str, ...]]
     case: tuple[str, ...]
     width: str
@@ -74,7 +73,7 @@ RACES = (
     Race(
         "attention",
         "race",
-        accuracy.NAME,
+        (accuracy.NAME, race.NAME),
         {False: ("forward",), True: ("forward+backward",)},
         ("layout", "dtype", "batch", "heads", "tokens", "head_dim", "mode"),
         "head_dim",
@@ -84,7 +83,7 @@ RACES = (
     Race(
         "residual_norm",
         "residual_norm",
-        norms.NAME,
+        (norms.NAME,),
         {False: ("forward",), True: ("forward", "backward")},
         ("norm", "dtype", "batch", "tokens", "channels", "memory", "mode"),
         "channels",
@@ -144,7 +143,7 @@ def defaults(rows: Sequence[Row], device: str) -> dict[Key, str]:
                     times = sizes.setdefault(key, {}).setdefault(_case(row, of_op), {})
                     if row["median_ms"] is not None:
                         times[_backend(row)] = row["median_ms"]
-        if not _finished(rows, of_op.stage):
+        if not _finished(rows, of_op):
             continue
         for key, cases in sizes.items():
             if {case[of_op.case.index("mode")] for case in cases} != set(of_op.modes[key.gradients]):
@@ -190,11 +189,12 @@ def _lead(backend: str, incumbent: str, cases: Sequence[Mapping[str, float]]) ->
     return None if min(leads) < LEAST_LEAD else math.prod(leads) ** (1 / len(leads))
 
 
-def _finished(rows: Sequence[Row], stage: str) -> bool:
-    """Whether a stage judged all that it had to: a case that was not reached, or broke, may be the one that fails."""
-    its = [row for row in rows if row["kind"] == "stage" and row["stage"] == stage]
-    broken = any(row["kind"] == "broken" and row["stage"] in (stage, smoke.NAME, race.NAME) for row in rows)
-    return bool(its) and its[-1]["unfinished"] == 0 and its[-1]["error"] is None and not broken
+def _finished(rows: Sequence[Row], of_op: Race) -> bool:
+    """Whether all was judged and raced that had to be: what was not reached, or broke, may be what fails or loses."""
+    last = {row["stage"]: row for row in rows if row["kind"] == "stage"}
+    ended = all(name in last and last[name]["unfinished"] == 0 and not last[name]["error"] for name in of_op.stages)
+    broken = any(row["kind"] == "broken" and row["stage"] in of_op.stages for row in rows)
+    return ended and not broken and not smoke.failures(rows)
 
 
 def _passed(rows: Sequence[Row], of_op: Race, backend: str, dtype: str) -> bool:

@@ -42,9 +42,12 @@ def begun(setup: Setup, writer: Writer, stage: str, piece: object) -> Iterator[N
     except Exception as error:  # the others are still to be done
         writer.extend([row(stage, str(piece), sentence(error))])
         print(f"      FAIL {piece}: {sentence(error)}", flush=True)
-    finally:
+    except BaseException:  # a cut is nobody's fault
         setup.mark(None)
-    if lost(setup.device):
+        raise
+    is_lost = lost(setup.device)  # which waits for the GPU, and so is part of the piece
+    setup.mark(None)
+    if is_lost:
         raise RuntimeError(f"the GPU cannot be used any more by this process, after {piece}")
 
 

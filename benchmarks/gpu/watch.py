@@ -87,8 +87,9 @@ def watch(command: Sequence[str], path: Path, end: float) -> Ended:
                 break
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_LOOK_S)
+        if why == "by itself":
+            mark = read(path)
     finally:
-        mark = read(path)
         _stop(process)
     return Ended(process.returncode, mark, why)
 
@@ -111,4 +112,5 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait(_GRACE_S)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that is stuck in a driver outlives even that
+        process.wait(_GRACE_S)

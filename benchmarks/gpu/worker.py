@@ -173,4 +173,9 @@ def _complete(loaded: Loaded, setup: Setup, writer: Writer) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == AGAIN:  # torch may abort while it is taken down with a GPU that is lost
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -21,7 +21,7 @@ F16 = torch.float16
 @pytest.fixture(autouse=True)
 def _few_heads_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(tuning, "_HEADS_THAT_FILL_A_GPU", 1)
+    monkeypatch.setattr(tuning, "_FEW_HEADS", 0)
 
 
 def by_heads(tokens: int, prefix: int = 0, head_dim: int = 64, **changes: object) -> AttentionInputs:
@@ -144,9 +144,9 @@ def test_an_empty_image_in_a_pack(lengths: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("arch", "dtype", "head_dim", "tokens", "heads", "whole"),
     [
-        (90, torch.bfloat16, 64, 201, 512, True),
-        (90, torch.bfloat16, 64, 201, 511, False),
-        (90, F16, 16, 272, 512, True),
+        (90, torch.bfloat16, 64, 201, 513, True),
+        (90, torch.bfloat16, 64, 201, 512, False),
+        (90, F16, 16, 272, 513, True),
         (90, F16, 64, 273, 4096, False),
         (90, F16, 65, 201, 4096, False),
         (90, torch.float32, 64, 54, 4096, False),
@@ -173,15 +173,15 @@ def test_which_calls_go_by_heads(
 
 def test_heads_of_all_images_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    inputs = AttentionInputs(*torch.empty(3, 64, 8, 201, 64, dtype=F16, device="meta"))
+    inputs = AttentionInputs(*torch.empty(3, 65, 8, 201, 64, dtype=F16, device="meta"))
     *_, only = backend.launches(inputs, ARCH)
-    assert (only.grid, len(backend.launches(inputs, ARCH))) == ((512,), 2)
+    assert (only.grid, len(backend.launches(inputs, ARCH))) == ((520,), 2)
     assert (
         len(backend.launches(inputs._replace(query=inputs.query[1:], key=inputs.key[1:], value=inputs.value[1:]), ARCH))
         == 3
     )
     pack = AttentionInputs(*torch.empty(3, 1, 8, 6400, 64, dtype=F16, device="meta"), max_seqlen=201)
-    bounds = torch.empty(65, dtype=torch.int32, device="meta")
+    bounds = torch.empty(66, dtype=torch.int32, device="meta")
     assert plan.backward_by_heads(pack._replace(cu_seqlens=bounds), ARCH)
     assert not plan.backward_by_heads(pack._replace(cu_seqlens=bounds[1:]), ARCH)
 

@@ -19,7 +19,7 @@ F16 = torch.float16
 @pytest.fixture(autouse=True)
 def _few_heads_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(tuning, "_HEADS_THAT_FILL_A_GPU", 1)
+    monkeypatch.setattr(tuning, "_FEW_HEADS", 0)
 
 
 def held(tokens: int, prefix: int = 0, head_dim: int = 64, **changes: object) -> AttentionInputs:
@@ -81,8 +81,8 @@ def test_longer_heads_are_swept() -> None:
 def test_few_heads_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a program for each tile: a program a head would leave most of a GPU idle. One tile is held all the same."""
     monkeypatch.undo()
-    many, few = (AttentionInputs(*torch.empty(3, images, 8, 201, 64, dtype=F16, device="meta")) for images in (64, 63))
-    assert (launch_plan(many, "forward", ARCH).grid, launch_plan(few, "forward", ARCH).grid) == ((512,), (504 * 4,))
+    many, few = (AttentionInputs(*torch.empty(3, images, 8, 201, 64, dtype=F16, device="meta")) for images in (65, 64))
+    assert (launch_plan(many, "forward", ARCH).grid, launch_plan(few, "forward", ARCH).grid) == ((520,), (512 * 4,))
     inputs = call(201, 5, 64, F16)
     assert not launch_plan(inputs, "forward", ARCH).resident_widths
     check(inputs, arch=ARCH)

@@ -26,7 +26,7 @@ def _seed() -> None:
 def test_masked_keys_may_hold_anything(arch, resident, head_dim, rope, held, monkeypatch) -> None:
     tokens, prefix = 69, 5
     if resident:
-        monkeypatch.setattr(tuning, "_HEADS_THAT_FILL_A_GPU", 1)  # one kernel for all gradients
+        monkeypatch.setattr(tuning, "_FEW_HEADS", 0)  # one kernel for all gradients
     mask = torch.rand(2, 1, 1, tokens) < 0.6
     inputs = call(tokens, prefix, head_dim, torch.float16, batch=2, heads=1, attn_mask=mask)
     if rope:

@@ -6,6 +6,7 @@ once, when this is imported: torch.compile traces through the choice of a backen
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterable
@@ -128,11 +129,12 @@ def suggest_calibration(device: str) -> None:
         return
     _SUGGESTED = True
     if not any(devices.is_gpu(name) for table in TABLES for _, name, *_ in table.sizes):
-        warnings.warn(
-            "torch's own kernels serve this GPU until it is calibrated: `vitreg calibrate` takes about a minute and "
-            "makes the fastest kernels the default (VITREG_CALIBRATION=0 leaves it so, without this line)",
-            stacklevel=2,
-        )
+        with contextlib.suppress(Warning):  # where warnings are made errors, a hint is none
+            warnings.warn(
+                "torch's own kernels serve this GPU until it is calibrated: `vitreg calibrate` takes a minute or two "
+                "and makes the fastest the default (VITREG_CALIBRATION=0 leaves it so, without this line)",
+                stacklevel=2,
+            )
 
 
 def key_of(request: Request, device: str) -> Key:

@@ -23,6 +23,11 @@ def refusal(call: Callable[[torch.device], object], device: str) -> str:
     def words() -> str:
         return words_against(lambda: call(where))
 
+    # A backward asks from the very thread that a probe's own backward would wait for, and a capture records all that
+    # the device is given. Neither is a time to ask, and only a backend that was named or measured comes here then.
+    capturing = device == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if capturing or torch._C._current_graph_task_id() != -1:
+        return ""
     try:
         where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     except Exception as error:  # a torch without CUDA asserts that it has it

@@ -2,7 +2,8 @@
 
 Each is ``any_kernel`` with the other kernels switched off, and no fallback. A second derivative and a forward-mode one
 are the formula's, as of every fused kernel. Exported and traced programs do not keep the switches, so none is served.
-torch's switches are the whole process's: threads that call different kernels at once disturb each other.
+torch's switches are the whole process's, so threads that call these at once disturb each other, and whoever calls
+scaled_dot_product_attention beside them. A call that names no backend is therefore never served by one of these.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _backend(kernel: str, needs: Requirements, *, granule: int = 1) -> Backend:
         name=f"sdpa_{kernel.removesuffix('_ATTENTION').lower()}",
         requirements=needs,
         forward=partial(forward, kernel=kernel),
-        default="if measured",
+        default="never",
         refuses=partial(_refuses, kernel=kernel, needs=needs, granule=granule),
     )
 

@@ -127,7 +127,7 @@ def launch_plan(inputs: AttentionInputs, kernel: tuning.AttentionKernel, capabil
             "TAIL": tail,
             "PREFIX": prefix,
             "INTERLEAVED": inputs.rope is not None and inputs.rope.interleaved,
-            "PRECISION": _fp32_precision(capability, head_dim),
+            "PRECISION": _precision(inputs.query.dtype, capability, head_dim),
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -157,7 +157,7 @@ def prefix_tiles(inputs: AttentionInputs) -> int:
     return _ceil_div(inputs.num_prefix_tokens, _PREFIX_TILE)
 
 
-def _fp32_precision(capability: int, head_dim: int) -> str:
+def _precision(dtype: torch.dtype, capability: int, head_dim: int) -> str:
     """Of products of fp32 inputs: exact, or, where the user allows tf32, three products of tf32 for one.
 
     One alone would cut its operands off where cuBLAS rounds them, and miss the accuracy rule by a factor of two. Three
@@ -165,7 +165,7 @@ def _fp32_precision(capability: int, head_dim: int) -> str:
     the parts of all operands spill; exact products serve there.
     """
     room = 90 <= capability < 120 and tuning.padded_head_dim(head_dim) <= 64
-    return "tf32x3" if room and tf32_is_allowed() else "ieee"
+    return "tf32x3" if dtype == torch.float32 and room and tf32_is_allowed() else "ieee"
 
 
 def _longest(inputs: AttentionInputs) -> int:

@@ -19,7 +19,8 @@ AttentionKernel = Literal["forward", "backward", "grad_query", "grad_key_value",
 
 SECTION = "attention_tiles"
 
-_HEADS_THAT_FILL_A_GPU = 512
+# More fill a GPU. A bucket of the tables ends here, so that what was measured of one decides for kernels of one kind.
+_FEW_HEADS = tables.HEAD_BUCKETS[-1]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def fills_a_gpu(num_heads: int) -> bool:
     Args:
         num_heads: of all images together.
     """
-    return num_heads >= _HEADS_THAT_FILL_A_GPU
+    return num_heads > _FEW_HEADS
 
 
 @functools.lru_cache(maxsize=1024)
@@ -104,7 +105,7 @@ def attention_tiles(
     block_d = padded_head_dim(head_dim)
     bits = torch.finfo(dtype).bits
     measured = _MEASURED.get(key_of(kernel, capability, dtype, head_dim, num_tokens))
-    if measured is not None and (many_heads or not measured.whole_head):
+    if measured is not None and (many_heads or num_tokens <= 64 or not measured.whole_head):
         return measured
     wide = block_d > 64
     # Without wgmma or tcgen05 all operands of a product lie in registers, and tiles that fit sm_90 and sm_100 spill.
