@@ -38,7 +38,7 @@ _DTYPES: dict[Precision, torch.dtype] = {
     "tf32": torch.float32,
 }
 # Beside cases of a few heads, some of many: kernels may choose their programs by the number.
-_MANY_TOKENS, _MANY_NAME = (54, 201, 261), "{} tokens, 20 images of 16 heads"
+_MANY_TOKENS, _MANY_NAME = (54, 201, 261), "{} tokens, 33 images of 16 heads"
 _GOALS = {f"{n} tokens" for n in LENGTHS} | {_MANY_NAME.format(n) for n in _MANY_TOKENS}
 
 
@@ -155,7 +155,7 @@ def _calls(dtype: torch.dtype, setup: Setup) -> Iterator[Call]:
         return
     yield from attention.calls(dtype, setup.device)
     for tokens in _MANY_TOKENS:
-        yield full(qkv(20, tokens, 16, 64), name=_MANY_NAME.format(tokens))
+        yield full(qkv(33, tokens, 16, 64), name=_MANY_NAME.format(tokens))
     for tokens in (261, 1029):
         yield full(qkv(1, tokens, 2, 128), name=f"{tokens} tokens, head dim 128")
     yield pack("2 x 261 + 8 x 54 tokens, packed", [261] * 2 + [54] * 8, 2, 64)

@@ -18,8 +18,8 @@ from vitreg_kernels.ops.attention.types import AttentionInputs  # noqa: E402
 
 
 def backward(tokens: int, arch: int, dtype: torch.dtype = torch.bfloat16, images: int | None = None) -> Launch:
-    """The backward of 64 images of 8 heads, views of one packed qkv; ``images`` packs as many of up to ``tokens``."""
-    shape = (64, tokens, 3, 8, 64) if images is None else (1, 64 * tokens, 3, 8, 64)
+    """The backward of 64 images of 16 heads, views of one packed qkv; ``images`` packs as many of up to ``tokens``."""
+    shape = (64, tokens, 3, 16, 64) if images is None else (1, 64 * tokens, 3, 16, 64)
     qkv = torch.empty(shape, dtype=dtype, device="meta")
     inputs = AttentionInputs(*qkv.permute(2, 0, 3, 1, 4), num_prefix_tokens=5)
     if images is not None:
