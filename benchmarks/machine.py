@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TypedDict
 import torch
 
 import vitreg_kernels
+from vitreg_kernels.dispatch import devices
 from vitreg_kernels.measure.warm import cores
 
 PACKAGES = ("torch", "triton", "xformers", "onnxruntime", "timm", "numpy")
@@ -61,7 +61,7 @@ def default_device() -> torch.device:
 def describe(device: torch.device | None = None) -> Machine:
     """This machine as a row records it; ``device`` defaults to ``default_device()``."""
     device = device or default_device()
-    processor = _processor()
+    processor = devices.processor()
     if device.type == "cuda":
         name, capability = (
             torch.cuda.get_device_name(device),
@@ -98,13 +98,6 @@ def sources() -> str:
     for name, path in sorted((path.relative_to(ROOT).as_posix(), path) for path in files):
         digest.update(f"{name} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _processor() -> str:
-    """The CPU's marketing name; ``platform.processor()`` knows it on no Linux."""
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -148,6 +148,17 @@ class TestWhatCounts:
         if not agrees:
             assert "found reference fastest for calls like this, but not at 20 tokens" in explain(X).decided_by
 
+    def test_one_without_times_says_nothing_of_who_is_slow(self, cache):
+        """Such as one whose times could not be trusted, and that is kept for what was wrong in it."""
+        recorded(ONE, ONE._replace(tokens=20, backend=None, wrong={"sdpa_math": "late"}, times_ms={}))
+        assert chosen() == "reference"
+
+    def test_a_single_token_is_decided_by_no_measurement(self, cache):
+        """Not every kernel takes one, and whoever was measured had more."""
+        recorded(ONE)
+        assert chosen(X[:, :, :2]) == "reference"
+        assert explain(X[:, :, :1]).decided_by == "the declared order"
+
     def test_a_new_measurement_takes_the_place_of_the_old(self, cache):
         recorded(ONE)
         recorded(ONE._replace(backend="sdpa", times_ms={"sdpa": 1.0}, date="2026-12-01"))

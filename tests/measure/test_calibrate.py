@@ -235,6 +235,21 @@ class TestCalibration:
         change_backends("sdpa", op="attention", forward=forgetful)
         assert "output" in judge.verdict(_Opaque(sdpa)).wrong
 
+    @pytest.mark.parametrize("wrong", [False, True])
+    def test_times_that_vary_change_nothing_but_what_is_wrong(self, cache, takes, change_backends, monkeypatch, wrong):
+        self.compete(change_backends, takes, monkeypatch, sdpa=3.0, reference=2.0)
+        monkeypatch.setattr(contests, "unquiet", lambda race, names, device: "noise")
+        if wrong:
+            forward = dispatch.find(OPS["attention"].backends, "sdpa").forward
+            change_backends(
+                "sdpa", op="attention", forward=lambda x: (r := forward(x))._replace(output=1.01 * r.output)
+            )
+        outcome = calibrate([SHAPE]).outcomes[2]
+        assert (outcome.backend, outcome.decided) == (("reference", True) if wrong else ("sdpa", False))
+        written = [one for one in calibration.read().measurements if one.op == "attention"]
+        assert bool(written) is wrong
+        assert not any(one.times_ms for one in written), "times that cannot be trusted"
+
     def test_every_op(self, cache, takes):
         """Not attention alone: of the others, composite is what there is here."""
         for op in ("residual_norm", "token_norms", "assemble"):
@@ -402,6 +417,17 @@ class TestSubjects:
         found = subjects.of_model(model, torch.randn(2, 3, 28, 28))
         assert "attention" not in {subject.op for subject in found}
 
+    def test_a_learnt_mask(self):
+        """A model is met without gradients, so its call wants none of the mask; with them it is another call."""
+        learnt = torch.zeros(1, 2, 21, 21, requires_grad=True)
+
+        class Biased(nn.Module):
+            def forward(self, x):
+                return register_attention(x, x, x, attn_mask=learnt)
+
+        (subject,) = subjects.of_model(Biased(), torch.randn(2, 2, 21, 16))
+        assert subject.make(True).request.features == (features.ADDITIVE_MASK,)
+
     def test_a_pack_is_a_call_of_its_images(self):
         bounds = torch.tensor([0, 21, 30], dtype=torch.int32)
         x = torch.randn(1, 2, 30, 16)
@@ -459,6 +485,8 @@ class TestCommand:
             (["--shape", "a,b"], "--shape takes B,H,N,D, four integers, not 'a,b'"),
             (["--shape", "1,2,3"], "a shape must be that of a query"),
             (["--batch", "3"], "--batch is of --model"),
+            (["--device", "nowhere"], "cannot calibrate on device 'nowhere'"),
+            (["--device", "cuda:97"], "cannot calibrate on device 'cuda:97'"),
             (["--model", "nowhere"], "--model takes timm:NAME, or a file"),
             (["--model", "timm:vit_tiny_patch16_224", "--rope"], "are of shapes; a model has its own"),
         ],

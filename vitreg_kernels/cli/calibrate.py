@@ -14,6 +14,7 @@ from ..dispatch import calibration
 from ..integrations import load_vit
 from ..measure.calibrate import Calibration, Outcome, calibrate
 from ..nn import RegisterViT
+from .device import usable
 from .table import markdown
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -121,7 +122,7 @@ def _line(one: calibration.Measurement) -> str:
 
 
 def _calibrate(asked: argparse.Namespace) -> Calibration:
-    device = torch.device(asked.device)
+    device = usable(asked.device, "calibrate")
     dtype = None if asked.dtype is None else _DTYPES[asked.dtype]
     if asked.model is None:
         if asked.batch is not None:

@@ -12,6 +12,7 @@ from ..measure.cases.tensors import short
 from ..measure.check import Result, reasons_against, usable_backends
 from ..measure.check import check as measure
 from ..ops.catalogue import OPS
+from .device import usable
 
 _COLUMNS = "{:<13} {:<9} {:<43} {:<5} {:<20} {:>8} {:>8} {:>8} {:>8}  {}"
 
@@ -57,10 +58,7 @@ def _backends(ops: list[str], names: Sequence[str] | None, device: str) -> dict[
     for name in names or ():
         if name not in known:
             raise ValueError(f"unknown backend {name!r}: expected any of {', '.join(known)}")
-    try:
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # torch's words for a device that it does not know or have
-        raise ValueError(f"cannot check on device {device!r}: {str(error).splitlines()[0]}") from error
+    usable(device, "check")
     if names is None:
         return {op: usable_backends(op, torch.device(device)) for op in ops}
     chosen = {op: tuple(name for name in dict.fromkeys(names) if name in its) for op, its in having.items()}

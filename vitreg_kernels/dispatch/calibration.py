@@ -116,27 +116,28 @@ def table() -> Table:
     by_key: dict[Key, list[Measurement]] = {}
     for one in contents.measurements:
         by_key.setdefault(one.key, []).append(one)
-    rows, wrong, torn = {}, {}, {}
+    rows, wrong, disputed = {}, {}, {}
     for key, group in by_key.items():
         if its := {name: what for one in group for name, what in one.wrong.items()}:
             wrong[key] = its
         winners = {one.backend: one for one in group if one.backend is not None}
         if len(winners) > 1:
             found = ", ".join(f"{name} at {one.tokens} tokens and {one.heads} heads" for name, one in winners.items())
-            torn[key] = f"{NAME} found different backends fastest for calls like this: {found}"
+            disputed[key] = f"{NAME} found different backends fastest for calls like this: {found}"
             continue
         for name in winners.keys() - its.keys():
             if slower := next((one for one in group if not _is_as_fast(name, one)), None):
                 where = f"at {slower.tokens} tokens and {slower.heads} heads"
-                torn[key] = f"{NAME} found {name} fastest for calls like this, but not {where}"
+                disputed[key] = f"{NAME} found {name} fastest for calls like this, but not {where}"
             else:
                 rows[key] = Default(name, max(one.date for one in group))
-    return Table.of(NAME, rows, wrong, torn, of_one_gpu=True, ignored=contents.ignored)
+    return Table.of(NAME, rows, wrong, disputed, of_one_gpu=True, ignored=contents.ignored)
 
 
 def _is_as_fast(name: str, one: Measurement) -> bool:
-    """Whether a backend was the fastest of a measurement, or slower by luck."""
-    return name in one.times_ms and one.times_ms[name] < LEAST_LEAD * min(one.times_ms.values())
+    """Whether a backend was the fastest of a measurement, or slower by luck; one without times says nothing of it."""
+    times = one.times_ms
+    return not times or (name in times and times[name] < LEAST_LEAD * min(times.values()))
 
 
 def read() -> Contents:
@@ -182,7 +183,7 @@ def identity_of_machine(*, gpu: bool) -> dict[str, str]:
         "vitreg_kernels": _version.__version__,
         "kernels": _digest_of_kernels(),
         "python": ".".join(platform.python_version_tuple()[:2]),
-        "processor": _processor(),
+        "processor": f"{devices.processor()}, {devices.kind('cpu', 0)}",
         **{name: version for name in _LIBRARIES if (version := _version_of(name))},
     }
     if gpu:
@@ -320,14 +321,6 @@ def _digest_of_kernels() -> str:
     for file in sorted(file for room, kind in rooms for file in (_PACKAGE / room).rglob(kind)):
         digest.update(file.relative_to(_PACKAGE).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _processor() -> str:
-    """The CPU's marketing name, and the instruction set in use."""
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    name = match.group(1).strip() if match else platform.processor() or platform.machine()
-    return f"{name}, {devices.kind('cpu', 0)}"
 
 
 def _driver() -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import platform
+import re
+from pathlib import Path
 
 import torch
 
@@ -17,6 +20,13 @@ def kind(device: str, capability: int) -> str:
     if device == "cuda":
         return f"sm_{capability}"
     return _CPU if device == "cpu" else device
+
+
+def processor() -> str:
+    """The CPU's marketing name; ``platform.processor()`` knows it on no Linux."""
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
 def gpu(device: torch.device) -> str:

@@ -111,7 +111,7 @@ def ignored(request: Request) -> str:
     """Why what the user measured does not count for a call, or not all of it; empty if it does or there is nothing."""
     reasons = [table.ignored for table in TABLES]
     if request.workload is not None:
-        reasons += [table.torn.get(_key(table, request), "") for table in TABLES]
+        reasons += [table.disputed.get(_key(table, request), "") for table in TABLES]
     return "; ".join(filter(None, reasons))
 
 

@@ -92,7 +92,7 @@ class Table(NamedTuple):
         name: for a person.
         rows: what they decide for -> what they say.
         wrong: what they decide for -> the backends that were wrong there, each with what was wrong.
-        torn: what measurements disagree about -> how; nothing is decided there.
+        disputed: what measurements disagree about -> how; nothing is decided there.
         sizes: the sizes that it has anything to say about, by what else it is about.
         of_one_gpu: whether the rows of GPUs are of one by its own name, and not of an architecture.
         ignored: why some or all of what it should hold does not count; empty if all does.
@@ -101,7 +101,7 @@ class Table(NamedTuple):
     name: str
     rows: Mapping[Key, Default]
     wrong: Mapping[Key, Mapping[str, str]]
-    torn: Mapping[Key, str]
+    disputed: Mapping[Key, str]
     sizes: Mapping[Subject, tuple[Size, ...]]
     of_one_gpu: bool = False
     ignored: str = ""
@@ -111,18 +111,18 @@ class Table(NamedTuple):
         name: str,
         rows: Mapping[Key, Default],
         wrong: Mapping[Key, Mapping[str, str]] | None = None,
-        torn: Mapping[Key, str] | None = None,
+        disputed: Mapping[Key, str] | None = None,
         *,
         of_one_gpu: bool = False,
         ignored: str = "",
     ) -> Table:
         """The table of these rows."""
-        wrong, torn = wrong or {}, torn or {}
+        wrong, disputed = wrong or {}, disputed or {}
         sizes: dict[Subject, dict[Size, None]] = {}
-        for key in (*rows, *wrong, *torn):
+        for key in (*rows, *wrong, *disputed):
             subject = key.op, key.device, key.dtype, key.width
             sizes.setdefault(subject, {})[Size(key.tokens, key.heads)] = None
-        return Table(name, rows, wrong, torn, {s: tuple(its) for s, its in sizes.items()}, of_one_gpu, ignored)
+        return Table(name, rows, wrong, disputed, {s: tuple(its) for s, its in sizes.items()}, of_one_gpu, ignored)
 
 
 def size_of(tokens: int, heads: int) -> Size:

@@ -143,7 +143,7 @@ def _contested(outcome: Outcome, device: torch.device) -> Outcome:
     winner, objection = decide(race, before)
     if noise := unquiet(race, {before, *sorted(race.races[0], key=race.times_ms.__getitem__)[:2]}, device):
         outcome = outcome._replace(quiet=False)
-        objection = noise if before in right else ""
+        objection = "" if before in outcome.wrong else noise  # what is wrong is left, however unsure the times
     outcome = outcome._replace(times_ms=race.times_ms, reason=objection)
     return outcome if objection else outcome._replace(backend=winner, decided=True)
 
@@ -167,7 +167,7 @@ def measurement_of(outcome: Outcome, device: torch.device, date: str) -> Measure
         features=key.features,
         backend=outcome.backend if outcome.decided else None,
         wrong=dict(outcome.wrong),
-        times_ms=dict(outcome.times_ms),
+        times_ms=dict(outcome.times_ms) if outcome.quiet else {},
         errors={name: (worst.max_error, worst.eager_max_error) for name, worst in outcome.errors.items()},
         date=date,
     )

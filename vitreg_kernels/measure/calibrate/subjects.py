@@ -203,6 +203,8 @@ def _of_call(inputs: Any, device: torch.device, *, packed_projection: bool) -> S
             del options[name]
         if inputs.cu_seqlens is None:
             del options["max_seqlen"]
+        if inputs.attn_mask is not None:
+            options["attn_mask"] = inputs.attn_mask.detach()  # a call that wants its gradient is another
         return _attention(shape, dtype, device, options, packed_projection=packed_projection)
     numbers = _numbers(device)
     if isinstance(inputs, NormInputs):

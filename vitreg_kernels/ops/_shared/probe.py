@@ -8,6 +8,26 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from ...dispatch import Request, Requirements, unmet
+
+
+def refuses(request: Request, needs: Requirements, ask: Callable[[torch.dtype, int], list[str]]) -> list[str]:
+    """What a library outside torch has against a call of attention beyond what its backend declares.
+
+    Args:
+        request: the call.
+        needs: what is declared. The library is asked only where that is met: it may have to be imported.
+        ask: its reasons against a dtype and a head dim.
+    """
+    reasons = []
+    if request.head_dim % 8:
+        reasons.append(f"takes head dims divisible by 8, not {request.head_dim}")
+    if torch.compiler.is_compiling():
+        reasons.append("cannot be traced by torch.compile")
+    if reasons or unmet(needs, request):
+        return reasons
+    return ask(request.dtype, request.head_dim)
+
 
 def refusal(call: Callable[[torch.device], object], device: str) -> str:
     """What is said against a call on a device, in one line; empty if it runs.

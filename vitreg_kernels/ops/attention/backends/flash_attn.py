@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ....dispatch import Backend, Request, Requirements, unmet
+from ....dispatch import Backend, Request, Requirements
 from ..._shared import probe, requirements
 from .. import features, statistics
 from ..rope import rotate_query_and_key
@@ -89,14 +89,7 @@ def forward(inputs: AttentionInputs) -> AttentionResult:
 
 
 def _refuses(request: Request) -> list[str]:
-    reasons = []
-    if request.head_dim % 8:
-        reasons.append(f"takes head dims divisible by 8, not {request.head_dim}")
-    if torch.compiler.is_compiling():
-        reasons.append("cannot be traced by torch.compile")
-    if reasons or unmet(_REQUIREMENTS, request):
-        return reasons
-    return _find(request.dtype).reasons
+    return probe.refuses(request, _REQUIREMENTS, lambda dtype, _: _find(dtype).reasons)
 
 
 _REQUIREMENTS = Requirements(

@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ....dispatch import Backend, Request, Requirements, unmet
-from ..._shared import requirements
+from ....dispatch import Backend, Request, Requirements
+from ..._shared import probe, requirements
 from .. import features, statistics
 from ..packing import lengths
 from ..rope import rotate_query_and_key
@@ -56,14 +56,7 @@ def _to_bnhd(x: Tensor) -> Tensor:
 
 
 def _refuses(request: Request) -> list[str]:
-    reasons = []
-    if request.head_dim % 8:
-        reasons.append(f"takes head dims divisible by 8, not {request.head_dim}")
-    if torch.compiler.is_compiling():
-        reasons.append("cannot be traced by torch.compile")
-    if reasons or unmet(_REQUIREMENTS, request):
-        return reasons
-    return _refusal(request.dtype, request.head_dim)
+    return probe.refuses(request, _REQUIREMENTS, _refusal)
 
 
 _REQUIREMENTS = Requirements(

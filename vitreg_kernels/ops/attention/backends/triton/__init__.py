@@ -15,14 +15,14 @@ from ...._shared import requirements
 from ...._shared.capability import tuned_for
 from ... import features
 from ...types import AttentionInputs, AttentionOutputs, AttentionResult, empty_output
-from .plan import ForwardBuffers, launch_plan, tf32_is_allowed
+from .plan import ForwardBuffers, launch_plan
 
 
 def forward(inputs: AttentionInputs) -> AttentionResult:
     """The output and the statistics asked for."""
     capability = tuned_for(inputs.query.device)
     buffers = _allocate(inputs, capability)
-    run_launches(_forward_launches, inputs, buffers, capability, depends_on=tf32_is_allowed())
+    run_launches(_forward_launches, inputs, buffers, capability, depends_on=features.tf32_is_allowed("cuda"))
     statistics = AttentionOutputs(
         lse=buffers.lse if "lse" in inputs.outputs else None,
         prefix_attention=buffers.prefix_attention,
@@ -54,7 +54,7 @@ def backward(
     delta, normalization = torch.empty_like(lse), torch.empty_like(lse)
     tensors = (output, lse, delta, normalization, grad_output, grad_query, grad_key, grad_value)
     capability = tuned_for(inputs.query.device)
-    run_launches(_backward_launches, inputs, *tensors, capability, depends_on=tf32_is_allowed())
+    run_launches(_backward_launches, inputs, *tensors, capability, depends_on=features.tf32_is_allowed("cuda"))
 
 
 def launches(inputs: AttentionInputs, capability: int) -> list[Launch]:

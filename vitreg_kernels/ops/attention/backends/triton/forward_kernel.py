@@ -264,9 +264,9 @@ def _attend_from_large_head(ctx):
         _attend_from_16_queries(ctx, resident, 16 * i, remainder_rows)
     if ctx.SMALL_REMAINDER and ctx.PREFIX_TILES == 0:
         _attend_from_16_queries(ctx, resident, 0, remainder_rows)
-    # The next queries set out before the last tile of keys: sooner, they would take the registers of a third program on
-    # the multiprocessor. More than two full tiles leave shared memory for two programs only, so there they set out
-    # first. (With num_stages they would take shared memory twice over.)
+    # The next queries are loaded before the last tile of keys. Loaded earlier, they would take the registers that a
+    # third program on the multiprocessor needs. Where two full tiles and a rest are held, shared memory has room for
+    # two programs only, so there they are loaded first. (With num_stages they would take shared memory twice over.)
     LAST: tl.constexpr = len(ctx.RESIDENT_WIDTHS) - 1
     TWO_PROGRAMS: tl.constexpr = LAST > 1 and ctx.RESIDENT_WIDTHS[1] == ctx.BLOCK_N
     BEFORE: tl.constexpr = 0 if TWO_PROGRAMS else LAST

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ....._triton.launch import Argument, Constant, Launch, Strided
+from ...features import tf32_is_allowed
 from ...types import AttentionInputs, Rope
 from . import tiles as tuning
 
@@ -134,11 +135,6 @@ def launch_plan(inputs: AttentionInputs, kernel: tuning.AttentionKernel, capabil
     )
 
 
-def tf32_is_allowed() -> bool:
-    """Whether the user allows torch's own products of fp32 inputs to round them to tf32."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 def backward_by_heads(inputs: AttentionInputs, capability: int) -> bool:
     """Whether a program of the backward owns all tiles of a head."""
     _, heads, _, head_dim = inputs.query.shape
@@ -165,7 +161,7 @@ def _precision(dtype: torch.dtype, capability: int, head_dim: int) -> str:
     the parts of all operands spill; exact products serve there.
     """
     room = 90 <= capability < 120 and tuning.padded_head_dim(head_dim) <= 64
-    return "tf32x3" if dtype == torch.float32 and room and tf32_is_allowed() else "ieee"
+    return "tf32x3" if dtype == torch.float32 and room and tf32_is_allowed("cuda") else "ieee"
 
 
 def _longest(inputs: AttentionInputs) -> int:

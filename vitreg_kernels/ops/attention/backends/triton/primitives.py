@@ -134,7 +134,8 @@ def for_swept_tiles(step: tl.constexpr, state, owned, ctx):
         state = step(state, owned, ctx, first, ctx.program.num_prefix, ctx.PREFIX, True)
         first = ctx.program.num_prefix
     if ctx.TAIL:
-        # After the loop, it would have its addresses computed before the loop, and kept in registers all the while.
+        # The tail goes before the full tiles: behind them, its addresses would be computed before their loop and held
+        # in registers all through it.
         full = first + (end - first - 1) % ctx.BLOCK_N + 1
         for halving in tl.static_range(5):
             if ctx.TAIL & (ctx.BLOCK_N >> halving):

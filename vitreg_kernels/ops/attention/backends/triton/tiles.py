@@ -74,8 +74,8 @@ def padded_head_dim(head_dim: int) -> int:
 def fills_a_gpu(num_heads: int) -> bool:
     """Whether a program a head keeps a GPU busy.
 
-    A multiprocessor of sm_90 has room for two or three programs that own a head, so 132 of them are full with 264 or
-    396 heads, and of the second round on it matters little how full the last is.
+    A multiprocessor of sm_90 has room for two or three programs that own a head, so its 132 are full with 264 or 396
+    heads. With 512 a second round has begun, and from there on it matters less and less how full the last round is.
 
     Args:
         num_heads: of all images together.
