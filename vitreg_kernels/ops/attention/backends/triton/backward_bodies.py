@@ -6,8 +6,8 @@ stores the last two for the programs that own keys. Each gradient is summed by o
 are the same from run to run.
 
 The normalization is what makes the probabilities of a query sum to 1. For 16-bit inputs it is the lse in base 2.
-Rounded to fp32, that changes a probability by 1e-4 of itself at logits of a thousand, less than rounding the probability
-to 16 bits does; from logits of about 3 thousand on in fp16, and 30 thousand in bf16, it is more. For fp32
+Rounded to fp32, that changes a probability by 1e-4 of itself at logits of a thousand, less than rounding the
+probability to 16 bits does; from logits of about 3 thousand on in fp16, and 30 thousand in bf16, it is more. For fp32
 inputs this would be the largest error, so there it is the normalizer (see `primitives.probabilities`), a factor beside
 the lse.
 
