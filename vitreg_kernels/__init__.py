@@ -8,7 +8,7 @@ from . import functional
 from ._version import __version__
 from .dispatch import Explanation
 from .errors import UnsupportedError
-from .integrations import load_vit
+from .integrations import PatchReport, load_vit, patch, patched, unpatch
 from .layout import TokenLayout
 from .monitor import NormReport, TokenNormMonitor
 from .nn import RegisterAttention, RegisterBlock, RegisterTokens, RegisterViT, ViTConfig
@@ -25,6 +25,7 @@ __all__ = [
     "Explanation",
     "NormDistribution",
     "NormReport",
+    "PatchReport",
     "RegisterAttention",
     "RegisterBlock",
     "RegisterTokens",
@@ -40,6 +41,9 @@ __all__ = [
     "explain",
     "functional",
     "load_vit",
+    "patch",
+    "patched",
+    "unpatch",
 ]
 
 

@@ -1,10 +1,12 @@
-"""Other libraries' Vision Transformers: their checkpoints as a RegisterViT, and where their residual stream passes.
+"""Other libraries' Vision Transformers: their checkpoints as a RegisterViT, where their residual stream passes, and
+their attention by this library's kernels.
 
 Not here: modules of our own (``nn``), or statistics of what passes (``monitor``).
 """
 
 from .library import ResidualStream
 from .load import load_vit
+from .patching import PatchReport, patch, patched, unpatch
 from .residual_stream import residual_stream
 
-__all__ = ["ResidualStream", "load_vit", "residual_stream"]
+__all__ = ["PatchReport", "ResidualStream", "load_vit", "patch", "patched", "residual_stream", "unpatch"]

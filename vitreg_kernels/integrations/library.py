@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
+from .attention.kind import Kind
 
 
 class ResidualStream(NamedTuple):
@@ -57,24 +58,14 @@ class Library(NamedTuple):
             read.
         describe: fields of ``ViTConfig`` that the ``config.json`` in its folders tells, given that and the weights;
             ``image_size`` is of the images that the position rows were learnt on. No function where it writes none.
+        attention: the classes of its attention modules that this library can compute.
+        prefix_tokens: the CLS and register tokens that lead the sequence of one of its models; ``None`` of any other
+            module.
     """
 
     name: str
     residual_stream: Callable[[nn.Module], ResidualStream | None]
     convert: Callable[[Mapping[str, Tensor]], Converted | None] | None = None
     describe: Callable[[Mapping[str, Any], Converted], dict[str, Any]] | None = None
-
-
-def derives_from(model: nn.Module, package: str | None, *names: str) -> bool:
-    """Whether a model's class, or one it derives from, has one of the names, and is of the package if one is given.
-
-    Told by names, because importing the library to ask would load it.
-    """
-    return any(
-        cls.__name__ in names and package in (None, cls.__module__.partition(".")[0]) for cls in type(model).__mro__
-    )
-
-
-def named(path: str, modules: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The children of a list of modules, under their full names."""
-    return [(f"{path}.{name}", module) for name, module in modules.named_children()]
+    attention: tuple[Kind, ...] = ()
+    prefix_tokens: Callable[[nn.Module], int | None] = lambda module: None

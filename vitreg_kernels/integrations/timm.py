@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
-from .library import Converted, Library, ResidualStream, derives_from, named
+from .attention import timm as attention
+from .library import Converted, Library, ResidualStream
+from .modules import derives_from, named
 from .state_dict import PATCH_EMBED, backbone, converted, renamed
 
 _RULES = ((r"^reg_token$", "register_tokens"),)
@@ -168,6 +170,13 @@ def _check(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"config.json says {name}={value!r}, which RegisterViT has no place for")
 
 
+def prefix_tokens(model: nn.Module) -> int | None:
+    """The prefix of a ``VisionTransformer``, ``Eva`` or ``NaFlexVit``; None of anything else."""
+    if derives_from(model, "timm", "VisionTransformer", "Eva", "NaFlexVit"):
+        return model.num_prefix_tokens
+    return None
+
+
 def residual_stream(model: nn.Module) -> ResidualStream | None:
     """The blocks of a ``VisionTransformer`` or ``Eva``; None of anything else."""
     if not derives_from(model, "timm", "VisionTransformer", "Eva"):
@@ -177,4 +186,4 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     return ResidualStream(named("blocks", model.blocks), layout)
 
 
-LIBRARY = Library("timm", residual_stream, convert, describe)
+LIBRARY = Library("timm", residual_stream, convert, describe, attention.KINDS, prefix_tokens)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..layout import TokenLayout
-from .library import Library, ResidualStream, derives_from, named
+from .library import Library, ResidualStream
+from .modules import derives_from, named
 
 
 def residual_stream(model: nn.Module) -> ResidualStream | None:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
-from .library import Converted, Library, ResidualStream, derives_from, named
+from .library import Converted, Library, ResidualStream
+from .modules import derives_from, named
 from .state_dict import HUGGING_FACE_PATCH_EMBED, backbone, converted, renamed
 
 _RULES = (

@@ -1,0 +1,85 @@
+"""The one way from another library's attention module into the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import functional
+from ...ops.attention.types import AttentionOutputs, Rope
+
+Taker = Callable[[AttentionOutputs], None]
+
+
+@dataclass
+class Attend:
+    """Calls the op for one patched module, and hands its statistics to whoever captures them.
+
+    Attributes:
+        num_prefix_tokens: P of the model; ``None`` if it is not known.
+        backend: the backend asked for.
+        takers: who takes which statistics of every call: the names and what to do with them. Not copied, nor pickled:
+            they belong to the module that is captured.
+    """
+
+    num_prefix_tokens: int | None = None
+    backend: str | None = None
+    takers: list[tuple[tuple[str, ...], Taker]] = field(default_factory=list, compare=False)
+
+    def heads(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """``register_attention``: ``[B, H, N, D]`` each; ``options`` are its own, mask, rope and the like.
+
+        Key and value may have fewer heads than the query: head h of the query then attends with head h * Hkv // H.
+        """
+        if key.shape[1] != query.shape[1]:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        return self._call(functional.register_attention, query, key, value, **options)
+
+    def packed(self, qkv: Tensor, **options: Any) -> Tensor:
+        """``register_attention_qkv`` of ``[B, N, 3, H, D]``: ``[B, N, C]``."""
+        return self._call(functional.register_attention_qkv, qkv, **options)
+
+    def _call(self, op: Callable[..., Any], *tensors: Tensor, **options: Any) -> Tensor:
+        outputs = tuple(dict.fromkeys(name for names, _ in self.takers for name in names))
+        if outputs and self.num_prefix_tokens is not None:
+            options.setdefault("num_prefix_tokens", self.num_prefix_tokens)
+        result = op(*tensors, **options, outputs=outputs, backend=self.backend)
+        if not outputs:
+            return result
+        result, statistics = result
+        for _, take in self.takers:
+            take(statistics)
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"num_prefix_tokens": self.num_prefix_tokens, "backend": self.backend, "takers": []}
+
+
+def rope_on_patches(cos: Tensor, sin: Tensor, patches: int, *, interleaved: bool = False) -> Rope | None:
+    """The rotation as the op takes it, or None if it must be carried out before: by head, or learnt.
+
+    Args:
+        cos, sin: ``[M, D]``, or ``[B or 1, H or 1, M, D]``, the form that multiplies ``[B, H, M, D]``.
+        patches: M of the call.
+        interleaved: which channels form a pair, as in ``Rope``.
+
+    Raises:
+        ValueError: if there are not M rows.
+    """
+    if cos.shape[-2] != patches:
+        raise ValueError(
+            f"the rotation has {cos.shape[-2]} rows for {patches} patches; num_prefix_tokens of the model must be the "
+            "tokens that are not rotated"
+        )
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return None
+    if cos.dim() > 2:
+        if cos.shape[-3] != 1:
+            return None
+        cos, sin = cos.squeeze(-3), sin.squeeze(-3)  # [B, M, D], or [M, D] of what had three dimensions
+    return Rope(cos, sin, interleaved)

@@ -1,0 +1,69 @@
+"""A class of attention modules whose computation this library can take over."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..modules import derives_from
+
+
+class Heads(NamedTuple):
+    """What an attention module asks of the op, as far as it knows before it is called.
+
+    Attributes:
+        number: H.
+        head_dim: D.
+        weight: a tensor of the module, for dtype and device.
+    """
+
+    number: int
+    head_dim: int
+    weight: Tensor
+
+
+class Kind(NamedTuple):
+    """One class of attention modules, told by name and shape: importing its library to ask would load it.
+
+    Attributes:
+        classes: names of the class.
+        package: its package; ``None`` where other packages have copies.
+        compute: the class's ``method`` by means of this library: ``compute(module, attend, *args, **options)``, with
+            the parameters of the method after the first two.
+        heads: what a module asks of the op; ``None`` of a class that prepares masks for others and attends to nothing.
+        needs: attributes that every such module has.
+        method: the method that is replaced.
+        refuses: why a module must be left alone; empty if it need not.
+    """
+
+    classes: tuple[str, ...]
+    package: str | None
+    compute: Callable[..., Any]
+    heads: Callable[[nn.Module], Heads] | None
+    needs: tuple[str, ...] = ()
+    method: str = "forward"
+    refuses: Callable[[nn.Module], str] = lambda module: ""
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a module is of this class, or of one that derives from it."""
+        return derives_from(module, self.package, *self.classes)
+
+    def reason_against(self, module: nn.Module) -> str:
+        """Why a module that fits is left alone, in a few words; empty if nothing speaks against it."""
+        definer = next(cls for cls in type(module).__mro__ if self.method in vars(cls))
+        if definer.__name__ not in self.classes:
+            return f"{definer.__name__} has a {self.method} of its own"
+        if missing := [name for name in self.needs if not hasattr(module, name)]:
+            return f"has no {', '.join(missing)}, as the class known here has"
+        unknown = parameters(getattr(definer, self.method)) - parameters(self.compute)
+        if unknown:
+            return f"its {self.method} takes {', '.join(sorted(unknown))}, which is not known here"
+        return self.refuses(module)
+
+
+def parameters(function: Callable[..., Any]) -> set[str]:
+    """The names of a function's parameters, ``self`` and what ``compute`` has before the method's own aside."""
+    return set(inspect.signature(function).parameters) - {"self", "module", "attend"}

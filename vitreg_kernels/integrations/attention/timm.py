@@ -1,0 +1,133 @@
+"""timm's ``Attention``, ``AttentionRope`` and ``EvaAttention``: one computation, of which each has a part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...nn.hooks import hooked, untouched
+from .attend import Attend, rope_on_patches
+from .kind import Heads, Kind
+
+
+def attention(
+    module: nn.Module, attend: Attend, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """``Attention.forward``."""
+    return _attention(module, attend, x, None, attn_mask, is_causal)
+
+
+def attention_with_rope(
+    module: nn.Module,
+    attend: Attend,
+    x: Tensor,
+    rope: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """``AttentionRope.forward`` and ``EvaAttention.forward``; ``rope`` is sines beside cosines, ``[..., M, 2 D]``."""
+    return _attention(module, attend, x, rope, attn_mask, is_causal)
+
+
+def _attention(
+    module: nn.Module, attend: Attend, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    if is_causal or hooked(module.attn_drop):  # a hook there is to see the probabilities
+        given = {} if rope is None else {"rope": rope}
+        return type(module).forward(module, x, **given, attn_mask=attn_mask, is_causal=is_causal)
+    gate = getattr(module, "gate", None)  # older releases have none
+    gate = None if gate is None else gate(x).sigmoid()
+    options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": module.attn_drop.p if module.training else 0.0}
+    prefix = 0
+    if rope is not None:
+        prefix = module.num_prefix_tokens
+        sin, cos = rope.chunk(2, -1)
+        half = getattr(module, "rotate_half", False)
+        options["rope"] = rope_on_patches(cos, sin, x.shape[1] - prefix, interleaved=not half)
+        options["num_prefix_tokens"] = prefix
+    outside = rope is not None and options["rope"] is None
+    qkv = _packed_projection(module, x)
+    if qkv is not None and not outside and _is_nothing(module.q_norm) and _is_nothing(module.k_norm):
+        attended = attend.packed(qkv, **options)
+    else:
+        query, key, value = _separate_projections(module, x) if qkv is None else qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = module.q_norm(query), module.k_norm(key)
+        if outside:
+            query, key = (_rotated(part, rope, prefix, half).type_as(value) for part in (query, key))
+        elif rope is not None:  # as the module does, which without a rotation leaves the norm's dtype
+            query, key = query.type_as(value), key.type_as(value)
+        attended = attend.heads(query, key, value, **options).transpose(1, 2).flatten(2)
+    attended = module.norm(attended)
+    if gate is not None:
+        attended = attended * gate
+    return module.proj_drop(module.proj(attended))
+
+
+def _packed_projection(module: nn.Module, x: Tensor) -> Tensor | None:
+    """``[B, N, 3, H, D]``, or None where the projections are three modules."""
+    if module.qkv is None:
+        return None
+    query_bias = getattr(module, "q_bias", None)
+    if query_bias is None:
+        qkv = module.qkv(x)
+    else:
+        bias = torch.cat((query_bias, module.k_bias, module.v_bias))
+        # The class reads the weight unless told otherwise. What took the layer's place may have none to read.
+        if module.qkv_bias_separate or type(module.qkv) is not nn.Linear:
+            qkv = module.qkv(x) + bias
+        else:
+            qkv = functional.linear(x, module.qkv.weight, bias)
+    return qkv.unflatten(-1, (3, module.num_heads, -1))
+
+
+def _separate_projections(module: nn.Module, x: Tensor) -> list[Tensor]:
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    key_heads = getattr(module, "num_kv_heads", module.num_heads)
+    heads = (module.num_heads, key_heads, key_heads)
+    return [p(x).unflatten(-1, (h, -1)).transpose(1, 2) for p, h in zip(projections, heads, strict=True)]
+
+
+def _rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
+    from timm.layers import apply_rot_embed_cat
+
+    return torch.cat((x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)), dim=2)
+
+
+def _is_nothing(module: nn.Module) -> bool:
+    return type(module) is nn.Identity and untouched(module)
+
+
+def _heads(module: nn.Module) -> Heads:
+    return Heads(module.num_heads, module.head_dim, module.proj.weight)
+
+
+def naflex_embeds(
+    module: nn.Module,
+    attend: Attend,
+    x: Tensor,
+    patch_coord: Tensor | None,
+    patch_valid: Tensor | None,
+    attn_mask: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """``NaFlexVit._forward_embeds``, with padding as a key-padding mask instead of ``[B, 1, N, N]`` additive ones.
+
+    A padded token, which nobody attends to, then attends to the valid ones instead of to all alike.
+    """
+    embedded = type(module)._forward_embeds(module, x, patch_coord, patch_valid, attn_mask)
+    if attn_mask is None and embedded["attn_mask"] is not None:
+        embedded["attn_mask"] = embedded["attn_mask"][:, :, :1] == 0  # the first token's row: it is always valid
+    return embedded
+
+
+# fmt: off
+_PARTS = ("num_heads", "head_dim", "qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
+# fmt: on
+
+KINDS = (
+    Kind(("Attention",), "timm", attention, _heads, _PARTS),
+    Kind(("AttentionRope", "EvaAttention"), "timm", attention_with_rope, _heads, (*_PARTS, "num_prefix_tokens")),
+    Kind(("NaFlexVit",), "timm", naflex_embeds, None, ("num_prefix_tokens",), method="_forward_embeds"),
+)

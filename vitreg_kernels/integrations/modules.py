@@ -1,0 +1,20 @@
+"""Modules of other libraries, told by the names of their classes and found by their own."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def derives_from(model: nn.Module, package: str | None, *names: str) -> bool:
+    """Whether a model's class, or one it derives from, has one of the names, and is of the package if one is given.
+
+    Told by names, because importing the library to ask would load it.
+    """
+    return any(
+        cls.__name__ in names and package in (None, cls.__module__.partition(".")[0]) for cls in type(model).__mro__
+    )
+
+
+def named(path: str, modules: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The children of a list of modules, under their full names."""
+    return [(f"{path}.{name}", module) for name, module in modules.named_children()]

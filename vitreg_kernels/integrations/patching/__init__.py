@@ -1,0 +1,9 @@
+"""Takes over what other libraries' attention modules compute, gives it back, says what it did, and captures statistics.
+
+How each class is computed is in ``attention``.
+"""
+
+from .api import patch, patched, unpatch
+from .report import PatchReport
+
+__all__ = ["PatchReport", "patch", "patched", "unpatch"]
