@@ -8,7 +8,7 @@ from . import functional
 from ._version import __version__
 from .dispatch import Explanation
 from .errors import UnsupportedError
-from .integrations import PatchReport, load_vit, patch, patched, unpatch
+from .integrations import Captured, PatchReport, capture, load_vit, patch, patched, unpatch
 from .layout import TokenLayout
 from .monitor import NormReport, TokenNormMonitor
 from .nn import RegisterAttention, RegisterBlock, RegisterTokens, RegisterViT, ViTConfig
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionOutputs",
     "Calibration",
+    "Captured",
     "Explanation",
     "NormDistribution",
     "NormReport",
@@ -38,6 +39,7 @@ __all__ = [
     "ViTConfig",
     "__version__",
     "calibrate",
+    "capture",
     "explain",
     "functional",
     "load_vit",

@@ -6,7 +6,17 @@ Not here: modules of our own (``nn``), or statistics of what passes (``monitor``
 
 from .library import ResidualStream
 from .load import load_vit
-from .patching import PatchReport, patch, patched, unpatch
+from .patching import Captured, PatchReport, capture, patch, patched, unpatch
 from .residual_stream import residual_stream
 
-__all__ = ["PatchReport", "ResidualStream", "load_vit", "patch", "patched", "residual_stream", "unpatch"]
+__all__ = [
+    "Captured",
+    "PatchReport",
+    "ResidualStream",
+    "capture",
+    "load_vit",
+    "patch",
+    "patched",
+    "residual_stream",
+    "unpatch",
+]

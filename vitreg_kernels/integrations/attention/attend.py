@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import functional
 from ...ops.attention.types import AttentionOutputs, Rope
 
-Taker = Callable[[AttentionOutputs], None]
+Taker = tuple[str, Callable[[Tensor], None]]
 
 
 @dataclass
@@ -22,13 +22,13 @@ class Attend:
     Attributes:
         num_prefix_tokens: P of the model; ``None`` if it is not known.
         backend: the backend asked for.
-        takers: who takes which statistics of every call: the names and what to do with them. Not copied, nor pickled:
-            they belong to the module that is captured.
+        takers: statistics that are taken of every call, each a name and what to do with it. A copy of the module has
+            none: they belong to the module that is captured.
     """
 
     num_prefix_tokens: int | None = None
     backend: str | None = None
-    takers: list[tuple[tuple[str, ...], Taker]] = field(default_factory=list, compare=False)
+    takers: list[Taker] = field(default_factory=list)
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """``register_attention``: ``[B, H, N, D]`` each; ``options`` are its own, mask, rope and the like.
@@ -44,17 +44,25 @@ class Attend:
         """``register_attention_qkv`` of ``[B, N, 3, H, D]``: ``[B, N, C]``."""
         return self._call(functional.register_attention_qkv, qkv, **options)
 
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The statistics that somebody takes."""
+        return tuple(dict.fromkeys(name for name, _ in self.takers))
+
+    def hand_over(self, statistics: AttentionOutputs) -> None:
+        """Give the statistics of a call to who takes them."""
+        for name, take in self.takers:
+            take(getattr(statistics, name))
+
     def _call(self, op: Callable[..., Any], *tensors: Tensor, **options: Any) -> Tensor:
-        outputs = tuple(dict.fromkeys(name for names, _ in self.takers for name in names))
-        if outputs and self.num_prefix_tokens is not None:
+        wanted = self.wanted
+        if not wanted:
+            return op(*tensors, **options, backend=self.backend)
+        if self.num_prefix_tokens is not None:
             options.setdefault("num_prefix_tokens", self.num_prefix_tokens)
-        result = op(*tensors, **options, outputs=outputs, backend=self.backend)
-        if not outputs:
-            return result
-        result, statistics = result
-        for _, take in self.takers:
-            take(statistics)
-        return result
+        output, statistics = op(*tensors, **options, outputs=wanted, backend=self.backend)
+        self.hand_over(statistics)
+        return output
 
     def __getstate__(self) -> dict[str, Any]:
         return {"num_prefix_tokens": self.num_prefix_tokens, "backend": self.backend, "takers": []}

@@ -106,7 +106,7 @@ def _heads(module: nn.Module) -> Heads:
 
 def naflex_embeds(
     module: nn.Module,
-    attend: Attend,
+    attend: None,
     x: Tensor,
     patch_coord: Tensor | None,
     patch_valid: Tensor | None,

@@ -4,6 +4,7 @@ How each class is computed is in ``attention``.
 """
 
 from .api import patch, patched, unpatch
+from .capture import Captured, capture
 from .report import PatchReport
 
-__all__ = ["PatchReport", "patch", "patched", "unpatch"]
+__all__ = ["Captured", "PatchReport", "capture", "patch", "patched", "unpatch"]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...errors import UnsupportedError
+from ...nn.attention import RegisterAttention
 from ...nn.hooks import Transparent
 from ...ops._shared.arguments import DTYPES
 from ...ops.attention.api import explain
@@ -66,7 +67,7 @@ def patch(
     for module, kind, attend in plans:
         if fused_method(module) is not None:
             give_back(module)
-        replace(module, kind, attend)
+        replace(module, kind.method, kind.compute, attend)
     return report
 
 
@@ -89,7 +90,7 @@ def patched(model: nn.Module, **options: object) -> Iterator[PatchReport]:
 
 def _plan(
     model: nn.Module, num_prefix_tokens: int | None, backend: str | None
-) -> tuple[list[tuple[nn.Module, Kind, Attend]], PatchReport]:
+) -> tuple[list[tuple[nn.Module, Kind, Attend | None]], PatchReport]:
     """What ``patch`` is going to do, and its report; changes nothing."""
     plans, entries, counts = [], [], set()
     modules = dict(model.named_modules())
@@ -104,7 +105,7 @@ def _plan(
             entries.append(Patched(name, cls, reason=reason))
             continue
         prefix = _prefix_tokens(modules, name) if num_prefix_tokens is None else num_prefix_tokens
-        plans.append((module, kind, Attend(prefix, backend)))
+        plans.append((module, kind, kind.heads and Attend(prefix, backend)))
         counts.add(prefix)
         if kind.heads is not None:
             entries.append(Patched(name, cls, backend=_backend(kind.heads(module), prefix or 0, backend)))
@@ -118,6 +119,8 @@ def _kind_of(module: nn.Module) -> Kind | None:
 def _attends(module: nn.Module) -> bool:
     """Whether a module of a class not known here looks as if tokens attended to one another in it."""
     name = type(module).__name__.lower()
+    if isinstance(module, RegisterAttention):  # needs no patch
+        return False
     return hasattr(module, "fused_attn") or ("attention" in name and "pool" not in name)
 
 

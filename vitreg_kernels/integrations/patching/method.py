@@ -12,7 +12,6 @@ from torch import nn
 from ...nn.hooks import Transparent
 from ...nn.tracing import as_leaf, traced
 from ..attention.attend import Attend
-from ..attention.kind import Kind
 
 
 class FusedMethod:
@@ -28,7 +27,7 @@ class FusedMethod:
     Attributes:
         name: of the method.
         compute: takes the module, ``attend`` and the method's arguments, and gives what the method gives.
-        attend: its way into the op.
+        attend: its way into the op; ``None`` of a method that prepares masks for others.
         covered: the method that the instance had before, or ``None``.
         active: whether it computes by ``compute``. If another's method stands over it when it is to be taken off,
             it stays and does what it covers.
@@ -39,7 +38,7 @@ class FusedMethod:
         module: nn.Module,
         name: str,
         compute: Callable[..., Any],
-        attend: Attend,
+        attend: Attend | None,
         covered: Callable[..., Any] | None,
     ) -> None:
         self._module = ref(module)
@@ -87,10 +86,9 @@ def fused_method(module: nn.Module) -> FusedMethod | None:
     return None
 
 
-def replace(module: nn.Module, kind: Kind, attend: Attend) -> None:
-    """Put a ``FusedMethod`` where the kind says."""
-    method = FusedMethod(module, kind.method, kind.compute, attend, vars(module).get(kind.method))
-    setattr(module, kind.method, method)
+def replace(module: nn.Module, name: str, compute: Callable[..., Any], attend: Attend | None) -> None:
+    """Put a ``FusedMethod`` in the place of a method."""
+    setattr(module, name, FusedMethod(module, name, compute, attend, vars(module).get(name)))
 
 
 def give_back(module: nn.Module) -> None:

@@ -1,0 +1,122 @@
+"""Statistics of attention, taken while it runs on the fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from torch import Tensor, nn
+
+from ...nn.attention import RegisterAttention
+from ...ops.attention.types import OUTPUT_NAMES
+from ..attention import ours
+from ..attention.attend import Attend
+from ..residual_stream import unwrapped
+from .method import fused_method, give_back, replace
+
+
+class Captured(Mapping[str, Tensor]):
+    """One statistic of every layer captured, by the layer's name in the model, of its latest call.
+
+    It is detached from the graph and fp32 (fp64 of fp64 inputs), on the device of the call.
+
+    Attributes:
+        layers: the names of all that are captured, called or not.
+    """
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        self.layers = tuple(layers)
+        self._latest: dict[str, Tensor] = {}
+
+    def __getitem__(self, layer: str) -> Tensor:
+        if layer in self.layers and layer not in self._latest:
+            raise KeyError(f"{layer} has not run on this library's kernels since it is captured")
+        return self._latest[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return (layer for layer in self.layers if layer in self._latest)
+
+    def __len__(self) -> int:
+        return len(self._latest)
+
+    def take(self, layer: str, statistic: Tensor) -> None:
+        """Keep a layer's statistic in the place of that of its call before."""
+        self._latest[layer] = statistic
+
+    def clear(self) -> None:
+        """Let go of the tensors."""
+        self._latest.clear()
+
+
+@contextmanager
+def capture(model: nn.Module, output: str, *, layers: Sequence[int] | None = None) -> Iterator[Captured]:
+    """Take a statistic of a model's attention whenever it is called within a ``with``, without leaving the kernels.
+
+        with capture(model, "prefix_attention", layers=[-1]) as maps:
+            model(images)
+        maps["blocks.11.attn"]  # [B, H, P, N]: what the CLS and register tokens attend to
+
+    In training and evaluation, under no_grad, autocast, torch.compile and activation checkpointing, whose second run of
+    a layer gives the same again. Keep it open over the backward of a checkpointed model: both runs must be alike. Only
+    the latest call of a layer is kept, in memory of the statistic's own size. Two statistics are two such ``with``.
+
+    Args:
+        model: a ``RegisterViT``, or any model that was given to ``patch``, compiled or wrapped or not.
+        output: ``"prefix_attention"`` ``[B, H, P, N]``, ``"received_attention"`` ``[B, H, N]``, ``"token_norms"``
+            ``[B, N]``, ``"lse"`` ``[B, H, N]`` or ``"max_logit"`` ``[B, H]``, as in ``AttentionOutputs``.
+        layers: which of the attention layers, counted from the first or, negative, from the last; ``None`` for all.
+
+    Raises:
+        ValueError: if there is no such statistic, or no attention that can be captured; or if the prefix is asked for
+            and the model has none, or it is not known how long it is.
+        IndexError: if there is no such layer.
+    """
+    if output not in OUTPUT_NAMES:
+        raise ValueError(f"unknown output {output!r}: expected one of {', '.join(map(repr, OUTPUT_NAMES))}")
+    found = {name: module for name, module in unwrapped(model).named_modules() if _attend_of(module) is not None}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no attention of this library's to capture: call patch(model)")
+    modules = found if layers is None else dict(_layer(found, layer) for layer in layers)
+    if output == "prefix_attention":
+        for name, module in modules.items():
+            _check_prefix(name, _attend_of(module).num_prefix_tokens)
+    captured = Captured(modules)
+    takers = {name: (output, partial(captured.take, name)) for name in modules}
+    for name, module in modules.items():
+        _attend_while_captured(module).takers.append(takers[name])
+    try:
+        yield captured
+    finally:
+        for name, module in modules.items():
+            attend = fused_method(module).attend
+            attend.takers.remove(takers[name])
+            if isinstance(module, RegisterAttention) and not attend.takers:
+                give_back(module)
+
+
+def _layer(found: dict[str, nn.Module], layer: int) -> tuple[str, nn.Module]:
+    if not -len(found) <= layer < len(found):
+        raise IndexError(f"there is no attention layer {layer}: the model has {len(found)}")
+    return list(found.items())[layer]
+
+
+def _attend_of(module: nn.Module) -> Attend | None:
+    """The way into the op of a module that can be captured; None of any other."""
+    method = fused_method(module)
+    if method is not None:
+        return method.attend
+    return Attend(module.layout.num_prefix_tokens) if isinstance(module, RegisterAttention) else None
+
+
+def _attend_while_captured(module: nn.Module) -> Attend:
+    if fused_method(module) is None:
+        replace(module, "forward", ours.attention, _attend_of(module))
+    return fused_method(module).attend
+
+
+def _check_prefix(name: str, num_prefix_tokens: int | None) -> None:
+    if num_prefix_tokens is None:
+        raise ValueError(f"it is not known how many prefix tokens {name} has: give patch(model, num_prefix_tokens=...)")
+    if num_prefix_tokens == 0:
+        raise ValueError(f"{name} has no prefix token, so there is no prefix_attention to capture")
