@@ -118,7 +118,8 @@ def naflex_embeds(
     """
     embedded = type(module)._forward_embeds(module, x, patch_coord, patch_valid, attn_mask)
     if attn_mask is None and embedded["attn_mask"] is not None:
-        embedded["attn_mask"] = embedded["attn_mask"][:, :, :1] == 0  # the first token's row: it is always valid
+        valid = functional.pad(embedded["patch_valid"].bool(), (module.num_prefix_tokens, 0), value=True)
+        embedded["attn_mask"] = valid[:, None, None]
     return embedded
 
 

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ...dispatch.rules import find
 from ...errors import UnsupportedError
 from ...nn.attention import RegisterAttention
 from ...nn.hooks import Transparent
 from ...ops._shared.arguments import DTYPES
 from ...ops.attention.api import explain
+from ...ops.attention.backends import BACKENDS
 from ..attention.attend import Attend
 from ..attention.kind import Heads, Kind
 from ..libraries import LIBRARIES
@@ -53,7 +55,7 @@ def patch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if num_prefix_tokens is not None and (not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0):
+    if num_prefix_tokens is not None and (type(num_prefix_tokens) is not int or num_prefix_tokens < 0):
         raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {num_prefix_tokens!r}")
     model = unwrapped(model)
     plans, report = _plan(model, num_prefix_tokens, backend)
@@ -142,12 +144,16 @@ def _prefix_tokens(modules: dict[str, nn.Module], name: str) -> int | None:
 
 
 def _backend(heads: Heads, prefix: int, backend: str | None) -> str:
-    """The backend that a call of one image takes, in words.
+    """The backend that a call of one image takes, in words; empty if the weights are on no device yet.
 
     Raises:
-        ValueError, UnsupportedError: if there is no such backend, or it cannot serve such a call.
+        ValueError, UnsupportedError: if there is no such backend, or none can serve such a call.
     """
     weight = heads.weight
+    if weight.is_meta:
+        if backend is not None:
+            find(BACKENDS, backend)
+        return ""
     dtype = weight.dtype if weight.dtype in DTYPES else torch.float32  # of weights in integers
     query = torch.empty(1, heads.number, prefix + _PATCHES, heads.head_dim, dtype=dtype, device=weight.device)
     taken = explain(query, backend=backend)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import nn
 
-from ...nn.hooks import Transparent
 from ...nn.tracing import as_leaf, traced
 from ..attention.attend import Attend
 
@@ -47,6 +47,7 @@ class FusedMethod:
         self.attend = attend
         self.covered = covered
         self.active = True
+        _methods[module] = self
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if not self.active:
@@ -58,8 +59,8 @@ class FusedMethod:
 
     @property
     def __class__(self) -> type:
-        """A method's, for ``inspect``, by which TorchScript reads the source and which knows no other callables."""
-        return MethodType
+        """A method's while TorchScript compiles: ``inspect``, by which it reads a source, knows no other callables."""
+        return FusedMethod if torch.jit._script._TOPLEVEL else MethodType
 
     def _replaced(self) -> Callable[..., Any]:
         """The method that this one stands in for."""
@@ -75,15 +76,13 @@ class FusedMethod:
         return FusedMethod, (self._module(), self.name, self.compute, self.attend, self.covered)
 
 
+# By module, because what stands over a method need not say what it covers.
+_methods: WeakKeyDictionary[nn.Module, FusedMethod] = WeakKeyDictionary()
+
+
 def fused_method(module: nn.Module) -> FusedMethod | None:
-    """What a module was patched with, under whatever stands over it that says so; None of one that was not."""
-    for name in ("forward", *(n for n, own in vars(module).items() if isinstance(own, FusedMethod))):
-        own = vars(module).get(name)
-        while isinstance(own, Transparent):
-            own = own.covered
-        if isinstance(own, FusedMethod) and own.active:
-            return own
-    return None
+    """What a module was patched with; None of one that is not patched."""
+    return _methods.get(module)
 
 
 def replace(module: nn.Module, name: str, compute: Callable[..., Any], attend: Attend | None) -> None:
@@ -93,7 +92,7 @@ def replace(module: nn.Module, name: str, compute: Callable[..., Any], attend: A
 
 def give_back(module: nn.Module) -> None:
     """Leave the module as it was before ``replace``."""
-    method = fused_method(module)
+    method = _methods.pop(module)
     method.active = False
     if vars(module).get(method.name) is not method:
         return
