@@ -40,6 +40,7 @@ def _attention(
         return type(module).forward(module, x, **given, attn_mask=attn_mask, is_causal=is_causal)
     gate = getattr(module, "gate", None)  # older releases have none
     gate = None if gate is None else gate(x).sigmoid()
+    attn_mask = getattr(attn_mask, "_valid_keys", attn_mask)  # which naflex_embeds has put there
     options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": module.attn_drop.p if module.training else 0.0}
     prefix = 0
     if rope is not None:
@@ -112,14 +113,15 @@ def naflex_embeds(
     patch_valid: Tensor | None,
     attn_mask: Tensor | None,
 ) -> dict[str, Tensor | None]:
-    """``NaFlexVit._forward_embeds``, with padding as a key-padding mask instead of ``[B, 1, N, N]`` additive ones.
+    """``NaFlexVit._forward_embeds``, whose mask tells the attention patched here that it is one of padding.
 
+    That takes the key-padding mask ``[B, 1, 1, N]`` which the additive one carries; everything else takes this as ever.
     A padded token, which nobody attends to, then attends to the valid ones instead of to all alike.
     """
     embedded = type(module)._forward_embeds(module, x, patch_coord, patch_valid, attn_mask)
     if attn_mask is None and embedded["attn_mask"] is not None:
         valid = functional.pad(embedded["patch_valid"].bool(), (module.num_prefix_tokens, 0), value=True)
-        embedded["attn_mask"] = valid[:, None, None]
+        embedded["attn_mask"]._valid_keys = valid[:, None, None]
     return embedded
 
 

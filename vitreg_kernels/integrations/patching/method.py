@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...nn.tracing import as_leaf, traced
 from ..attention.attend import Attend
@@ -22,7 +22,7 @@ class FusedMethod:
     the module have one of their own.
 
     ``torch.jit.script`` compiles the class's own method, for whose attributes it looks here; ``torch.fx`` takes the
-    module as a leaf.
+    module as a leaf. Tensors on the meta device, of which only the shapes are asked, are given to the class's own too.
 
     Attributes:
         name: of the method.
@@ -50,7 +50,7 @@ class FusedMethod:
         _methods[module] = self
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if not self.active:
+        if not self.active or any(isinstance(arg, Tensor) and arg.is_meta for arg in args):
             return self._replaced()(*args, **options)
         module = self._module()
         if any(map(traced, args)):
