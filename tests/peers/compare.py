@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_WIDTHS = (32, 28, 28, 44)
+_WIDTHS = (32, 34, 34, 44)
 HEADER = ("tests", "baseline", "patched", "fused calls", "left alone")
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from .peer import Peer
 
 _GROUPS = ("Dinov2WithRegistersTest", "Dinov2Test", "DINOv3ViTTest", "ViTTest", "CLIPVisionTest", "SiglipVisionTest")
+_MORE = ("DeiTTest", "IJepaTest", "ViTMSNTest", "Aimv2VisionTest")
 
 PEER = Peer(
     name="transformers",
     built_by="transformers:PreTrainedModel.post_init",
     tests=(Path(__file__).with_name("vision_models.py"),),
     groups=_GROUPS,
-    all_groups=lambda: _GROUPS,
+    all_groups=lambda: (*_GROUPS, *_MORE),
     needs=("parameterized",),
 )

@@ -69,6 +69,10 @@ _FAMILIES = (
     # These give no loss.
     Family("CLIPVision", ("Model", "ModelWithProjection"), 1, {}, ("test_training", *_CHECKPOINTING)),
     Family("SiglipVision", ("Model",), 0, {}),
+    Family("DeiT", ("Model", "ForMaskedImageModeling"), 2, {"encoder_stride": 4}),
+    Family("IJepa", ("Model",), 0, {}),
+    Family("ViTMSN", ("Model",), 1, {}),
+    Family("Aimv2Vision", ("Model",), 0, {}),
 )
 
 

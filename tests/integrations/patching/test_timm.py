@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitreg_kernels import patch, patched, unpatch
 from vitreg_kernels.integrations.attention.attend import Attend
+from vitreg_kernels.integrations.patching.method import fused_method
 from vitreg_kernels.measure.accuracy import compare, same_bits
 
 timm = pytest.importorskip("timm")
@@ -241,14 +242,17 @@ def test_padded_naflex_images_reach_a_kernel_that_knows_padding(symmetric, monke
     coordinates = torch.stack((torch.arange(16) // 4, torch.arange(16) % 4), -1).expand(2, -1, -1)
     given = {"patches": torch.randn(2, 16, 768), "patch_coord": coordinates, "patch_valid": valid}
     expected = model(given)
+    own_mask = model._forward_embeds(*given.values(), None)["attn_mask"]
     masks, packed = [], Attend.packed
     monkeypatch.setattr(Attend, "packed", lambda self, qkv, **o: masks.append(o["attn_mask"]) or packed(self, qkv, **o))
     report = patch(model)
+    assert same_bits(model._forward_embeds(*given.values(), None)["attn_mask"], own_mask)
     actual = model(given)
     assert [(mask.dtype, mask.shape) for mask in masks] == [(torch.bool, (2, 1, 1, 16 + report.num_prefix_tokens))] * 2
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     alone = model({name: value[1:, :9] for name, value in given.items()})
     torch.testing.assert_close(actual[1:], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(given), actual)
     own = torch.randn(2, 1, 16 + report.num_prefix_tokens, 16 + report.num_prefix_tokens)
     with_own_mask = model(given | {"attn_mask": own})
     unpatch(model)
@@ -271,6 +275,22 @@ def test_the_models_prefix_is_found(name, prefix):
     with torch.device("meta"):
         model = timm.create_model(name, depth=1)
     assert patch(model).num_prefix_tokens == prefix
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_the_meta_device_shapes_are_as_ever_and_weights_come_later(dtype):
+    options = {"depth": 1, "embed_dim": 64, "num_heads": 2, "img_size": 32}
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_patch16_dinov3_qkvb", **options).to(dtype)
+        patch(model)
+        assert model(torch.randn(2, 3, 32, 32, dtype=dtype)).shape == (2, 64)
+    model = model.to_empty(device="cpu").eval()
+    model.init_weights()
+    x = torch.randn(2, 3, 32, 32, dtype=dtype)
+    actual = model(x)
+    assert fused_method(model.blocks[0].attn) is not None
+    unpatch(model)
+    torch.testing.assert_close(actual, model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_not_known_is_left_alone_with_a_reason():
