@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.gpu import began  # noqa: F401  before torch
 from vitreg_kernels.dispatch import Backend
 from vitreg_kernels.ops.attention import backends
 
