@@ -31,7 +31,8 @@ from vitreg_kernels.dispatch.tables import Default, Key
 from vitreg_kernels.ops.attention import features as attention_features
 from vitreg_kernels.ops.residual_norm import features as norm_features
 
-CHALLENGERS = ("triton",)  # backends that may be the default in the place of torch's own choice
+# Backends that may be the default in the place of torch's own choice.
+CHALLENGERS = ("triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math")
 
 
 class Race(NamedTuple):
