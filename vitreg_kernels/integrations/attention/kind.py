@@ -32,7 +32,7 @@ class Kind(NamedTuple):
         classes: names of the class.
         package: its package; ``None`` where other packages have copies.
         compute: the class's ``method`` by means of this library: ``compute(module, attend, *args, **options)``, with
-            the parameters of the method after the first two.
+            the parameters of the method after the first two. One that takes ``**options`` hands them to that method.
         heads: what a module asks of the op; ``None`` of a class that prepares masks for others and attends to nothing.
         needs: attributes that every such module has.
         method: the method that is replaced.
@@ -58,8 +58,9 @@ class Kind(NamedTuple):
             return f"{definer.__name__} has a {self.method} of its own"
         if missing := [name for name in self.needs if not hasattr(module, name)]:
             return f"has no {', '.join(missing)}, as the class known here has"
+        known = inspect.signature(self.compute).parameters.values()
         unknown = parameters(getattr(definer, self.method)) - parameters(self.compute)
-        if unknown:
+        if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
             return f"its {self.method} takes {', '.join(sorted(unknown))}, which is not known here"
         return self.refuses(module)
 
