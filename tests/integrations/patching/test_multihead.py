@@ -276,6 +276,8 @@ def test_the_report_tells_vision_transformers_from_the_rest():
     assert [name for name, module in model.named_modules() if fused_method(module)] == [m.name for m in report.patched]
     with pytest.raises(UnsupportedError, match="not in a block"):
         patch(model, strict=True)
+    patch(model["decoder"].self_attn)
+    assert [module.name for module in patch(model).left] == ["decoder.multihead_attn"]
 
 
 @torch.no_grad()

@@ -84,8 +84,9 @@ def test_the_rotation_is_the_ops():
     assert options["num_prefix_tokens"] == 1
 
 
-def test_a_mask_is_left_unused_as_in_the_class():
-    module, x = scrambled(SelfAttention(DIM, HEADS, rotation())), tokens()
+@pytest.mark.parametrize("rope", [rotation(), None, Halves()], ids=["rotated", "not rotated", "rotated before"])
+def test_a_mask_is_left_unused_as_in_the_class(rope):
+    module, x = scrambled(SelfAttention(DIM, HEADS, rope)), tokens()
     patch(module)
     mask = torch.full((13, 13), -torch.inf)
     assert torch.equal(module(x, attn_mask=mask), module(x))

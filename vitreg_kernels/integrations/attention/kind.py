@@ -39,8 +39,8 @@ class Kind(NamedTuple):
         refuses: why a module must be left alone; empty if it need not.
         tells: what tells a module of this class where others have a class of that name.
         in_blocks: whether such modules also stand where tokens of other kinds attend, in text towers, decoders and
-            pools. Then only those in the blocks of a known Vision Transformer are taken, and one that ``patch`` was
-            given itself.
+            pools. Then only those in the blocks of a known Vision Transformer are taken, and those that ``patch`` was
+            given by themselves.
     """
 
     classes: tuple[str, ...]

@@ -102,7 +102,7 @@ def _plan(
             if _attends(module) and not any(map(_kind_of, module.modules())):
                 entries.append(Patched(name, cls, reason="not a class known here"))
             continue
-        if kind.in_blocks and module is not model and module not in in_blocks:
+        if kind.in_blocks and not (module is model or module in in_blocks or fused_method(module)):
             entries.append(Patched(name, cls, reason="not in a block of a Vision Transformer known here"))
             continue
         if reason := kind.reason_against(module) or _replaced_by_another(module, kind):
