@@ -37,6 +37,10 @@ class Kind(NamedTuple):
         needs: attributes that every such module has.
         method: the method that is replaced.
         refuses: why a module must be left alone; empty if it need not.
+        tells: what tells a module of this class where others have a class of that name.
+        in_blocks: whether such modules also stand where tokens of other kinds attend, in text towers, decoders and
+            pools. Then only those in the blocks of a known Vision Transformer are taken, and those that ``patch`` was
+            given by themselves.
     """
 
     classes: tuple[str, ...]
@@ -46,10 +50,12 @@ class Kind(NamedTuple):
     needs: tuple[str, ...] = ()
     method: str = "forward"
     refuses: Callable[[nn.Module], str] = lambda module: ""
+    tells: Callable[[nn.Module], bool] = lambda module: True
+    in_blocks: bool = False
 
     def fits(self, module: nn.Module) -> bool:
         """Whether a module is of this class, or of one that derives from it."""
-        return derives_from(module, self.package, *self.classes)
+        return derives_from(module, self.package, *self.classes) and self.tells(module)
 
     def reason_against(self, module: nn.Module) -> str:
         """Why a module that fits is left alone, in a few words; empty if nothing speaks against it."""
