@@ -37,6 +37,7 @@ class Kind(NamedTuple):
         needs: attributes that every such module has.
         method: the method that is replaced.
         refuses: why a module must be left alone; empty if it need not.
+        tells: what tells a module of this class where others have a class of that name.
     """
 
     classes: tuple[str, ...]
@@ -46,10 +47,11 @@ class Kind(NamedTuple):
     needs: tuple[str, ...] = ()
     method: str = "forward"
     refuses: Callable[[nn.Module], str] = lambda module: ""
+    tells: Callable[[nn.Module], bool] = lambda module: True
 
     def fits(self, module: nn.Module) -> bool:
         """Whether a module is of this class, or of one that derives from it."""
-        return derives_from(module, self.package, *self.classes)
+        return derives_from(module, self.package, *self.classes) and self.tells(module)
 
     def reason_against(self, module: nn.Module) -> str:
         """Why a module that fits is left alone, in a few words; empty if nothing speaks against it."""
