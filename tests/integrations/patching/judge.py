@@ -98,5 +98,6 @@ def assert_nothing_else_changes(module: nn.Module, call: Callable[[nn.Module], T
     assert torch.equal(torch.get_rng_state(), random)  # which the call seeds
     assert not same_bits(fused, expected)  # by other kernels
     unpatch(module)
+    assert torch.equal(torch.get_rng_state(), random)
     assert same_bits(call(module), expected)
     assert all(vars(part).keys() == own.keys() for part, own in zip(module.modules(), attributes, strict=True))
