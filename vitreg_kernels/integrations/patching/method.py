@@ -22,7 +22,7 @@ class FusedMethod:
     the module have one of their own.
 
     ``torch.jit.script`` compiles the class's own method, for whose attributes it looks here; ``torch.fx`` takes the
-    module as a leaf.
+    module as a leaf, and traces the class's own method if that is another than ``forward``.
 
     Attributes:
         name: of the method.
@@ -53,8 +53,8 @@ class FusedMethod:
         if not self.active:
             return self._replaced()(*args, **options)
         module = self._module()
-        if any(map(traced, args)):
-            return as_leaf(module, *args, **options)
+        if any(map(traced, (*args, *options.values()))):
+            return as_leaf(module, *args, **options) if self.name == "forward" else self._replaced()(*args, **options)
         return self.compute(module, self.attend, *args, **options)
 
     @property
