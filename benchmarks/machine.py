@@ -38,7 +38,7 @@ class Machine(TypedDict):
     python: str
     packages: dict[str, str]  # the version of each package that takes part and is installed
     commit: str  # where there is no git checkout, what $VITREG_COMMIT says, or else "unknown"
-    dirty: bool  # the checkout holds changes that no commit has
+    dirty: bool  # the checkout holds changes of ``sources`` that no commit has
     sources: str | None  # ``sources()``; None in files older than that
 
 
@@ -69,7 +69,8 @@ def describe(device: torch.device | None = None) -> Machine:
         )
     else:
         name, capability = processor, torch.backends.cpu.get_cpu_capability()
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--", *(f":(glob){pattern}" for pattern in _SOURCES))
     return Machine(
         device=name,
         processor=processor,

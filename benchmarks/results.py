@@ -53,6 +53,7 @@ class HostTime(TypedDict, total=False):
     """Of rows of a timing, those that were timed on a GPU."""
 
     host_ms: float  # that enqueuing a call keeps the host; the GPU's time is right where it slept longer than that
+    waits: bool  # True of a call that synchronises, whose time holds some of the host's; no other has it
 
 
 class RooflineRow(TypedDict):
@@ -212,7 +213,8 @@ def append(path: Path, row: Row) -> None:
 def timed(timing: Timing) -> dict[str, float | int]:
     """A timing as a row holds it."""
     host = {} if timing.host_ms is None else {"host_ms": timing.host_ms}
-    return {name: getattr(timing, name) for name in UNTIMED} | host
+    waits = {"waits": True} if timing.waits else {}
+    return {name: getattr(timing, name) for name in UNTIMED} | host | waits
 
 
 def errors(found: Accuracy) -> Errors:

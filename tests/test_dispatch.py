@@ -144,6 +144,21 @@ class TestSelection:
         with pytest.raises(UnsupportedError, match="a: serves rope only if it is named"):
             dispatch.select(backends[:1], turned, None)
 
+    def test_one_that_the_user_switched_off_is_taken_by_its_name_alone(self):
+        """At any time, and whoever has been found for such a call before."""
+        off = []
+        backends = replace(fake("a"), switched_off=lambda: "".join(off)), fake("b")
+        assert dispatch.select(backends, CALL, None).name == "a"
+        off.append("is off")
+        assert dispatch.select(backends, CALL, None).name == "b"
+        assert dispatch.select(backends, CALL, "a").name == "a"
+        assert dispatch.explain(backends, CALL, None).reasons == {"a": ["is off"]}
+        assert dispatch.explain(backends, CALL, "b").reasons == {"a": ["b was named"]}
+        with pytest.raises(UnsupportedError, match="no backend can serve this call"):
+            dispatch.select(backends[:1], CALL, None)
+        off.clear()
+        assert dispatch.select(backends, CALL, None).name == "a"
+
     def test_who_cannot_be_the_default_is_not_asked(self):
         """The question may load a library, and a call that names no backend is to pay for none."""
         asked = []

@@ -23,6 +23,6 @@ SAVE_LIST: tuple[torch._ops.OpOverload, ...] = (
     torch.ops.vitreg.attention_forward.default,
     torch.ops.vitreg.attention_forward_qkv.default,
 )
-"""What selective activation checkpointing should keep of this library, as it keeps torch's own attention: the one forward
-that costs more to run again than its output takes. ``create_selective_checkpoint_contexts([*yours, *SAVE_LIST])``, and in
-DINOv3's training the same beside its own list."""
+"""What selective activation checkpointing should keep of this library, as it keeps torch's own attention: the one
+forward that costs more to run again than its output takes. ``create_selective_checkpoint_contexts([*yours,
+*SAVE_LIST])``; in DINOv3's training the same, beside its own list."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.gpu import began  # noqa: F401  before torch
 from vitreg_kernels.dispatch import Backend
 from vitreg_kernels.ops.attention import backends
 
 
 def on_gpus(backends: Sequence[Backend]) -> tuple[Backend, ...]:
-    """Those that may be the default of a GPU, or what the others are held against; a rehearsal on a CPU is of the same.
-
-    torch's kernels one by one are raced as peers.
-    """
-    return tuple(backend for backend in backends if backend.name != "cpu" and not backend.name.startswith("sdpa_"))
+    """Those that may be a GPU's default, or what the others are held against; a rehearsal on a CPU is of the same."""
+    return tuple(backend for backend in backends if backend.name != "cpu")
 
 
 BACKENDS = on_gpus(backends.BACKENDS)

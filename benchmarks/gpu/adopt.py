@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import results
-from benchmarks.gpu import accuracy, norms, race, smoke
+from benchmarks.gpu import accuracy, memcheck, norms, race, smoke
 from benchmarks.gpu.stage import load
 from benchmarks.results import Row
 from benchmarks.shapes import DTYPES
@@ -31,7 +31,8 @@ from vitreg_kernels.dispatch.tables import Default, Key
 from vitreg_kernels.ops.attention import features as attention_features
 from vitreg_kernels.ops.residual_norm import features as norm_features
 
-CHALLENGERS = ("triton",)  # backends that may be the default in the place of torch's own choice
+# Backends that may be the default in the place of torch's own choice.
+CHALLENGERS = ("triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math")
 
 
 class Race(NamedTuple):
@@ -194,7 +195,7 @@ def _finished(rows: Sequence[Row], of_op: Race) -> bool:
     last = {row["stage"]: row for row in rows if row["kind"] == "stage"}
     ended = all(name in last and last[name]["unfinished"] == 0 and not last[name]["error"] for name in of_op.stages)
     broken = any(row["kind"] == "broken" and row["stage"] in of_op.stages for row in rows)
-    return ended and not broken and not smoke.failures(rows)
+    return ended and not broken
 
 
 def _passed(rows: Sequence[Row], of_op: Race, backend: str, dtype: str) -> bool:
@@ -202,7 +203,10 @@ def _passed(rows: Sequence[Row], of_op: Race, backend: str, dtype: str) -> bool:
     bits = torch.finfo(getattr(torch, dtype)).bits
     if of_op.op == "attention":
         judged = [r for r in rows if r["kind"] == "accuracy" and r["backend"] == backend and _bits(r) == bits]
-        failures = accuracy.failures(judged)
+        smoked = [
+            r for r in rows if r["kind"] == memcheck.NAME or (r["kind"], r.get("backend")) == (smoke.NAME, backend)
+        ]
+        failures = accuracy.failures(judged) + smoke.failures(smoked)
     else:
         named = f"{of_op.op}:{backend}"
         judged = [r for r in rows if r["kind"] == "norm_accuracy" and r["backend"] == named and _bits(r) == bits]

@@ -6,9 +6,11 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import platform
 import sysconfig
 import tarfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict, get_type_hints
@@ -54,6 +56,32 @@ def misfits(manifest: Manifest, arch: int) -> list[str]:
         for name, found in here.items()
         if manifest[name] != found
     ]
+
+
+def take(file: Path, arch: int, sources: str) -> None:
+    """Has triton find the kernels of an archive, and says what it holds.
+
+    Args:
+        file: the archive.
+        arch: ten times the compute capability of the GPU.
+        sources: ``machine.sources()`` of here.
+
+    Raises:
+        OSError: if it cannot be unpacked.
+        ValueError: if it is none, or does not fit.
+    """
+    manifest = read(file)
+    if reasons := misfits(manifest, arch):
+        raise ValueError(f"{file} does not fit: {'; '.join(reasons)}")
+    folder = Path(os.environ["TRITON_CACHE_DIR"])
+    start = time.monotonic()
+    unpack(file, folder)
+    held = f"{manifest['kernels']} kernels and {manifest['launchers']} launchers of {file}"
+    print(f"    triton's cache in {folder} holds {held} ({time.monotonic() - start:.0f} s)", flush=True)
+    if manifest["missing"]:
+        print(f"    it is not complete: {manifest['missing']} kernels are compiled here", flush=True)
+    if manifest["sources"] != sources:
+        print("    it was made from other sources: kernels that have changed since are compiled here", flush=True)
 
 
 def folder_of(key: str) -> Path:

@@ -1,4 +1,4 @@
-"""The GPU, its driver and libraries, and the ceilings measured here and now."""
+"""The GPU, its driver and libraries, the ceilings measured here and now, and kernels that were brought along."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Literal, TypedDict
 
 import torch
 
-from benchmarks import results, roofline
+from benchmarks import machine, results, roofline
+from benchmarks.gpu import archive, pieces
 from benchmarks.gpu.stage import Rehearsal, Setup
 from benchmarks.machine import Machine
 from benchmarks.results import Row, Writer
+from vitreg_kernels.ops._shared.capability import capability
 
 NAME = "environment"
-SECONDS = 15.0
+SECONDS = 20.0
 LONGEST = 30.0
 
 # Modules that the races and models take if they are there.
@@ -46,7 +48,10 @@ results.ROW_TYPES["environment"] = EnvironmentRow
 
 
 def run(setup: Setup, writer: Writer) -> Iterator[Row]:
-    """Writes one row of each kind, once a run."""
+    """Writes one row of each kind, once a run. Without the kernels that were brought along, all are compiled here."""
+    if setup.cache is not None:
+        with pieces.begun(setup, writer, NAME, f"kernels of {setup.cache.name}"):
+            archive.take(setup.cache, capability(setup.device), machine.sources())
     if not writer.find(kind="environment"):
         yield from writer.extend([describe(setup.device)])
     if not writer.find(kind="roofline"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import results
-from benchmarks.gpu import BACKENDS, pieces, warm
+from benchmarks.gpu import BACKENDS, pieces, smoke, warm
 from benchmarks.gpu.stage import Rehearsal, Setup
 from benchmarks.machine import Machine
 from benchmarks.results import Errors, Row, Writer
@@ -287,7 +287,8 @@ def _rows(piece: Piece, setup: Setup, writer: Writer) -> list[Row]:
 
     outcomes = {}
     for contender in raced:
-        outcome = _outcome(partial(attempt, contender), piece, ours=contender.ours)
+        wrong = _against(contender, row["tokens"], piece, setup, writer)
+        outcome = wrong or _outcome(partial(attempt, contender), piece, ours=contender.ours)
         outcomes[contender.name] = outcome
         if lost(setup.device):  # every other would fail too, by no fault of its own
             others = Stopped(f"was not timed, because {contender.name} broke the hold of the GPU", failed=False)
@@ -325,6 +326,15 @@ def _rows(piece: Piece, setup: Setup, writer: Writer) -> list[Row]:
             }
         rows.append(own_row)
     return rows
+
+
+def _against(contender: Contender, tokens: int, piece: Piece, setup: Setup, writer: Writer) -> Stopped | None:
+    """What the smoke test has against a backend of ours."""
+    if not contender.ours:
+        return None
+    backend, backward = contender.name.removeprefix("vitreg: "), piece.mode == "training"
+    reason = smoke.against(backend, tokens, backward=backward, setup=setup, writer=writer)
+    return Stopped(reason, failed=False) if reason else None
 
 
 def _own_of(piece: Piece, writer: Writer) -> tuple[str, ...]:

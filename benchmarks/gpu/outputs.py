@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import results
 from benchmarks.contest import inputs_of
-from benchmarks.gpu import BACKENDS, pieces, warm
+from benchmarks.gpu import BACKENDS, pieces, smoke, warm
 from benchmarks.gpu.stage import Rehearsal, Setup
 from benchmarks.machine import Machine
 from benchmarks.results import Row, Writer
@@ -82,7 +82,7 @@ def run(setup: Setup, writer: Writer) -> Iterator[Row]:
             return
         print(f"    {number}/{len(cases)} {case}", end="", flush=True)
         with pieces.begun(setup, writer, NAME, case):
-            rows = writer.extend(cost(case, setup))
+            rows = writer.extend(cost(case, setup, writer))
             print(_summary(rows), flush=True)
             yield from rows
 
@@ -107,12 +107,15 @@ def unfinished(setup: Setup, writer: Writer) -> int:
     return sum(not _done(writer, case) for case in _cases(setup))
 
 
-def cost(case: Case, setup: Setup) -> list[Row]:
+def cost(case: Case, setup: Setup, writer: Writer) -> list[Row]:
     """One row for each backend and set of outputs, without its ``machine``."""
     make = inputs_of(case, setup.device)
     copies = [make(), make()] if setup.dry else timing.copies_past_cache(make, setup.device)
     calls = [_Call(backend, outputs) for backend, outputs in product((*_KERNELS, "sdpa"), _ASKED)]
-    stopped = {call: stop for call in calls if (stop := _stop(call, case, copies[0])) is not None}
+    wrong = {b: smoke.against(b, case.tokens, backward=False, setup=setup, writer=writer) for b in _KERNELS}
+    stopped = {call: Stopped(reason, failed=False) for call in calls if (reason := wrong.get(call.backend))}
+    left = [call for call in calls if call not in stopped]
+    stopped |= {call: stop for call in left if (stop := _stop(call, case, copies[0])) is not None}
     timings = timing.interleave(
         {call: timing.Variant(partial(call, case)) for call in calls if call not in stopped},
         copies,

@@ -29,6 +29,7 @@ GOALS = {
     1029: (484, 1570, 2054),
     1374: (833, 2690, 3523),
 }
+UNKNOWN = "unknown"  # the capability of a GPU that no process got hold of
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 BEGIN, END = "<!-- GPU results: begin, written by python -m benchmarks.gpu.report -->", "<!-- GPU results: end -->"
 README = machine.ROOT / "README.md"
@@ -65,12 +66,12 @@ def save(path: Path, rows: Sequence[Row]) -> str:
 
 
 def is_dry(rows: Sequence[Row]) -> bool:
-    """Whether no GPU made these rows."""
-    return not rows[0]["machine"]["capability"].startswith("sm_")
+    """Whether a CPU made these rows."""
+    return not rows[0]["machine"]["capability"].startswith(("sm_", UNKNOWN))
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The whole report. ``rows`` hold the environment's at least."""
+    """The whole report. There is a row at least."""
     title = f"# vitreg_kernels on {rows[0]['machine']['device']}"
     sections = (
         _environment,
@@ -157,7 +158,9 @@ def with_block(readme: str, block: str) -> str:
 
 
 def _environment(rows: Sequence[Row]) -> str:
-    (row,) = (row for row in rows if row["kind"] == "environment")
+    if not (its := _of(rows, "environment")):  # the run broke before
+        return ""
+    (row,) = its
     about = row["machine"]
     changed = " with changes" if about["dirty"] else ""
     lines = [

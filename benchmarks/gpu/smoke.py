@@ -22,7 +22,7 @@ from benchmarks.shapes import Case, DType
 from vitreg_kernels.measure.race import Stopped
 
 NAME = "smoke"
-SECONDS = 60.0
+SECONDS = 50.0
 LONGEST = 60.0
 
 _TOKENS = (54, 261, 1029)  # each takes other kernels
@@ -90,10 +90,17 @@ def failures(rows: list[Row]) -> list[str]:
     return sentences
 
 
-def forbids_timing(rows: list[Row]) -> bool:
-    """Whether our kernels are too wrong to be timed."""
-    hung = [r for r in rows if r["kind"] == "broken" and r["stage"] == NAME and r["piece"] != memcheck.NAME]
-    return bool(hung or failures([row for row in rows if row["kind"] == NAME]))
+def against(backend: str, tokens: int, *, backward: bool, setup: Setup, writer: Writer) -> str | None:
+    """Why a backend of ours is not to be timed at a length: where it takes the same kernels it was wrong, or broke."""
+    cases = _cases(setup)
+    lengths = sorted({case.tokens for case in cases})
+    judged = next((length for length in lengths if length >= tokens), lengths[-1])
+    of_it = writer.find(kind=NAME, backend=backend, tokens=judged)
+    hung = any(pieces.broken(writer, NAME, _named(case)) for case in cases if case.tokens == judged)
+    wrong = {name for row in of_it for name, error in (row["errors"] or {}).items() if not error["passed"]}
+    if hung or any(row["failed"] for row in of_it) or (wrong if backward else "output" in wrong):
+        return f"is wrong or broke at N = {judged} in the smoke test"
+    return None
 
 
 def unfinished(setup: Setup, writer: Writer) -> int:

@@ -6,6 +6,7 @@ import importlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import torch
@@ -59,12 +60,14 @@ class Setup(NamedTuple):
         dry: a rehearsal without a GPU: every step, on shapes so small that its times mean nothing.
         deadline: ``time.monotonic()`` after which no new piece of work is begun.
         mark: told the name of each piece of work as it begins, and ``None`` as it ends.
+        cache: kernels that were compiled elsewhere, of `python -m benchmarks.gpu.pack`.
     """
 
     device: torch.device
     dry: bool
     deadline: float = math.inf
     mark: Callable[[str | None], None] = _unwatched
+    cache: Path | None = None
 
     @property
     def expired(self) -> bool:
@@ -76,7 +79,7 @@ class Stage(Protocol):
     """One stage, a module. The first line of its docstring is what the command says that it does."""
 
     NAME: str
-    SECONDS: float  # its share of a default run
+    SECONDS: float  # its share of a default run, with what the stages before it have left of theirs
     LONGEST: float  # seconds after which a piece of its work, in a default run, counts as hung
 
     def run(self, setup: Setup, writer: Writer) -> Iterator[Row]:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from benchmarks.machine import ROOT
 
+BEGIN_S = 60.0  # for a process to import torch, and again to take hold of the GPU
 _LOOK_S = 0.2  # between two looks at a process
 _GRACE_S = 5.0  # for a process that is told to end
 
@@ -28,13 +29,13 @@ class Mark(NamedTuple):
     """What a process is doing.
 
     Attributes:
-        file: the result file it writes.
-        stage: the stage it is in.
+        file: the result file it writes; ``None`` if there is none yet.
+        stage: the stage it is in; ``None`` before the first.
         piece: the piece of work; ``None`` between two.
         limit: ``time.monotonic()``, of every process alike, from which on it counts as hung.
     """
 
-    file: str
+    file: str | None
     stage: str | None = None
     piece: str | None = None
     limit: float = math.inf
@@ -51,18 +52,18 @@ class Ended(NamedTuple):
 
     Attributes:
         code: its status, or the negative of the signal that ended it.
-        mark: what it was doing; ``None`` if it never came to say.
+        mark: what it was doing.
         why: ``"by itself"``, ``"hung"`` beyond its mark's limit, or at the end of the time for all, ``"time"``.
     """
 
     code: int
-    mark: Mark | None
+    mark: Mark
     why: str = "by itself"
 
 
-def read(path: Path) -> Mark | None:
+def read(path: Path) -> Mark:
     """The last mark that was left."""
-    return Mark(*json.loads(path.read_text())) if path.exists() else None
+    return Mark(*json.loads(path.read_text()))
 
 
 def watch(command: Sequence[str], path: Path, end: float) -> Ended:
@@ -72,17 +73,16 @@ def watch(command: Sequence[str], path: Path, end: float) -> Ended:
 
     Args:
         command: program and arguments.
-        path: of the marks.
+        path: of the marks. The first is there, as a process may hang before it comes to say what it does.
         end: ``time.monotonic()`` at which it is ended, whatever it does.
     """
-    path.unlink(missing_ok=True)
     # In a session of its own, so that what it has started can be ended with it.
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
     why = "by itself"
     try:
         while process.poll() is None:
             now, mark = time.monotonic(), read(path)
-            if now >= end or (mark is not None and now >= mark.limit):
+            if now >= end or now >= mark.limit:
                 why = "time" if now >= end else "hung"
                 break
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -14,17 +15,15 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine, results
-from benchmarks.gpu import archive, watch
+from benchmarks.gpu import watch
 from benchmarks.gpu.stage import DEFAULT, Loaded, Setup, Stage, load, sentence
 from benchmarks.gpu.watch import Mark
 from benchmarks.machine import Machine
 from benchmarks.results import Writer
 from vitreg_kernels.measure.race import lost
-from vitreg_kernels.ops._shared.capability import capability
 
 # Statuses that it ends with, beside 0.
 CANNOT, AGAIN, CUT = 2, 75, 130  # AGAIN: the GPU is lost to this process, and another can go on
-_JUDGING = ("environment", "smoke", "accuracy")
 # A stage that is asked for alone has all the time it needs, and so has each piece of its work.
 _ALONE_S = 900.0
 DRY = "DRY RUN: tiny shapes on a CPU, whose times and speeds mean nothing"
@@ -36,20 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.mark is not None:
         watch.end_with_watcher()
     loaded = load()  # the schema of result files is in the stages
+    known = asked.file and str(asked.file)
+    _leave(Mark(known, None, "taking hold of the GPU", time.monotonic() + watch.BEGIN_S), asked.mark)
+    if not asked.dry_run and not torch.cuda.is_available():
+        told = f"torch {torch.__version__} sees no CUDA GPU: `make gpu DRY=1` (--dry-run) rehearses without one"
+        print(told, file=sys.stderr)
+        return CANNOT
     device = torch.device("cpu" if asked.dry_run else "cuda")
     try:
-        if asked.cache is not None:
-            _take(asked.cache, capability(device))
         writer = _writer(machine.describe(device), asked)
     except ValueError as error:
         print(error, file=sys.stderr)
         return CANNOT
-    mark = Mark(str(writer.path))
-    _leave(mark, asked.mark)
-    setup = Setup(device, asked.dry_run)
+    setup = Setup(device, asked.dry_run, cache=asked.cache)
     try:
-        names = asked.stages.split(",")
-        _run(names, loaded, setup, writer, mark, asked)
+        _run(asked.stages.split(","), loaded, setup, writer, asked)
         if lost(device):
             return AGAIN
         if _complete(loaded, setup, writer):
@@ -72,57 +72,49 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _take(file: Path, arch: int) -> None:
-    """Has triton find the kernels of an archive.
-
-    Raises:
-        ValueError: if it does not fit.
-    """
-    manifest = archive.read(file)
-    if reasons := archive.misfits(manifest, arch):
-        raise ValueError(f"{file} does not fit: {'; '.join(reasons)}. Pack another, or go on without CACHE")
-    folder = Path(os.environ["TRITON_CACHE_DIR"])
-    start = time.monotonic()
-    archive.unpack(file, folder)
-    held = f"{manifest['kernels']} kernels and {manifest['launchers']} launchers of {file}"
-    print(f"Triton's cache in {folder} holds {held} ({time.monotonic() - start:.0f} s)", flush=True)
-    if manifest["missing"]:
-        print(f"    it is not complete: {manifest['missing']} kernels are compiled here", flush=True)
-    if manifest["sources"] != machine.sources():
-        print("    it was made from other sources: kernels that have changed since are compiled here", flush=True)
-
-
 def _writer(here: Machine, asked: argparse.Namespace) -> Writer:
-    path, run = asked.file or results.default_path(here, folder=asked.results), {"command": "gpu"}
+    run = {"command": "gpu"}
     if asked.dry_run:
         run |= {"dry": "yes"}
-        if asked.file is None:
-            path = path.with_name(f"dry-run-{path.name}")
         print(DRY)
-    writer = Writer(path, run, here, fresh=asked.fresh)
+    if asked.file is not None:
+        writer = Writer(asked.file, run, here)
+    else:
+        path = results.default_path(here, folder=asked.results)
+        path = path.with_name(f"dry-run-{path.name}") if asked.dry_run else path
+        left = None if asked.fresh else _left_by_a_cut_run(path.parent, run, here)
+        writer = left or Writer(path, run, here, fresh=asked.fresh)
     print(f"vitreg_kernels on {here['device']} ({here['capability']})")
     resumed = f", from row {writer.resumed + 1} of a cut run" if writer.resumed else ""
     print(f"Results go to {os.path.relpath(writer.path)}{resumed}")
     return writer
 
 
-def _run(
-    names: Sequence[str], loaded: Loaded, setup: Setup, writer: Writer, mark: Mark, asked: argparse.Namespace
-) -> None:
-    """Runs the stages in order, until the GPU is lost; where the smoke test fails, only what judges follows."""
+def _left_by_a_cut_run(folder: Path, run: dict[str, str], here: Machine) -> Writer | None:
+    """Of a file there to go on with, whatever its name: it may be of the day before, or brought along."""
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(ValueError):  # another kind of file, or of another version
+            writer = Writer(path, run, here)
+            if writer.resumed:
+                return writer
+    return None
+
+
+def _run(names: Sequence[str], loaded: Loaded, setup: Setup, writer: Writer, asked: argparse.Namespace) -> None:
+    """Runs the stages in order, until the GPU is lost."""
     for number, name in enumerate(names, 1):
-        if name not in _JUDGING and "smoke" in loaded.stages and loaded.stages["smoke"].forbids_timing(writer.rows):
-            print(f"\n{number}/{len(names)} {name}: left out, as the smoke test is wrong", flush=True)
-            continue
         if name in loaded.broken:
             print(f"\n{number}/{len(names)} {loaded.broken[name]}")
             continue
         stage = loaded.stages[name]
         print(f"\n{number}/{len(names)} {name}: {stage.__doc__.partition(chr(10))[0]}", flush=True)
         start = time.monotonic()
-        deadline = math.inf if math.isinf(asked.end) else min(start + stage.SECONDS, asked.end)
+        # Counted back from the end: what a stage does not need is the next ones', and one that hung and goes on in a
+        # new process has the deadline that it had.
+        later = [other for other in names[number:] if other in DEFAULT and other in loaded.stages]
+        deadline = asked.end - sum(loaded.stages[other].SECONDS for other in later)
         longest = _ALONE_S if math.isinf(deadline) else stage.LONGEST
-        here = mark._replace(stage=name, limit=deadline + longest)
+        here = Mark(str(writer.path), name, limit=max(start, deadline) + longest)
         writer.extend([_row(name, None, None, None)])  # where the process is killed, the file says so
         _leave(here, asked.mark)
         unfinished, error = _attempt(

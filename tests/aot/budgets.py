@@ -40,6 +40,7 @@ class Budgets:
         sizes: that are compiled, for every architecture.
         kernels: by name, what an architecture and a size launch.
         tritons: architectures by the version that compiles for them.
+        grants_spills: whether a row may hold a spill that is there now; else none does.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Budgets:
     sizes: tuple[int, ...]
     kernels: Callable[[int, int], dict[str, tuple[Launch, Resources]]]
     tritons: dict[str, tuple[int, ...]] = field(default_factory=lambda: MAIN_TRITON)
+    grants_spills: bool = False
 
     @property
     def architectures(self) -> tuple[int, ...]:
@@ -100,7 +102,11 @@ class Budgets:
         budgets = {
             f"sm_{arch}": {
                 f"{self.symbol}={size}": {
-                    name: {**used, "registers": min(255, -(-used["registers"] // 8) * 8), "spill_bytes": 0}
+                    name: {
+                        **used,
+                        "registers": min(255, -(-used["registers"] // 8) * 8),
+                        "spill_bytes": used["spill_bytes"] if self.grants_spills else 0,
+                    }
                     for name, used in self._measured(arch, size).items()
                 }
                 for size in self.sizes

@@ -315,7 +315,10 @@ def test_machine_knows_the_commit_and_whether_it_is_all(tmp_path, monkeypatch):
     commit, dirty = described()
     assert re.fullmatch("[0-9a-f]{40}", commit)
     assert not dirty
-    (tmp_path / "new.py").touch()
+    (tmp_path / "run.json").touch()  # brought along to be gone on with
+    assert described() == (commit, False)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "new.py").touch()
     assert described() == (commit, True)
 
 

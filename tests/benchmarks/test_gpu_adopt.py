@@ -126,10 +126,19 @@ def test_a_race_that_was_not_finished_settles_nothing():
     assert adopt.defaults([*WON, stage("race", unfinished=3)], "sm_90") == {}
 
 
-def test_what_the_memory_checker_found_settles_nothing():
+def test_what_the_memory_checker_found_forbids_our_attention_alone():
     found = {"kind": "memcheck", "reason": None, "failed": True, "report": "Invalid __global__ read", "seconds": 9.0}
-    assert adopt.defaults([*WON, found], "sm_90") == {}
-    assert adopt.defaults([*WON, found | {"failed": False, "report": "", "reason": "it is not installed"}], "sm_90")
+    assert set(adopt.defaults([*WON, found], "sm_90").values()) == {"sdpa"}
+    assert set(adopt.defaults([*norms((1.0, 2.0), (1.0, 2.0)), found], "sm_90").values()) == {"triton"}
+    unknown = found | {"failed": False, "report": "", "reason": "it is not installed"}
+    assert set(adopt.defaults([*WON, unknown], "sm_90").values()) == {"triton"}
+
+
+@pytest.mark.parametrize(("backend", "follows"), [("triton", "sdpa"), ("another", "triton")])
+def test_what_the_smoke_test_found_of_a_backend_forbids_that_one_alone(backend, follows):
+    smoked = {"kind": "smoke", "backend": backend, "dtype": "bf16", "batch": 1, "heads": 2, "tokens": 54}
+    found = smoked | {"reason": None, "failed": False, "errors": {"output": WRONG}}
+    assert set(adopt.defaults([*WON, found], "sm_90").values()) == {follows}
 
 
 @pytest.mark.parametrize("where", ["accuracy", "race"])

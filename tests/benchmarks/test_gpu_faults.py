@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.gpu import __main__ as driver
-from benchmarks.gpu import stage, watch
+from benchmarks.gpu import stage, watch, worker
 from benchmarks.machine import ROOT
 
 stage.load()  # the schema of result files is in the stages
@@ -66,13 +66,35 @@ def test_what_hangs_dies_or_loses_the_gpu_is_a_row_and_all_the_rest_is_done(tmp_
     assert "## Broken" in only_file(tmp_path).with_suffix(".md").read_text()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("fault", ["hang", "die"])
+def test_a_process_that_does_not_come_to_begin_leaves_a_file_that_says_so(tmp_path, monkeypatch, fault):
+    faulty(monkeypatch, {"process": fault})
+    monkeypatch.setattr(watch, "BEGIN_S", 20.0)
+    assert driver.main(["--dry-run", "--stages", "environment,smoke", "--results", str(tmp_path)]) == 1
+    (row,) = results.load(only_file(tmp_path))
+    assert (row["kind"], row["stage"]) == ("broken", "process")
+    assert row["reason"].startswith("hung" if fault == "hang" else "died with status")
+
+
+def test_kernels_whose_unpacking_hangs_are_done_without(tmp_path, monkeypatch):
+    faulty(monkeypatch, {"environment": "hang"})
+    file = tmp_path / "a.tar.xz"
+    file.touch()
+    asked = ["--dry-run", "--stages", "environment,smoke", "--results", str(tmp_path), "--cache", str(file)]
+    assert driver.main(asked) == 1
+    rows = results.load(only_file(tmp_path))
+    assert [row["piece"] for row in rows if row["kind"] == "broken"] == ["kernels of a.tar.xz"]
+    assert {"environment", "roofline", "smoke", "memcheck"} <= {row["kind"] for row in rows}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_killed_leaves_a_valid_file_and_the_next_goes_on(tmp_path, how):
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--stages", "environment,accuracy"]
     command += ["--results", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]  # where a shell ignores Ctrl-C
     run = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        background, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     end = time.monotonic() + 60
     while len(list(tmp_path.glob("*.json"))) == 0 and time.monotonic() < end:
@@ -80,6 +102,7 @@ def test_a_run_that_is_killed_leaves_a_valid_file_and_the_next_goes_on(tmp_path,
     time.sleep(random.Random(how).uniform(0.2, 2.0))
     run.send_signal(how)
     run.communicate(timeout=30)
+    assert run.returncode == (-how if how == signal.SIGKILL else worker.CUT)
     written = results.load(only_file(tmp_path))
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

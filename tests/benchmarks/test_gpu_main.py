@@ -54,9 +54,6 @@ class StandIn:
         its = [row for row in rows if row["kind"] == "piece" and row["stage"] == self.NAME]
         return [f"piece {row['piece']} of {self.NAME} is wrong" for row in its if row["wrong"]]
 
-    def forbids_timing(self, rows):
-        return bool(self.failures(rows))
-
     def unfinished(self, setup, writer):
         return 3 - len(writer.find(kind="piece", stage=self.NAME))
 
@@ -86,7 +83,6 @@ def path(stages, monkeypatch, tmp_path, machine, ceilings):
 
 def in_this_process(command, mark, end):
     """What another process would do."""
-    mark.unlink(missing_ok=True)
     code = worker.main(command[command.index("benchmarks.gpu.worker") + 1 :])
     return watch.Ended(code, watch.read(mark))
 
@@ -129,13 +125,58 @@ def test_a_run_of_some_stages_is_finished_by_the_others(stages, path, capsys):
     assert [stages[name].did for name in stage.NAMES[1:]] == [[0, 1, 2]] * 8 + [[]]
 
 
-def test_stages_have_their_share_of_the_time_and_one_alone_has_all_it_needs(stages, path):
+def test_what_a_stage_does_not_need_is_the_next_ones_and_one_alone_has_all_it_needs(stages, path):
     start = time.monotonic()
-    driver.main(["--dry-run"])
-    (setup,) = stages["race"].setups
-    assert start + 60 <= setup.deadline <= time.monotonic() + 60
+    driver.main(["--dry-run"], start=start)
+    end, later = start + driver.SECONDS - driver._CLOSING_S, 0.0
+    for name in reversed(stage.DEFAULT[1:]):  # each has its share and all that those before it have left
+        (setup,) = stages[name].setups
+        assert setup.deadline == pytest.approx(end - later)
+        later += stages[name].SECONDS
     driver.main(["--dry-run", "--stages", "models", "--fresh"])
     assert stages["models"].setups[-1].deadline == math.inf
+
+
+def test_no_time_is_kept_for_tuning(stages, path):
+    start = time.monotonic()
+    driver.main(["--dry-run", "--stages", "race,tune"], start=start)
+    deadlines = {stages[name].setups[0].deadline for name in ("race", "tune")}
+    assert deadlines == {start + driver.SECONDS - driver._CLOSING_S}
+
+
+def test_a_stage_that_hangs_again_and_again_has_its_share_but_once(stages, path, monkeypatch):
+    """And no stage before it begins anew."""
+    hung, processes = [], []
+
+    def hangs(command, mark, end):
+        processes.append(command[command.index("--stages") + 1].split(",")[0])
+        ended = in_this_process(command, mark, end)
+        if len(processes) > 3:
+            return ended
+        hung.append(stages["race"].setups[-1].deadline)
+        return watch.Ended(-9, watch.Mark(str(path), "race", f"piece {len(processes)}"), "hung")
+
+    monkeypatch.setattr(watch, "watch", hangs)
+    stages["models"].unfinished = lambda setup, writer: int(len(processes) <= 3)  # the run is not finished before
+    assert driver.main(["--dry-run"]) == 1
+    assert processes == ["environment", "race", "race", "race"]
+    assert len(hung) == 3
+    assert hung == pytest.approx([hung[0]] * 3)
+
+
+def test_what_a_stage_had_no_time_for_is_done_while_the_others_leave_some(stages, path, monkeypatch, capsys):
+    run = stages["race"].run
+
+    def first_time_late(setup, writer):
+        return run(setup._replace(deadline=0.0 if not stages["race"].setups else setup.deadline), writer)
+
+    monkeypatch.setattr(stages["race"], "run", first_time_late)
+    assert driver.main(["--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "Going on in a new process: race." in told
+    assert "Unfinished" not in told
+    assert stages["race"].did == [0, 1, 2]
+    assert [row["stage"] for row in rows(path, "stage")] == [n for n in stage.DEFAULT for _ in "be"] + ["race"] * 2
 
 
 def test_no_share_goes_beyond_the_whole(stages, path):
@@ -148,17 +189,17 @@ def test_what_a_stage_had_no_time_for_is_told_and_done_by_the_next_run(stages, p
     seconds = itertools.accumulate(itertools.repeat(1e-3))  # at each look at the clock
     late = 0.0
 
-    def piece_of_a_minute(piece):
+    def takes_all_the_time(piece):
         nonlocal late
-        late += stages["race"].SECONDS
+        late += driver.SECONDS
 
     for module in (driver, worker, stage):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: late + next(seconds)))
-    stages["race"].before = piece_of_a_minute
+    stages["race"].before = takes_all_the_time
     assert driver.main(["--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "; 2 pieces of work are unfinished" in told
-    assert "Nothing failed. Unfinished: 2 pieces of race: run" in told
+    assert "Nothing failed. Unfinished: 2 pieces of race, 3 pieces of outputs, " in told
     stages["race"].before = lambda piece: None
     assert driver.main(["--dry-run"]) == 0
     assert "Unfinished" not in capsys.readouterr().out
@@ -303,7 +344,7 @@ def breaking(path, stages, monkeypatch):
 def test_after_a_kernel_that_loses_the_gpu_a_new_process_goes_on_unless_it_comes_no_further(path, stages, breaking):
     """The stand-in writes no row of the piece that does it, so the second process breaks on it too, and is the last."""
     assert driver.main(["--dry-run", "--fresh"]) == 1
-    assert breaking == [list(stage.DEFAULT)] * 2
+    assert breaking == [list(stage.DEFAULT), list(stage.DEFAULT[3:])]
     assert stages["race"].did == [0]
     assert stages["outputs"].did == []
     assert rows(path, "stage")[-1]["error"] == "RuntimeError: an illegal memory access was encountered"
@@ -323,6 +364,7 @@ def test_where_tuning_has_changed_the_tiles_no_new_process_is_started(path, stag
     [
         (-9, "N=261", "hung", "hung, and its process was ended", ["race", "models"]),
         (-9, None, "hung", "hung, and its process was ended", ["models"]),
+        (worker.AGAIN, None, "by itself", None, ["race", "models"]),
         (-11, "N=261", "by itself", "died with status -11", ["race", "models"]),
         (1, None, "by itself", "died with status 1", ["models"]),
         (-9, "N=261", "time", None, []),
@@ -334,7 +376,7 @@ def test_how_a_process_ended_decides_what_follows(path, code, piece, why, blamed
     assert driver.main(["--dry-run", "--stages", "race"]) == 0
     before = results.load(path)
     ended = watch.Ended(code, watch.Mark(str(path), "race", piece), why)
-    assert driver._rest(ended, ["race", "models"], path) == follow
+    assert driver._rest(ended, ["accuracy", "race", "models"], path) == follow
     added = results.load(path)[len(before) :]
     assert [row.get("reason") or row.get("error") for row in added] == ([blamed] if blamed else [])
     assert [row["kind"] for row in added] == ([] if blamed is None else ["stage"] if piece is None else ["broken"])
@@ -352,18 +394,63 @@ def test_what_hung_as_time_ran_out_is_a_row_too(path, stages, monkeypatch, capsy
     assert "race, N=261: hung" in capsys.readouterr().err
 
 
-def test_a_process_that_dies_before_it_writes_is_no_traceback(path, monkeypatch, capsys, tmp_path):
-    nothing = watch.Ended(-9, watch.Mark(str(tmp_path / "nothing.json")))
-    monkeypatch.setattr(watch, "watch", lambda *_: nothing)
-    assert driver.main(["--dry-run"]) == 2
-    assert "cannot read" in capsys.readouterr().err
+@pytest.mark.parametrize("why", ["by itself", "hung", "time"])
+def test_a_process_that_ends_before_it_has_a_file_is_a_row_of_one(path, monkeypatch, capsys, tmp_path, why):
+    monkeypatch.setattr(watch, "watch", lambda command, mark, end: watch.Ended(-9, watch.read(mark), why))
+    assert driver.main(["--dry-run", "--results", str(tmp_path / "there")]) == 1
+    (file,) = (tmp_path / "there").glob("*.json")
+    (row,) = results.load(file)
+    assert (row["kind"], row["piece"], row["machine"]["device"]) == ("broken", "importing torch", "unknown GPU")
+    how = "died with status -9" if why == "by itself" else "hung, and its process was ended"
+    assert f"process, importing torch: {how}" in capsys.readouterr().err
+    assert how in file.with_suffix(".md").read_text()
+    assert "DRY RUN" not in file.with_suffix(".md").read_text()
 
 
-def test_where_the_smoke_test_fails_nothing_is_timed(stages, path, capsys):
-    stages["smoke"].wrong = (1,)
+def test_a_later_process_that_does_not_come_to_begin_is_a_row_too(stages, path, monkeypatch):
+    def second_dies(command, mark, end):
+        if "--file" in command:
+            return watch.Ended(-9, watch.read(mark))
+        in_this_process(command, mark, end)
+        return watch.Ended(-9, watch.Mark(str(path), "race", "N=261"), "hung")
+
+    monkeypatch.setattr(watch, "watch", second_dies)
     assert driver.main(["--dry-run"]) == 1
-    assert [name for name, s in stages.items() if getattr(s, "did", None)] == ["smoke", "accuracy"]
-    assert "race: left out, as the smoke test is wrong" in capsys.readouterr().out
+    assert [(row["stage"], row["piece"]) for row in rows(path, "broken")] == [
+        ("race", "N=261"),
+        ("process", "importing torch"),
+    ]
+
+
+def test_a_file_that_was_brought_along_is_gone_on_with_whatever_its_date(stages, path, tmp_path, capsys):
+    assert driver.main(["--dry-run", "--stages", "race"]) == 0
+    there = tmp_path / "there" / "dry-run-of-yesterday.json"
+    there.parent.mkdir()
+    path.rename(there)
+    (there.parent / "another.json").write_text("not of ours")
+    assert driver.main(["--dry-run", "--stages", "race,models", "--results", str(there.parent)]) == 0
+    assert "dry-run-of-yesterday.json, from row" in capsys.readouterr().out
+    assert stages["race"].did == stages["models"].did == [0, 1, 2]
+    assert len(rows(there, "piece")) == 6
+    assert driver.main(["--dry-run", "--stages", "race", "--fresh", "--results", str(there.parent)]) == 0
+    assert stages["race"].did == [0, 1, 2] * 2
+
+
+@pytest.mark.parametrize("content", [b"no archive", None], ids=["broken", "unreadable"])
+def test_kernels_that_cannot_be_taken_are_named_and_compiled_here(stages, path, tmp_path, capsys, monkeypatch, content):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    file = tmp_path / "a.tar.xz"
+    file.write_bytes(content or b"")
+    if content is None:
+        monkeypatch.setattr(
+            environment.archive, "read", lambda file: (_ for _ in ()).throw(PermissionError("not yours"))
+        )
+    assert driver.main(["--dry-run", "--cache", str(file)]) == 1
+    (row,) = rows(path, "broken")
+    assert (row["stage"], row["piece"]) == ("environment", "kernels of a.tar.xz")
+    assert f"environment, kernels of a.tar.xz: {row['reason']}" in capsys.readouterr().err
+    assert stages["models"].did == [0, 1, 2]
+    assert rows(path, "environment")
 
 
 def test_the_results_go_where_they_are_asked_for(stages, path, tmp_path):
@@ -380,6 +467,19 @@ def test_an_interpreter_that_cannot_run_here_is_one_sentence(monkeypatch, triton
     versions = {"triton": triton, "numpy": numpy}
     monkeypatch.setattr(driver.importlib.metadata, "version", versions.__getitem__)
     assert ("pip install 'numpy<2.5'" in (driver._interpreter_fault() or "")) is told
+
+
+def test_its_time_counts_from_before_torch_is_imported():
+    code = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        assert name != "torch" or "benchmarks.gpu.began" in sys.modules
+sys.meta_path.insert(0, Finder())
+import benchmarks.gpu.__main__
+assert "torch" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_every_stage_is_there_and_a_default_run_fits_into_nine_minutes():

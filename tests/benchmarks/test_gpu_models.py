@@ -58,6 +58,15 @@ def wrong(change_backends):
     change_backends("sdpa", forward=slightly_wrong)
 
 
+def test_a_kernel_that_the_smoke_test_found_wrong_is_in_no_model(writer, only, monkeypatch):
+    only(FORWARD)
+    monkeypatch.setattr(models.smoke, "against", lambda backend, *_, **__: "is wrong" if backend == "triton" else None)
+    rows = by_attention(models.run(DRY, writer))
+    assert rows["vitreg: triton"]["reason"] == "is wrong"
+    assert rows["vitreg: default"]["reason"] is None
+    assert models.failures(list(rows.values())) == []
+
+
 def by_attention(rows):
     return {row["attention"]: row for row in rows}
 

@@ -106,9 +106,9 @@ def test_the_full_size_takes_the_lengths_of_the_goals_and_goes_on_after_a_cut(wr
     (tiny,) = outputs._cases(DRY)
     cost = outputs.cost
 
-    def quick(case, setup):
+    def quick(case, setup, writer):
         costed.append(case.tokens)
-        return [row | {"tokens": case.tokens, "dtype": "bf16"} for row in cost(tiny, DRY)]
+        return [row | {"tokens": case.tokens, "dtype": "bf16"} for row in cost(tiny, DRY, writer)]
 
     monkeypatch.setattr(outputs, "cost", quick)
     clock = itertools.count()
@@ -119,6 +119,14 @@ def test_the_full_size_takes_the_lengths_of_the_goals_and_goes_on_after_a_cut(wr
     list(outputs.run(whole, writer))
     assert costed == [261, 201, 1029]
     assert outputs.unfinished(whole, writer) == 0
+
+
+def test_a_kernel_that_the_smoke_test_found_wrong_is_not_asked(writer, monkeypatch):
+    monkeypatch.setattr(outputs.smoke, "against", lambda backend, *_, **__: f"{backend} is wrong")
+    rows = list(outputs.run(DRY, writer))
+    reasons = {(row["backend"], row["reason"]) for row in rows}
+    assert reasons == {("sdpa", None), *((name, f"{name} is wrong") for name in outputs._KERNELS)}
+    assert outputs.failures(rows) == []
 
 
 def test_a_lost_gpu_ends_the_stage(writer, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.contest import inputs_of, job
-from benchmarks.gpu import archive, pack, smoke, stub, worker
+from benchmarks.gpu import archive, pack, smoke, stub
 from benchmarks.gpu.stage import NAMES, Setup, load
 from benchmarks.peers import attempt
 from benchmarks.shapes import Case
@@ -64,7 +64,7 @@ def test_what_is_packed_is_found_by_a_launch_in_another_folder(folder, tmp_path,
 
     there = tmp_path / "elsewhere"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(there))
-    worker._take(file, ARCH)
+    archive.take(file, ARCH, machine.sources())
     assert "1 kernels and" in capsys.readouterr().out
     assert all(kernel.cached for kernel in kernels)
     (kernel,) = kernels
@@ -113,14 +113,14 @@ def test_an_archive_for_elsewhere_is_refused_by_name(tmp_path, monkeypatch, fiel
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     archive.write(tmp_path / "a.tar.xz", tmp_path, manifest(**{field: "another"}))
     with pytest.raises(ValueError, match=f"does not fit: it was made for {field} another, and here is {field} "):
-        worker._take(tmp_path / "a.tar.xz", ARCH)
+        archive.take(tmp_path / "a.tar.xz", ARCH, machine.sources())
     assert not (tmp_path / "cache").exists()
 
 
 def test_an_archive_of_other_sources_or_with_gaps_is_taken_and_said_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     archive.write(tmp_path / "a.tar.xz", tmp_path, manifest(sources="fedcba9876543210", missing=7))
-    worker._take(tmp_path / "a.tar.xz", ARCH)
+    archive.take(tmp_path / "a.tar.xz", ARCH, machine.sources())
     told = capsys.readouterr().out
     assert "it was made from other sources" in told
     assert "7 kernels are compiled here" in told

@@ -293,6 +293,23 @@ for case in race._cases(setup):
     assert done.stdout.splitlines() == [f"{layout} None True 4" for layout in LAYOUTS], done.stderr
 
 
+@pytest.mark.parametrize("long_crop", [False, True])
+def test_a_kernel_that_the_smoke_test_found_wrong_is_left_out_where_it_was(only, writer, monkeypatch, long_crop):
+    only(("vitreg:triton", lambda x: x), ("vitreg:sdpa", lambda x: x), ("other:right", lambda x: x))
+
+    def against(backend, tokens, *, backward, setup, writer):
+        return "is wrong" if backward and tokens == (22 if long_crop else 9) else None
+
+    monkeypatch.setattr(race.smoke, "against", against)
+    left_out = [row for row in race.run(DRY, writer) if row["reason"] is not None]
+    assert {(row["variant"], row["reason"], row["failed"]) for row in left_out} == {
+        ("vitreg:triton", "is wrong", False)
+    }
+    layouts = LAYOUTS if long_crop else ("multicrop",)
+    assert {(row["layout"], row["mode"]) for row in left_out} == set(itertools.product(layouts, MODES[1:]))
+    assert race.failures(writer.rows) == []
+
+
 def test_a_refusal_is_no_failure(only, writer):
     only(("vitreg:knows", crash), refuses=lambda *inputs: "runs on the moon only")
     rows = list(race.run(DRY, writer))

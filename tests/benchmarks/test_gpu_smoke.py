@@ -52,25 +52,32 @@ def kernel(change_backends):
     return kernel
 
 
+def against(writer, tokens=22, backend="triton", **changes):
+    """What is said of a training step and of a forward."""
+    setup = DRY._replace(**changes)
+    said = [smoke.against(backend, tokens, backward=backward, setup=setup, writer=writer) for backward in (True, False)]
+    return tuple(map(bool, said))
+
+
 def test_a_right_kernel_passes_and_may_be_timed(writer, kernel):
     kernel()
     rows = list(smoke.run(DRY, writer))
     assert [row["kind"] for row in rows] == ["smoke", "memcheck"]
     assert rows[0]["errors"].keys() == {"output", "grad_query", "grad_key", "grad_value"}
     assert smoke.failures(rows) == []
-    assert not smoke.forbids_timing(rows)
+    assert against(writer) == (False, False)
     assert smoke.unfinished(DRY, writer) == 0
     assert list(smoke.run(DRY, writer)) == []
 
 
 @pytest.mark.parametrize("wrong", [{"output": lambda x: 1.01 * x}, {"gradient": lambda x: 1.01 * x}], ids=str)
-def test_a_wrong_kernel_is_named_and_forbids_timing(writer, kernel, wrong):
+def test_a_wrong_kernel_is_named_and_is_not_to_be_timed(writer, kernel, wrong):
     kernel(**wrong)
-    rows = list(smoke.run(DRY, writer))
-    told = smoke.failures(rows)
+    told = smoke.failures(list(smoke.run(DRY, writer)))
     assert len(told) == (1 if "output" in wrong else 3)
     assert all(sentence.startswith("triton at N = 22, 2 heads in fp32: ") for sentence in told)
-    assert smoke.forbids_timing(rows)
+    assert against(writer) == (True, "output" in wrong)
+    assert against(writer, backend="another") == (False, False)
 
 
 def test_a_kernel_that_breaks_is_named(writer, kernel):
@@ -80,14 +87,23 @@ def test_a_kernel_that_breaks_is_named(writer, kernel):
     kernel(output=fault)
     rows = list(smoke.run(DRY, writer))
     assert smoke.failures(rows) == ["triton at N = 22, 2 heads in fp32: IndexError: out of its bounds"]
-    assert smoke.forbids_timing(rows)
+    assert against(writer) == (True, True)
 
 
-def test_a_kernel_that_hung_forbids_timing_and_a_memory_checker_that_did_does_not(writer):
+@pytest.mark.parametrize(("wrong", "lengths"), [(54, {54}), (261, {69, 201, 261}), (1029, {300, 1029, 1374})])
+def test_what_is_wrong_at_a_length_says_nothing_of_other_kernels(writer, wrong, lengths):
+    for case in smoke._cases(DRY._replace(dry=False)):
+        if case.tokens == wrong:
+            writer.extend([pieces.row("smoke", smoke._named(case), "hung")])
+    of_all = (54, 69, 201, 261, 300, 1029, 1374)
+    assert {tokens for tokens in of_all if any(against(writer, tokens, dry=False))} == lengths
+
+
+def test_a_kernel_that_hung_is_not_timed_and_a_memory_checker_that_did_forbids_nothing(writer):
     (case,) = smoke._cases(DRY)
     for piece, forbids in ((memcheck.NAME, False), (smoke._named(case), True)):
         writer.extend([pieces.row("smoke", piece, "hung")])
-        assert smoke.forbids_timing(writer.rows) is forbids
+        assert against(writer) == (forbids, forbids)
     assert smoke.unfinished(DRY, writer) == 0
 
 

@@ -21,11 +21,11 @@ from benchmarks.machine import ROOT
 # As a worker begins: told where its marks go, it leaves one, and tells of a process that it has started itself.
 _BEGIN = """
 import pathlib, signal, subprocess, sys, time
-from benchmarks.gpu import watch
-watch.end_with_watcher()
 path = pathlib.Path(sys.argv[1])
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 path.with_suffix(".child").write_text(str(child.pid))
+from benchmarks.gpu import watch  # and torch with it, which takes seconds
+watch.end_with_watcher()
 def mark(piece, seconds):
     watch.Mark("run.json", "race", piece, time.monotonic() + seconds).write(path)
 """
@@ -38,7 +38,10 @@ time.sleep(60)
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    return tmp_path / "mark.json"
+    """Of the marks; the first is of whoever watches."""
+    path = tmp_path / "mark.json"
+    Mark(None, None, "importing torch").write(path)
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +61,7 @@ def gone(path: Path) -> bool:
 
 
 def soon(holds: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not holds() and time.monotonic() < end:
         time.sleep(0.05)
     return holds()
@@ -100,8 +103,15 @@ def test_one_that_dies_is_known_by_its_signal(path):
 
 
 def test_one_that_never_came_to_say_what_it_does(path):
-    Mark("of another run").write(path)
-    assert watch.watch([sys.executable, "-c", "raise SystemExit(2)"], path, math.inf) == (2, None, "by itself")
+    first = watch.read(path)
+    assert watch.watch([sys.executable, "-c", "raise SystemExit(2)"], path, math.inf) == (2, first, "by itself")
+
+
+def test_one_that_hangs_before_it_comes_to_say_what_it_does(path):
+    first = Mark(None, None, "importing torch", time.monotonic() + 0.5)
+    first.write(path)
+    ended = watch.watch([sys.executable, "-c", "import time; time.sleep(60)"], path, math.inf)
+    assert (ended.why, ended.mark) == ("hung", first)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -113,7 +123,7 @@ watch._GRACE_S = 0.3
 watch.watch({program(_HANG.replace("0.5", "60"), path)!r}, pathlib.Path({str(path)!r}), float("inf"))
 """
     process = subprocess.Popen([sys.executable, "-c", watching], cwd=ROOT, stderr=subprocess.DEVNULL)
-    assert soon(path.exists)
+    assert soon(lambda: watch.read(path).stage is not None)
     os.kill(process.pid, how)
     process.wait(10)
     assert gone(path)

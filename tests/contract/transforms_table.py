@@ -33,10 +33,11 @@ quoted. `python tests/contract/transforms_table.py` tries everything on a CPU an
 again. `triton` is tried in Triton's interpreter, which no tracer may look into, so cells of tracers are empty there.
 `xformers` and `flash_attn`, which torch.compile cannot trace, need a GPU and were not tried. Every other backend
 compiles with `fullgraph=True` and gradients. Of torch's kernels by name, `sdpa_math` does as `reference` and the others
-do as `sdpa`, but exported and traced programs keep none of them. What tracers do of packed attention is told at
+do as `sdpa`, but none is written to ONNX, and `torch.jit.trace` keeps only `sdpa_flash` and `sdpa_math`. A graph keeps
+the kernel that was the default when it was made. What tracers do of packed attention is told at
 `register_attention`. A call that names no backend takes one that can be traced (`explain` says which). That a second
-derivative will be asked for nobody knows when the call is made: where the default is `sdpa`, whose fused kernels have
-none, name `reference`.
+derivative will be asked for nobody knows when the call is made: where the default is `sdpa` or one of torch's kernels,
+which have none but for the formula, name `reference`.
 
 The first derivative is a kernel's own. A second derivative and a forward-mode one are those of the formula, plain torch
 code, which holds N x N numbers where attention is concerned. `vmap` folds the mapped dimension into the batch, or into

@@ -7,6 +7,8 @@ import torch
 from harness import call, check, packed_bounds, random_rope
 from torch import Tensor
 
+from vitreg_kernels.measure.cases.attention import MASSIVE_QUERY_AND_KEY
+
 # Around every boundary of the tiling: one token, one tile, one token more; prefixes that get a tile of their own
 # (64, 128 and 256 patches) and that do not; the lengths of ViTs.
 LENGTHS = [
@@ -148,7 +150,7 @@ def test_packing_with_a_loose_bound_on_the_length() -> None:
     check(call(40, 1, cu_seqlens=packed_bounds((7, 30, 3)), max_seqlen=200))
 
 
-@pytest.mark.parametrize("massive", ["query", "key", "value"])
+@pytest.mark.parametrize("massive", ["query", "key", "value", "query and key"])
 def test_massive_activations(massive: str) -> None:
     """One token of norm 500 among tokens of norm 20; four heads, lest the eager formula's error be small by luck."""
     inputs = call(69, 5, 64, torch.float16, heads=4)
@@ -157,6 +159,8 @@ def test_massive_activations(massive: str) -> None:
         x.copy_(x.float() / x.float().norm(dim=-1, keepdim=True) * 20)
         if name == massive:
             x[:, :, 30] *= 25
+    if massive == "query and key":
+        inputs.query[:, :, 30], inputs.key[:, :, 30] = MASSIVE_QUERY_AND_KEY
     check(inputs)
 
 

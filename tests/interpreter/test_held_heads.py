@@ -6,6 +6,7 @@ import pytest
 import torch
 from harness import call, check, guarded_like, packed_bounds, random_rope, run
 
+from vitreg_kernels.measure.cases.attention import MASSIVE_QUERY_AND_KEY
 from vitreg_kernels.ops.attention.backends import triton as backend
 from vitreg_kernels.ops.attention.backends.triton import tiles as tuning
 from vitreg_kernels.ops.attention.backends.triton.plan import ForwardBuffers, launch_plan
@@ -161,7 +162,7 @@ def test_an_empty_image_in_a_pack(lengths: tuple[int, ...]) -> None:
         assert torch.equal(result, full[name]), name
 
 
-@pytest.mark.parametrize("massive", ["query", "key", "value"])
+@pytest.mark.parametrize("massive", ["query", "key", "value", "query and key"])
 @pytest.mark.parametrize("token", [2, 30])
 def test_massive_activations(massive: str, token: int) -> None:
     """One token of norm 500 among tokens of norm 20, among the few or not."""
@@ -171,6 +172,8 @@ def test_massive_activations(massive: str, token: int) -> None:
         x.copy_(x.float() / x.float().norm(dim=-1, keepdim=True) * 20)
         if name == massive:
             x[:, :, token] *= 25
+    if massive == "query and key":
+        inputs.query[:, :, token], inputs.key[:, :, token] = MASSIVE_QUERY_AND_KEY
     check(inputs, arch=ARCH)
 
 

@@ -171,6 +171,15 @@ class TestCalibration:
         with pytest.raises(ZeroDivisionError):
             register_attention(*[torch.randn(SHAPE)] * 3)
 
+    def test_torchs_kernels_take_part_one_by_one(self, cache, takes, change_backends):
+        for name in ("sdpa_flash", "sdpa_math"):
+            change_backends(name, faults=list)
+        takes(sdpa=3.0, sdpa_flash=2.0, sdpa_math=5.0)
+        outcome = calibrate([SHAPE]).outcomes[2]
+        assert set(outcome.times_ms) == {"sdpa", "sdpa_flash", "sdpa_math"}
+        assert (outcome.before, outcome.backend, outcome.decided) == ("sdpa", "sdpa_flash", True)
+        assert self.chosen() == self.chosen(gradients=True) == "sdpa_flash"
+
     def test_nothing_is_written_where_nobody_leads(self, cache, takes, change_backends, monkeypatch):
         self.compete(change_backends, takes, monkeypatch, sdpa=50.0, reference=50.0)
         outcome = calibrate([SHAPE]).outcomes[2]

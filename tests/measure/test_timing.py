@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import results
 from vitreg_kernels.measure import timing
 from vitreg_kernels.measure.timing import MIN_SAMPLES, Variant
 
@@ -82,7 +83,7 @@ class Gpu:
     """Stands in for torch.cuda: a GPU of 1 GHz on which every call takes a millisecond; ``log`` has what it is told."""
 
     def __init__(self, monkeypatch, clock):
-        self.log, self._now, self._clock = [], 0.0, clock
+        self.log, self._now, self.slept, self._clock = [], 0.0, 0.0, clock
         monkeypatch.setattr(torch.cuda, "Event", self.event)
         monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.log.append("synchronize"))
@@ -101,12 +102,17 @@ class Gpu:
 
     def sleep(self, cycles):
         self.log.append("sleep")
+        self.slept = self._now
         self._now += cycles / 1e6
 
     def call(self, host_ms=0.01):
         self.log.append("call")
         self._now += 1.0
         self._clock.sleep(host_ms / 1e3)
+
+    def wait(self, began):
+        """What a call that synchronises adds: the host goes on once all is done that was told since ``began``."""
+        self._clock.sleep((self._now - began) / 1e3)
 
 
 @pytest.fixture
@@ -139,6 +145,20 @@ def test_a_call_that_keeps_the_host_is_timed_again_behind_a_longer_sleep(gpu, ho
     assert gpu.log.count("call") == 1
 
 
+def test_a_call_that_waits_for_the_gpu_is_known_and_gets_no_longer_sleeps(gpu):
+    def call(_):
+        asleep = gpu.slept
+        gpu.call()
+        gpu.wait(asleep)
+
+    timings = timing.interleave({"a": Variant(call)}, [None], device=torch.device("cuda"), budget_s=0.0)
+    assert gpu.log.count("call") <= 1 + MIN_SAMPLES + timing._WAITS_AFTER
+    assert timings["a"].waits
+    assert timings["a"].median_ms == pytest.approx(1.0)
+    assert results.timed(timings["a"])["waits"]
+    assert "waits" not in results.timed(timings["a"]._replace(waits=False))
+
+
 def test_the_time_of_the_host_is_part_of_a_timing_on_a_gpu(gpu):
     variants = {"a": Variant(lambda _: gpu.call(5.0))}
     timings = timing.interleave(variants, [None], device=torch.device("cuda"), budget_s=0.0)
@@ -147,7 +167,7 @@ def test_the_time_of_the_host_is_part_of_a_timing_on_a_gpu(gpu):
 
 
 def test_summary():
-    assert timing.summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0, 1.0, 6, None)
+    assert timing.summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0, 1.0, 6, None, False)
 
 
 @pytest.mark.parametrize("nbytes", [1000, 2**20 + 4, 2**23])

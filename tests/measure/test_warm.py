@@ -8,6 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -105,7 +106,7 @@ def compiling(monkeypatch):
     told = SimpleNamespace(compile=lambda name: True, began=[], ended=[])
 
     @contextmanager
-    def processes():
+    def processes(deadline):
         pool = ThreadPoolExecutor(1)
         try:
             yield pool
@@ -180,6 +181,22 @@ def test_nothing_is_waited_for_after_the_deadline(compiling):
         judged.set()
     assert warm.compile_ahead([of("d")], GPU, deadline=deadline) == (0, 0, 0, 0.0)
     assert "d" not in compiling.began
+
+
+def test_what_is_still_being_compiled_at_the_deadline_is_ended():
+    start = time.monotonic()
+    with warm.processes(start + 1.0) as pool:
+        jobs = [pool.submit(time.sleep, 60) for _ in range(3)]
+    assert time.monotonic() - start < 30
+    assert all(job.cancelled() or isinstance(job.exception(10), BrokenProcessPool) for job in jobs)
+
+
+def test_without_a_deadline_what_has_begun_is_waited_for():
+    with warm.processes() as pool:
+        job = pool.submit(time.sleep, 0.5)
+        while not job.running():
+            time.sleep(0.01)
+    assert job.result(0) is None
 
 
 class Kernel:

@@ -5,7 +5,7 @@ or measuring (``measure``), whose results become rows of the tables and of the u
 """
 
 from .request import ANY_CAPABILITY, ANY_SIZE, Request, Requirements, Workload
-from .rules import Backend, Explanation, eligible, explain, find, read_calibration, select, unmet
+from .rules import Backend, Explanation, eligible, explain, find, instead_of, read_calibration, select, unmet
 
 __all__ = [
     "ANY_CAPABILITY",
@@ -18,6 +18,7 @@ __all__ = [
     "eligible",
     "explain",
     "find",
+    "instead_of",
     "read_calibration",
     "select",
     "unmet",

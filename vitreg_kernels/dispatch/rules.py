@@ -27,6 +27,10 @@ def _no_objection(request: Request) -> list[str]:
     return []
 
 
+def _not_switched_off() -> str:
+    return ""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Backend:
     """One way to compute an op.
@@ -42,6 +46,8 @@ class Backend:
             where a table names it, ``"never"`` not at all.
         faults: why it cannot run in this process at all; empty if it can. Does not change within a process.
         refuses: what it has against a request beyond its requirements; empty if nothing.
+        switched_off: why the user's own settings leave it to calls that name it; empty if they do not. May change at
+            any time.
     """
 
     name: str
@@ -52,6 +58,7 @@ class Backend:
     default: Literal["yes", "if measured", "never"] = "yes"
     faults: Callable[[], list[str]] = _no_faults
     refuses: Callable[[Request], list[str]] = _no_objection
+    switched_off: Callable[[], str] = _not_switched_off
 
     def reasons_against(self, request: Request) -> list[str]:
         """Why this backend cannot serve the call, as sentences; empty if it can."""
@@ -106,7 +113,7 @@ def select(backends: tuple[Backend, ...], request: Request, name: str | None) ->
     """The named backend, or the preferred one of those that can serve the call.
 
     Preferred is what a table names (``preferences.measured``: the user's before the shipped one), or else the first in
-    order that may be a default without having been measured.
+    order that may be a default without having been measured. One that the user switched off is taken by its name alone.
 
     Raises:
         ValueError: if no backend has that name.
@@ -114,7 +121,17 @@ def select(backends: tuple[Backend, ...], request: Request, name: str | None) ->
     """
     # Reasons and tables never change within a process, so calls alike cost one look-up. The compiler traces through
     # the choice, and could not trace a cache.
-    return (_select if torch.compiler.is_compiling() else select_cached)(backends, request, name)
+    taken = (_select if torch.compiler.is_compiling() else select_cached)(backends, request, name)
+    return instead_of(taken, backends, request) if name is None and taken.switched_off() else taken
+
+
+def instead_of(backend: Backend, backends: tuple[Backend, ...], request: Request) -> Backend:
+    """What a call that names no backend takes where the one that it would take is not to be had.
+
+    Raises:
+        UnsupportedError: if every other backend cannot serve the call.
+    """
+    return select(tuple(b for b in backends if b is not backend), request, None)
 
 
 def _select(backends: tuple[Backend, ...], request: Request, name: str | None) -> Backend:
@@ -206,6 +223,8 @@ def _reasons_against(
         return [f"{name} was named"]
     if _only_if_named(backend, request):
         return [_not_by_default(backend, request)]
+    if said := backend.switched_off():
+        return [said]
     if said := preferences.wrong(request).get(backend.name):
         return [f"was wrong on this machine by your calibration: {said}"]
     if row is not None and row.backend == taken:

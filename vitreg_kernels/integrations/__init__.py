@@ -4,6 +4,7 @@ their attention by this library's kernels.
 Not here: modules of our own (``nn``), or statistics of what passes (``monitor``).
 """
 
+from .attention.transformers import register_transformers
 from .library import ResidualStream
 from .load import load_vit
 from .patching import Captured, PatchReport, capture, patch, patched, unpatch
@@ -17,6 +18,7 @@ __all__ = [
     "load_vit",
     "patch",
     "patched",
+    "register_transformers",
     "residual_stream",
     "unpatch",
 ]

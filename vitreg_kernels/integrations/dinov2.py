@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
+from .attention import dinov2 as attention
 from .library import Converted, Library, ResidualStream
 from .modules import derives_from, named
 from .state_dict import PATCH_EMBED, backbone, converted, renamed
@@ -47,9 +48,18 @@ def convert(weights: Mapping[str, Tensor]) -> Converted | None:
     )
 
 
+def prefix_tokens(model: nn.Module) -> int | None:
+    """The prefix of a ``DinoVisionTransformer``: a CLS token and the registers; None of anything else."""
+    return 1 + model.num_register_tokens if _is_ours(model) else None
+
+
+def _is_ours(model: nn.Module) -> bool:
+    return derives_from(model, None, "DinoVisionTransformer") and hasattr(model, "num_register_tokens")
+
+
 def residual_stream(model: nn.Module) -> ResidualStream | None:
     """The blocks of a ``DinoVisionTransformer``, taken out of their chunks; None of anything else."""
-    if not (derives_from(model, None, "DinoVisionTransformer") and hasattr(model, "num_register_tokens")):
+    if not _is_ours(model):
         return None
     layers = named("blocks", model.blocks)
     if model.chunked_blocks:
@@ -63,4 +73,4 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     return ResidualStream(layers, TokenLayout(num_registers=model.num_register_tokens))
 
 
-LIBRARY = Library("dinov2", residual_stream, convert)
+LIBRARY = Library("dinov2", residual_stream, convert, attention=attention.KINDS, prefix_tokens=prefix_tokens)

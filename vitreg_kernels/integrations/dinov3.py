@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
+from .attention import dinov3 as attention
 from .library import Converted, Library, ResidualStream
 from .modules import derives_from, named
 from .state_dict import PATCH_EMBED, backbone, converted, renamed
@@ -68,14 +69,23 @@ def _base_of(periods: Tensor) -> float:
     return base
 
 
+def prefix_tokens(model: nn.Module) -> int | None:
+    """The prefix of a ``DinoVisionTransformer``: a CLS token and the registers; None of anything else."""
+    return 1 + model.n_storage_tokens if _is_ours(model) else None
+
+
+def _is_ours(model: nn.Module) -> bool:
+    return derives_from(model, None, "DinoVisionTransformer") and hasattr(model, "n_storage_tokens")
+
+
 def residual_stream(model: nn.Module) -> ResidualStream | None:
     """The blocks of a ``DinoVisionTransformer``; None of anything else.
 
     These take and give lists, one tensor for each size of crop.
     """
-    if not (derives_from(model, None, "DinoVisionTransformer") and hasattr(model, "n_storage_tokens")):
+    if not _is_ours(model):
         return None
     return ResidualStream(named("blocks", model.blocks), TokenLayout(num_registers=model.n_storage_tokens))
 
 
-LIBRARY = Library("dinov3", residual_stream, convert)
+LIBRARY = Library("dinov3", residual_stream, convert, attention=attention.KINDS, prefix_tokens=prefix_tokens)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..nn.hooks import untouched
+
 
 def derives_from(model: nn.Module, package: str | None, *names: str) -> bool:
     """Whether a model's class, or one it derives from, has one of the names, and is of the package if one is given.
@@ -18,3 +20,8 @@ def derives_from(model: nn.Module, package: str | None, *names: str) -> bool:
 def named(path: str, modules: nn.Module) -> list[tuple[str, nn.Module]]:
     """The children of a list of modules, under their full names."""
     return [(f"{path}.{name}", module) for name, module in modules.named_children()]
+
+
+def does_nothing(module: nn.Module) -> bool:
+    """Whether a module may be left uncalled: an ``Identity`` that nobody watches."""
+    return type(module) is nn.Identity and untouched(module)

@@ -28,8 +28,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def residual_stream(model: nn.Module) -> ResidualStream | None:
     """The layers of a Vision Transformer and the order of its tokens.
 
-    Known are ``RegisterViT`` and the models of timm, Hugging Face transformers, DINOv2, DINOv3 and torchvision, alone
-    or within another model (a classifier, say), wrapped or not.
+    Known are ``RegisterViT`` and the models of timm, Hugging Face transformers, DINOv2, DINOv3, torchvision, open_clip
+    and perception_models, alone or within another model (a classifier, say), wrapped or not.
 
     Args:
         model: the model; the layers' names are those in it without its wrappers.
@@ -49,6 +49,12 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
         layers = [(f"{prefix}.{name}" if prefix else name, layer) for name, layer in stream.layers]
         return ResidualStream(layers, stream.layout)
     return None
+
+
+def modules_in_blocks(model: nn.Module) -> set[nn.Module]:
+    """Every module in the blocks of the Vision Transformers in a model, however many it holds."""
+    streams = filter(None, map(_stream_of, model.modules()))
+    return {part for stream in streams for _, block in stream.layers for part in block.modules()}
 
 
 def _stream_of(module: nn.Module) -> ResidualStream | None:

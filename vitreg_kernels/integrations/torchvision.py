@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..layout import TokenLayout
+from .attention import multihead
 from .library import Library, ResidualStream
 from .modules import derives_from, named
 
@@ -16,4 +17,9 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     return ResidualStream(named("encoder.layers", model.encoder.layers), TokenLayout(num_registers=0))
 
 
-LIBRARY = Library("torchvision", residual_stream)
+def prefix_tokens(model: nn.Module) -> int | None:
+    """The CLS token of a ``VisionTransformer``; None of anything else."""
+    return 1 if derives_from(model, "torchvision", "VisionTransformer") else None
+
+
+LIBRARY = Library("torchvision", residual_stream, attention=(multihead.KIND,), prefix_tokens=prefix_tokens)

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: Dinov2, Dinov2WithRegisters, DINOv3ViT and ViT."""
+"""Hugging Face transformers. Checkpoints and residual streams of Dinov2, Dinov2WithRegisters, DINOv3ViT and ViT."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
+from .attention import transformers as attention
 from .library import Converted, Library, ResidualStream
 from .modules import derives_from, named
 from .state_dict import HUGGING_FACE_PATCH_EMBED, backbone, converted, renamed
+from .transformers_prefix import prefix_tokens
 
 _RULES = (
     (r"^embeddings\.patch_embeddings(\.projection)?\.", "patch_embed.proj."),
@@ -155,4 +157,4 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     return ResidualStream(named(path, modules[path]), layout)
 
 
-LIBRARY = Library("transformers", residual_stream, convert, describe)
+LIBRARY = Library("transformers", residual_stream, convert, describe, attention.KINDS, prefix_tokens)

@@ -23,10 +23,13 @@ from torch import Tensor
 
 MIN_SAMPLES = 3
 # Cycles the GPU is kept busy before each call, so that the host has enqueued it before it starts: about 0.6 ms. A call
-# that keeps the host longer than this share of them is timed again behind twice as many, up to about 0.15 s.
+# that keeps the host longer than this share of them is timed again behind twice as many, up to about 0.15 s; unless it
+# is seen to wait for the GPU, which no sleep can hide: after this many doublings it kept the host longer by most of
+# what the last one added.
 _SLEEP_CYCLES = 1_000_000
 _HIDDEN_SHARE = 0.6
 _DOUBLINGS = 8
+_WAITS_AFTER, _WAITS_SHARE = 3, 0.8
 _DEFAULT_CACHE = 32 * 2**20
 
 
@@ -49,7 +52,10 @@ class Variant(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Milliseconds a call, over ``samples`` calls; ``host_ms`` is what enqueuing one keeps the host of a GPU."""
+    """Milliseconds a call, over ``samples`` calls; ``host_ms`` is what enqueuing one keeps the host of a GPU.
+
+    ``waits`` says of a call on a GPU that it synchronises, so that its time holds some of the host's.
+    """
 
     median_ms: float
     p20_ms: float
@@ -57,13 +63,15 @@ class Timing(NamedTuple):
     min_ms: float
     samples: int
     host_ms: float | None = None
+    waits: bool = False
 
 
 class Sample(NamedTuple):
-    """One call: milliseconds of the device, and of the host that enqueued it on a GPU."""
+    """One call: milliseconds of the device, and of the host that enqueued it on a GPU; ``waits`` as of ``Timing``."""
 
     ms: float
     host_ms: float | None = None
+    waits: bool = False
 
 
 def interleave(
@@ -159,7 +167,8 @@ def last_level_cache(device: torch.device) -> int:
 def _timing(samples: Sequence[Sample]) -> Timing:
     host = [sample.host_ms for sample in samples if sample.host_ms is not None]
     timing = summary([sample.ms for sample in samples])
-    return timing._replace(host_ms=float(np.median(host))) if host else timing
+    waits = any(sample.waits for sample in samples)
+    return timing._replace(host_ms=float(np.median(host)), waits=waits) if host else timing
 
 
 _Calls = Mapping[str, tuple[Variant, Any]]  # in their order, each with its argument
@@ -185,17 +194,26 @@ class _CudaRounds:
 
     def __init__(self) -> None:
         self._doublings: Counter[str] = Counter()
+        self._waiting: set[str] = set()
 
     def __call__(self, calls: _Calls) -> dict[str, Sample]:
         samples = {}
         left = dict(calls)
+        before: dict[str, tuple[float, float]] = {}
         while left:
             marks = {name: self._enqueue(name, *call) for name, call in left.items()}
             torch.cuda.synchronize()
             for name, (host_ms, asleep, start, end) in marks.items():
-                hidden = host_ms <= _HIDDEN_SHARE * asleep.elapsed_time(start)
-                if hidden or self._doublings[name] == _DOUBLINGS:
-                    samples[name] = Sample(start.elapsed_time(end), host_ms)
+                slept_ms = asleep.elapsed_time(start)
+                if self._doublings[name] >= _WAITS_AFTER and name in before:
+                    host_before, slept_before = before[name]
+                    if host_ms - host_before > _WAITS_SHARE * (slept_ms - slept_before):
+                        self._waiting.add(name)
+                        self._doublings[name] = 0
+                before[name] = host_ms, slept_ms
+                hidden = host_ms <= _HIDDEN_SHARE * slept_ms
+                if hidden or name in self._waiting or self._doublings[name] == _DOUBLINGS:
+                    samples[name] = Sample(start.elapsed_time(end), host_ms, name in self._waiting)
                     del left[name]
                 else:
                     self._doublings[name] += 1

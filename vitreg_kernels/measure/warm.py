@@ -10,7 +10,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
@@ -65,7 +64,7 @@ def compile_ahead(
 class Compiler:
     """As ``compile_ahead``, for who goes on with a call as soon as its own kernels are there.
 
-    A context: what has not begun when it ends never does.
+    A context: what has not begun when it ends never does, and what has is given until the deadline.
 
     Args:
         device, deadline: as of ``compile_ahead``.
@@ -93,7 +92,7 @@ class Compiler:
 
     def __enter__(self) -> Compiler:
         self._start = time.monotonic()
-        self._processes = processes()
+        self._processes = processes(self._deadline)
         self._pool = self._processes.__enter__()
         return self
 
@@ -130,22 +129,34 @@ class Compiler:
 
     def wait(self, jobs: Iterable[Future[str | None]]) -> None:
         """Until they have ended, or the deadline has come."""
-        wait(list(jobs), max(0.0, min(self._deadline - time.monotonic(), threading.TIMEOUT_MAX)))
+        wait(list(jobs), _until(self._deadline))
 
 
 @contextmanager
-def processes() -> Iterator[Executor]:
-    """As many processes as there are cores, to compile in. A job that has not begun when the block ends never does."""
+def processes(deadline: float = math.inf) -> Iterator[Executor]:
+    """As many processes as there are cores, to compile in.
+
+    A job that has not begun when the block ends never does; one that has is waited for until the deadline, of
+    ``time.monotonic()``, and then ended.
+    """
     # Not forked: CUDA does not survive that. They start with the first jobs. Ctrl-C is for the process that waits.
     pool = _Pool(cores(), get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.end(deadline)
 
 
 class _Pool(ProcessPoolExecutor):
     """Its processes do not run the caller's script again, as a spawned one does: few scripts are made for that."""
+
+    def end(self, deadline: float) -> None:
+        """Shuts it down by a deadline, with what has not ended by then."""
+        started = list(self._processes.values())
+        self.shutdown(wait=False, cancel_futures=True)
+        for process in started:
+            process.join(_until(deadline))
+            process.kill()
 
     def submit(self, *job: Any) -> Future[Any]:
         main = sys.modules["__main__"]
@@ -154,6 +165,11 @@ class _Pool(ProcessPoolExecutor):
             return super().submit(*job)
         finally:
             sys.modules["__main__"] = main
+
+
+def _until(deadline: float) -> float | None:
+    """Seconds that may be waited; ``None`` without a deadline."""
+    return None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
 
 
 def cores() -> int:

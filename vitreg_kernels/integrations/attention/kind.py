@@ -32,11 +32,15 @@ class Kind(NamedTuple):
         classes: names of the class.
         package: its package; ``None`` where other packages have copies.
         compute: the class's ``method`` by means of this library: ``compute(module, attend, *args, **options)``, with
-            the parameters of the method after the first two.
+            the parameters of the method after the first two. One that takes ``**options`` hands them to that method.
         heads: what a module asks of the op; ``None`` of a class that prepares masks for others and attends to nothing.
         needs: attributes that every such module has.
         method: the method that is replaced.
         refuses: why a module must be left alone; empty if it need not.
+        tells: what tells a module of this class where others have a class of that name.
+        in_blocks: whether such modules also stand where tokens of other kinds attend, in text towers, decoders and
+            pools. Then only those in the blocks of a known Vision Transformer are taken, and those that ``patch`` was
+            given by themselves.
     """
 
     classes: tuple[str, ...]
@@ -46,10 +50,12 @@ class Kind(NamedTuple):
     needs: tuple[str, ...] = ()
     method: str = "forward"
     refuses: Callable[[nn.Module], str] = lambda module: ""
+    tells: Callable[[nn.Module], bool] = lambda module: True
+    in_blocks: bool = False
 
     def fits(self, module: nn.Module) -> bool:
         """Whether a module is of this class, or of one that derives from it."""
-        return derives_from(module, self.package, *self.classes)
+        return derives_from(module, self.package, *self.classes) and self.tells(module)
 
     def reason_against(self, module: nn.Module) -> str:
         """Why a module that fits is left alone, in a few words; empty if nothing speaks against it."""
@@ -58,8 +64,9 @@ class Kind(NamedTuple):
             return f"{definer.__name__} has a {self.method} of its own"
         if missing := [name for name in self.needs if not hasattr(module, name)]:
             return f"has no {', '.join(missing)}, as the class known here has"
+        known = inspect.signature(self.compute).parameters.values()
         unknown = parameters(getattr(definer, self.method)) - parameters(self.compute)
-        if unknown:
+        if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
             return f"its {self.method} takes {', '.join(sorted(unknown))}, which is not known here"
         return self.refuses(module)
 

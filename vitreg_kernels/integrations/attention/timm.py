@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...nn.hooks import hooked, untouched
+from ...nn.hooks import hooked
+from ..modules import does_nothing
 from .attend import Attend, rope_on_patches
 from .kind import Heads, Kind
 
@@ -51,7 +52,7 @@ def _attention(
         options["num_prefix_tokens"] = prefix
     outside = rope is not None and options["rope"] is None
     qkv = _packed_projection(module, x)
-    if qkv is not None and not outside and _is_nothing(module.q_norm) and _is_nothing(module.k_norm):
+    if qkv is not None and not outside and does_nothing(module.q_norm) and does_nothing(module.k_norm):
         attended = attend.packed(qkv, **options)
     else:
         query, key, value = _separate_projections(module, x) if qkv is None else qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -95,10 +96,6 @@ def _rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
     from timm.layers import apply_rot_embed_cat
 
     return torch.cat((x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)), dim=2)
-
-
-def _is_nothing(module: nn.Module) -> bool:
-    return type(module) is nn.Identity and untouched(module)
 
 
 def _heads(module: nn.Module) -> Heads:

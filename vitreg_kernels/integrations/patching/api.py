@@ -18,7 +18,7 @@ from ...ops.attention.backends import BACKENDS
 from ..attention.attend import Attend
 from ..attention.kind import Heads, Kind
 from ..libraries import LIBRARIES
-from ..residual_stream import unwrapped
+from ..residual_stream import modules_in_blocks, unwrapped
 from .method import fused_method, give_back, replace
 from .report import Patched, PatchReport
 
@@ -35,7 +35,9 @@ def patch(
     gradients are those of the model within the accuracy rule of the op; a module that may be different is left alone.
 
     Known are the attention modules of timm, Hugging Face transformers, DINOv2, DINOv3, open_clip, torchvision and
-    perception_models, anywhere in the model, compiled or wrapped or not.
+    perception_models, anywhere in the model, compiled or wrapped or not. torch's own ``nn.MultiheadAttention`` is taken
+    in the blocks of these libraries' Vision Transformers, or where it is itself what is given; anywhere else it may
+    belong to a decoder, a pool or a text.
 
     Args:
         model: a model, or a part of one.
@@ -95,13 +97,16 @@ def _plan(
 ) -> tuple[list[tuple[nn.Module, Kind, Attend | None]], PatchReport]:
     """What ``patch`` is going to do, and its report; changes nothing."""
     plans, entries, counts = [], [], set()
-    modules = dict(model.named_modules())
+    modules, in_blocks = dict(model.named_modules()), modules_in_blocks(model)
     for name, module in modules.items():
         kind = _kind_of(module)
         cls = type(module).__name__
         if kind is None:
             if _attends(module) and not any(map(_kind_of, module.modules())):
                 entries.append(Patched(name, cls, reason="not a class known here"))
+            continue
+        if kind.in_blocks and not (module is model or module in in_blocks or fused_method(module)):
+            entries.append(Patched(name, cls, reason="not in a block of a Vision Transformer known here"))
             continue
         if reason := kind.reason_against(module) or _replaced_by_another(module, kind):
             entries.append(Patched(name, cls, reason=reason))

@@ -22,7 +22,8 @@ class FusedMethod:
     the module have one of their own.
 
     ``torch.jit.script`` compiles the class's own method, for whose attributes it looks here; ``torch.fx`` takes the
-    module as a leaf. Tensors on the meta device, of which only the shapes are asked, are given to the class's own too.
+    module as a leaf, and traces the class's own method if that is another than ``forward``. What is called on the meta
+    device, for the shapes, is the class's own too.
 
     Attributes:
         name: of the method.
@@ -50,11 +51,12 @@ class FusedMethod:
         _methods[module] = self
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if not self.active or any(isinstance(arg, Tensor) and arg.is_meta for arg in args):
+        given = (*args, *options.values())
+        if not self.active or any(isinstance(each, Tensor) and each.is_meta for each in given):
             return self._replaced()(*args, **options)
         module = self._module()
-        if any(map(traced, args)):
-            return as_leaf(module, *args, **options)
+        if any(map(traced, given)):
+            return as_leaf(module, *args, **options) if self.name == "forward" else self._replaced()(*args, **options)
         return self.compute(module, self.attend, *args, **options)
 
     @property

@@ -18,6 +18,11 @@ from ..oracle import Call, Tensors, outputs_and_gradients, with_defaults
 INPUTS = ("query", "key", "value")
 GRADIENTS = tuple(f"grad_{name}" for name in INPUTS)
 
+# A query and a key of norm 500, ``[2, 64]``. Half the channels and 8 more have the same sign, so the logit is 62500
+# before the scale: beyond 65504, fp16 overflows in the eager formula, whose error would bound nothing then.
+MASSIVE_QUERY_AND_KEY = torch.full((2, 64), 62.5)
+MASSIVE_QUERY_AND_KEY[1, :24] *= -1
+
 
 def call(
     qkv: Tensor,
@@ -71,12 +76,15 @@ def calls(dtype: torch.dtype, device: torch.device) -> Iterator[Call]:
     if dtype != torch.float32:
         # One token of norm 500 among tokens of norm 20: logits above a thousand. In fp32 the rule cannot hold for any
         # kernel that recomputes probabilities from a saved log-sum-exp, which fp32 resolves to 1e-4 there; the eager
-        # formula keeps the probabilities themselves. Not in query and key at once, which overflows fp16's own logits.
+        # formula keeps the probabilities themselves. Nor for one that takes delta from the output: where one key has
+        # all the attention, dP - delta is 0, and they are sums of the same products in two orders.
         for i, name in enumerate(INPUTS):
-            massive = qkv(8, 69)
-            massive *= 20 / massive.float().norm(dim=-1, keepdim=True)
+            massive = _of_norm_20(qkv(8, 69))
             massive[:, 41, i] *= 25
             yield full(massive, name=f"69 tokens, one {name} massive")
+        massive = _of_norm_20(qkv(8, 69))
+        massive[:, 41, :2] = MASSIVE_QUERY_AND_KEY.to(massive)[:, None]
+        yield full(massive, name="69 tokens, a query and its key massive")
 
     keep = torch.rand(2, 1, 1, 201, generator=generator) > 0.3
     keep[1] = False
@@ -99,6 +107,11 @@ def calls(dtype: torch.dtype, device: torch.device) -> Iterator[Call]:
     lengths = torch.tensor([261, 261, 54, 54, 54])
     cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).to(device, torch.int32)
     yield full(qkv(1, 684, 1), name="2 x 261 + 3 x 54 tokens, packed", cu_seqlens=cu_seqlens)
+
+
+def _of_norm_20(qkv: Tensor) -> Tensor:
+    """``[B, N, 3, H, D]`` with queries, keys and values of that norm."""
+    return (qkv * (20 / qkv.float().norm(dim=-1, keepdim=True))).to(qkv.dtype)
 
 
 def _attend(backend: str, qkv: Tensor, grad_output: Tensor | None, **options: Any) -> Tensors:

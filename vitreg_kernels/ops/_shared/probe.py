@@ -51,7 +51,7 @@ def refusal(call: Callable[[torch.device], object], device: str) -> str:
     try:
         where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     except Exception as error:  # a torch without CUDA asserts that it has it
-        return _first_line(error)
+        return first_line(error)
     with ThreadPoolExecutor(1) as apart:
         return apart.submit(words).result()
 
@@ -66,9 +66,10 @@ def words_against(call: Callable[[], object]) -> str:
             said = [str(one.message).partition(" (Triggered internally")[0] for one in warned]
             # Titles, and what is said of the kernels that were not asked for.
             said = [line for line in said if not (line.endswith("because:") or "runtime disabled" in line)]
-            return "; ".join(line.rstrip(".") for line in said) or _first_line(error)
+            return "; ".join(line.rstrip(".") for line in said) or first_line(error)
     return ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...dispatch import Backend, Request
+from ...errors import UnsupportedError
 from .._shared.arguments import described
 from . import autograd, backends, features
-from .types import AttentionOutputs, Rope, unpack_qkv
+from .types import AttentionInputs, AttentionOutputs, Rope, unpack_qkv
 from .validation import autocast, validated
 
 
@@ -79,8 +85,7 @@ def register_attention(
         max_seqlen=max_seqlen,
         outputs=outputs,
     )
-    chosen = dispatch.select(backends.BACKENDS, features.request_of(inputs), backend)
-    output, statistics = autograd.attend(inputs, chosen.name) if chosen.opaque else chosen.forward(inputs)
+    output, statistics = _run(partial(_attend, inputs), features.request_of(inputs), backend)
     return (output, statistics) if inputs.outputs else output
 
 
@@ -127,14 +132,40 @@ def register_attention_qkv(
         max_seqlen=max_seqlen,
         outputs=outputs,
     )
-    chosen = dispatch.select(backends.BACKENDS, features.request_of(inputs, qkv), backend)
-    if chosen.opaque:
-        output, statistics = autograd.attend_qkv(qkv, inputs, chosen.name)
-    else:
-        query, key, value = unpack_qkv(qkv)
-        of_heads, statistics = chosen.forward(inputs._replace(query=query, key=key, value=value))
-        output = of_heads.transpose(1, 2).flatten(2)
+    output, statistics = _run(partial(_attend_qkv, qkv, inputs), features.request_of(inputs, qkv), backend)
     return (output, statistics) if inputs.outputs else output
+
+
+def _run(
+    attend: Callable[[Backend], tuple[Tensor, AttentionOutputs]], request: Request, name: str | None
+) -> tuple[Tensor, AttentionOutputs]:
+    """By the backend named, or the default.
+
+    A default that a measurement made may find only when it runs that it does not serve the very tensors: cuDNN finds no
+    plan for them, say. Whoever named no backend then gets the next; whoever did is told.
+    """
+    chosen = dispatch.select(backends.BACKENDS, request, name)
+    try:
+        return attend(chosen)
+    except UnsupportedError as refusal:
+        if name is not None:
+            raise
+        if not torch.compiler.is_compiling():
+            with contextlib.suppress(Warning):  # where warnings are made errors
+                warnings.warn(f"the default gives way to the next: {refusal}", stacklevel=3)
+    return attend(dispatch.instead_of(chosen, backends.BACKENDS, request))
+
+
+def _attend(inputs: AttentionInputs, backend: Backend) -> tuple[Tensor, AttentionOutputs]:
+    return autograd.attend(inputs, backend.name) if backend.opaque else backend.forward(inputs)
+
+
+def _attend_qkv(qkv: Tensor, inputs: AttentionInputs, backend: Backend) -> tuple[Tensor, AttentionOutputs]:
+    if backend.opaque:
+        return autograd.attend_qkv(qkv, inputs, backend.name)
+    query, key, value = unpack_qkv(qkv)
+    output, statistics = backend.forward(inputs._replace(query=query, key=key, value=value))
+    return output.transpose(1, 2).flatten(2), statistics
 
 
 def explain(

@@ -1,7 +1,7 @@
 """torch's scaled_dot_product_attention, by whichever of its kernels torch picks for a call, or by one that is named.
 
 ``any_kernel`` is torch's own choice, the default in its place; ``one_kernel`` are the kernels it chooses from, each a
-backend that only its name or a measurement takes.
+backend that only its name or a measurement takes; ``kernels`` calls these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention: whichever of its own backends torch picks for the call.
+"""torch's scaled_dot_product_attention: whichever of its own kernels torch picks for the call.
 
 Serves dropout and additive masks too. Rotation is done before it in torch, packed images run as batches of one length,
 and the statistics come from ``statistics.py``.
@@ -6,12 +6,9 @@ and the statistics come from ``statistics.py``.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .....dispatch import Backend
 from ...._shared import levels, requirements
@@ -20,27 +17,38 @@ from ...masks import without_hidden_keys
 from ...packing import as_batch, runs_of_equal_length
 from ...rope import rotate_query_and_key
 from ...types import AttentionInputs, AttentionResult
+from .kernels import Attend, formula
 
 
-def forward(inputs: AttentionInputs) -> AttentionResult:
+def _picked_by_torch(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, scale: float
+) -> Tensor:
+    return functional.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
+
+
+def forward(inputs: AttentionInputs, attend: Attend = _picked_by_torch) -> AttentionResult:
+    """A whole call, whose attention proper is by ``attend``."""
     if inputs.rope is not None:
         inputs = rotate_query_and_key(inputs)
     inputs = without_hidden_keys(inputs)
     if inputs.cu_seqlens is not None:
-        output = _packed(inputs)
+        output = _packed(inputs, attend)
     elif inputs.attn_mask is not None:
-        output = _masked(inputs)
+        output = _masked(inputs, attend)
     else:
-        output = _attend(inputs.query, inputs.key, inputs.value, None, inputs)
+        output = _attend(inputs.query, inputs.key, inputs.value, None, inputs, attend)
     output = _in_bnhd_memory(output)
     return AttentionResult(output, statistics.of_output(inputs, output))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, inputs: AttentionInputs) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, inputs: AttentionInputs, attend: Attend
+) -> Tensor:
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     mask = None if mask is None else _unit_stride(mask)
-    with _by_formula() if _fused_has_no_derivative(query, key, value, mask) else nullcontext():
-        return functional.scaled_dot_product_attention(query, key, value, mask, inputs.dropout_p, scale=inputs.scale)
+    if _fused_has_no_derivative(query, key, value, mask):
+        attend = formula
+    return attend(query, key, value, mask, inputs.dropout_p, inputs.scale)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -55,12 +63,7 @@ def _fused_has_no_derivative(query: Tensor, key: Tensor, value: Tensor, mask: Te
     return levels.need_more_than_a_gradient((query, key, value))
 
 
-def _by_formula() -> AbstractContextManager:
-    """torch's own formula instead of its fused kernels: it has all derivatives, and N x N memory."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def _masked(inputs: AttentionInputs) -> Tensor:
+def _masked(inputs: AttentionInputs, attend: Attend) -> Tensor:
     """A query without a single key gets zeros, and zero gradients: torch's kernels differ there, down to NaN.
 
     It attends to everything instead and its output is then blanked, so no kernel ever meets such a row.
@@ -69,14 +72,14 @@ def _masked(inputs: AttentionInputs) -> Tensor:
     is_bool = mask.dtype == torch.bool
     fully_masked = ~mask.any(-1, keepdim=True) if is_bool else (mask == -torch.inf).all(-1, keepdim=True)
     mask = mask | fully_masked if is_bool else mask.masked_fill(fully_masked, 0.0)
-    return _attend(inputs.query, inputs.key, inputs.value, mask, inputs).masked_fill(fully_masked, 0.0)
+    return _attend(inputs.query, inputs.key, inputs.value, mask, inputs, attend).masked_fill(fully_masked, 0.0)
 
 
-def _packed(inputs: AttentionInputs) -> Tensor:
+def _packed(inputs: AttentionInputs, attend: Attend) -> Tensor:
     outputs = []
     for run in runs_of_equal_length(inputs.cu_seqlens, inputs.query.shape[2]):
         query, key, value = (as_batch(x, *run) for x in (inputs.query, inputs.key, inputs.value))
-        output = _attend(query, key, value, None, inputs)  # [images, H, length, D]
+        output = _attend(query, key, value, None, inputs, attend)  # [images, H, length, D]
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0).transpose(1, 2)
 

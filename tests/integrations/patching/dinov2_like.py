@@ -1,0 +1,115 @@
+"""Modules with the interface of DINOv2's, which is no installable package, written anew: names, attributes, parameters
+and what is computed are those of facebookresearch/dinov2, ``layers/attention.py`` and ``layers/block.py``, and of
+xformers' ``BlockDiagonalMask``. Attention is the plain formula, the accuracy rule's eager one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """As of 2025; before that ``attn_drop`` was a module, and there was no ``is_causal``."""
+
+    def __init__(self, dim, num_heads=8, qkv_bias=False, proj_bias=True, attn_drop=0.0, proj_drop=0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
+        tokens = x.shape[1]
+        allowed = torch.ones(tokens, tokens, dtype=torch.bool)
+        return self._attend(x, allowed.tril() if is_causal else allowed)
+
+    def _attend(self, x, allowed):
+        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = (heads[:, :, i].transpose(1, 2) for i in range(3))
+        logits = (query * self.scale) @ key.mT
+        weights = torch.where(allowed, logits, -torch.inf).softmax(-1)
+        if isinstance(self.attn_drop, nn.Module):
+            weights = self.attn_drop(weights)
+        else:
+            weights = nn.functional.dropout(weights, self.attn_drop, self.training)
+        return self.proj_drop(self.proj((weights @ value).transpose(1, 2).flatten(2)))
+
+
+class MemEffAttention(Attention):
+    def forward(self, x: Tensor, attn_bias=None) -> Tensor:
+        if attn_bias is None:
+            return super().forward(x)
+        return self._attend(x, attn_bias.materialize(x.shape[1]))
+
+
+@dataclass
+class SeqLenInfo:
+    seqstart: Tensor
+    max_seqlen: int
+    seqstart_py: list[int]
+
+
+class BlockDiagonalMask:
+    def __init__(self, lengths):
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        self.q_seqinfo = SeqLenInfo(ends.to(torch.int32), max(lengths), ends.tolist())
+        self.k_seqinfo = SeqLenInfo(ends.to(torch.int32), max(lengths), ends.tolist())
+
+    def materialize(self, tokens):
+        image = torch.bucketize(torch.arange(tokens), self.q_seqinfo.seqstart[1:], right=True)
+        return image[:, None] == image
+
+
+class BlockDiagonalCausalMask(BlockDiagonalMask):
+    def materialize(self, tokens):
+        return super().materialize(tokens).tril()
+
+
+class NestedTensorBlock(nn.Module):
+    """Takes a batch, or a list of batches; while it trains, each branch is computed for a part of the images."""
+
+    def __init__(self, dim, num_heads, drop_path=0.0, attn_class=MemEffAttention, **options):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn_class(dim, num_heads, **options)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.sample_drop_ratio = drop_path
+
+    def forward(self, x_or_x_list):
+        if isinstance(x_or_x_list, list):
+            x_list = self._add(x_or_x_list, lambda x, mask: self.attn(self.norm1(x), attn_bias=mask))
+            return self._add(x_list, lambda x, mask: self.mlp(self.norm2(x)))
+        (x,) = self._add([x_or_x_list], lambda x, mask: self.attn(self.norm1(x)), pack=False)
+        (x,) = self._add([x], lambda x, mask: self.mlp(self.norm2(x)), pack=False)
+        return x
+
+    def _add(self, x_list, branch, pack=True):
+        kept = [torch.arange(len(x)) for x in x_list]
+        if self.training and self.sample_drop_ratio:
+            kept = [torch.randperm(len(x))[: max(int(len(x) * (1 - self.sample_drop_ratio)), 1)] for x in x_list]
+        parts = [x[rows] for x, rows in zip(x_list, kept, strict=True)]
+        if pack:
+            mask = BlockDiagonalMask([part.shape[1] for part in parts for _ in part])
+            packed = branch(torch.cat([part.flatten(0, 1) for part in parts])[None], mask)
+            flat = packed[0].split([part.shape[0] * part.shape[1] for part in parts])
+            residuals = [rows.view_as(part) for rows, part in zip(flat, parts, strict=True)]
+        else:
+            residuals = [branch(parts[0], None)]
+        return [
+            x.index_add(0, rows, residual, alpha=len(x) / len(rows))
+            for x, rows, residual in zip(x_list, kept, residuals, strict=True)
+        ]
+
+
+class DinoVisionTransformer(nn.Module):
+    def __init__(self, blocks, num_register_tokens):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.num_register_tokens = num_register_tokens
+        self.chunked_blocks = False

@@ -1,0 +1,123 @@
+"""Modules with the interface of DINOv3's, which is no installable package, written anew: names, attributes, parameters
+and what is computed are those of facebookresearch/dinov3, ``layers/attention.py`` and ``layers/block.py``. Attention is
+the plain formula, the accuracy rule's eager one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class LinearKMaskedBias(nn.Linear):
+    """A packed projection whose key bias counts as zero, by a buffer that a checkpoint fills."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer("bias_mask", torch.full_like(self.bias, math.nan))
+
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight, self.bias * self.bias_mask)
+
+
+class SelfAttention(nn.Module):
+    def __init__(
+        self,
+        dim,
+        num_heads=8,
+        qkv_bias=False,
+        proj_bias=True,
+        attn_drop=0.0,
+        proj_drop=0.0,
+        mask_k_bias=False,
+        device=None,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = (LinearKMaskedBias if mask_k_bias else nn.Linear)(dim, 3 * dim, bias=qkv_bias, device=device)
+        self.attn_drop = nn.Dropout(attn_drop)  # which nothing calls
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def apply_rope(self, q, k, rope):
+        """In the rotation's dtype, to which the prefix is rounded as well."""
+        sin, cos = rope
+
+        def turned(x):
+            rounded = x.to(sin.dtype)
+            prefix, patches = rounded.split([x.shape[2] - sin.shape[-2], sin.shape[-2]], dim=2)
+            half = patches.shape[-1] // 2
+            partner = patches.roll(half, -1) * torch.tensor([-1, 1]).repeat_interleave(half)
+            return torch.cat((prefix, patches * cos + partner * sin), dim=2).to(x.dtype)
+
+        return turned(q), turned(k)
+
+    def forward(self, x: Tensor, attn_bias=None, rope=None) -> Tensor:
+        return self.proj_drop(self.proj(self.compute_attention(qkv=self.qkv(x), attn_bias=attn_bias, rope=rope)))
+
+    def forward_list(self, x_list, attn_bias=None, rope_list=None) -> list[Tensor]:
+        tokens = [x.shape[0] * x.shape[1] for x in x_list]
+        projected = self.qkv(torch.cat([x.flatten(0, 1) for x in x_list])).split(tokens)
+        attended = [
+            self.compute_attention(qkv.view(*x.shape[:2], -1), attn_bias=attn_bias, rope=rope)
+            for qkv, x, rope in zip(projected, x_list, rope_list, strict=True)
+        ]
+        flat = self.proj(torch.cat([x.flatten(0, 1) for x in attended])).split(tokens)
+        return [rows.view_as(x) for rows, x in zip(flat, x_list, strict=True)]
+
+    def compute_attention(self, qkv: Tensor, attn_bias=None, rope=None) -> Tensor:
+        assert attn_bias is None
+        heads = qkv.unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = (heads[:, :, i].transpose(1, 2) for i in range(3))
+        if rope is not None:
+            query, key = self.apply_rope(query, key, rope)
+        weights = (query @ key.mT * self.scale).softmax(-1)
+        return (weights @ value).transpose(1, 2).flatten(2)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, dim, num_heads=8):
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim)
+
+    def forward(self, x, is_causal=True):
+        raise NotImplementedError
+
+
+class SelfAttentionBlock(nn.Module):
+    """Takes a batch, or a list of batches; while it trains, the branch is computed for a part of the images."""
+
+    def __init__(self, dim, num_heads, drop_path=0.0, **options):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = SelfAttention(dim, num_heads, **options)
+        self.sample_drop_ratio = drop_path
+
+    def forward(self, x_or_x_list, rope_or_rope_list=None):
+        if isinstance(x_or_x_list, Tensor):
+            return self([x_or_x_list], [rope_or_rope_list])[0]
+        if not (self.training and self.sample_drop_ratio):
+            pairs = zip(x_or_x_list, rope_or_rope_list, strict=True)
+            return [x + self.attn(self.norm1(x), rope=rope) for x, rope in pairs]
+        share = 1 - self.sample_drop_ratio
+        kept = [torch.randperm(len(x))[: max(int(len(x) * share), 1)] for x in x_or_x_list]
+        parts = [self.norm1(x[rows]) for x, rows in zip(x_or_x_list, kept, strict=True)]
+        ropes = [
+            tuple(part[rows] if part.ndim == 4 else part for part in rope)
+            for rope, rows in zip(rope_or_rope_list, kept, strict=True)
+        ]
+        return [
+            x.index_add(0, rows, residual, alpha=len(x) / len(rows))
+            for x, rows, residual in zip(x_or_x_list, kept, self.attn.forward_list(parts, rope_list=ropes), strict=True)
+        ]
+
+
+class DinoVisionTransformer(nn.Module):
+    def __init__(self, blocks, n_storage_tokens):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.n_storage_tokens = n_storage_tokens
+        self.chunked_blocks = False

@@ -1,0 +1,75 @@
+"""DINOv3's ``SelfAttention``, and other packages' copies of it (lightly-train).
+
+Its ``forward`` and ``forward_list`` stay: both call ``compute_attention``, the latter once for each size of crop. One
+call for all sizes would need the rotation of every image written out, and a backend that reads where the images begin
+without waiting for a GPU, which DINOv3's compiled blocks insist on and which is not the default on every GPU.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .attend import Attend, rope_on_patches
+from .dinov2 import PARTS, difference, heads
+from .kind import Kind
+
+
+def compute_attention(
+    module: nn.Module,
+    attend: Attend,
+    qkv: Tensor,
+    attn_bias: object = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """``SelfAttention.compute_attention``, which knows no ``attn_bias`` and refuses it.
+
+    The class rotates in the rotation's dtype, by default bf16, to which it rounds query and key of every token, those
+    of the prefix too. Here the same cosines and sines turn the patches in fp32, so a model of another dtype gives
+    numbers that differ from its own by bf16's rounding, and lie closer to those of exact arithmetic.
+
+    Args:
+        module: the module.
+        attend: its way into the op.
+        qkv: ``[B, N, 3 C]``.
+        attn_bias: None.
+        rope: sines and cosines of the patches, ``[M, D]``; or with dimensions of images and heads, ``[B or 1, H or 1,
+            M, D]``.
+
+    Raises:
+        ValueError: if there are not as many rows as patches.
+    """
+    if attn_bias is not None:
+        return type(module).compute_attention(module, qkv, attn_bias, rope)
+    qkv = qkv.unflatten(-1, (3, module.num_heads, -1))
+    if rope is None:
+        return attend.packed(qkv)
+    sin, cos = rope
+    tokens, rows = qkv.shape[1], sin.shape[-2]
+    patches = min(rows, tokens) if attend.num_prefix_tokens is None else tokens - attend.num_prefix_tokens
+    options = {"num_prefix_tokens": tokens - patches, "rope": rope_on_patches(cos, sin, patches)}
+    if options["rope"] is not None:
+        return attend.packed(qkv, **options)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    query, key = module.apply_rope(query, key, rope)
+    return attend.heads(query, key, value, **options).transpose(1, 2).flatten(2)
+
+
+def _difference(module: nn.Module) -> str:
+    definer = next(cls for cls in type(module).__mro__ if "apply_rope" in vars(cls))
+    if definer.__name__ != "SelfAttention" or "apply_rope" in vars(module):
+        return f"{definer.__name__} has an apply_rope of its own"
+    return difference(module)
+
+
+KINDS = (
+    Kind(
+        ("SelfAttention",),
+        None,
+        compute_attention,
+        heads,
+        PARTS,
+        method="compute_attention",
+        refuses=_difference,
+        tells=lambda module: hasattr(module, "compute_attention") and hasattr(module, "apply_rope"),
+    ),
+)

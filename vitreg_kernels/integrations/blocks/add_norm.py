@@ -1,0 +1,68 @@
+"""The add of a branch and the norm behind it, of modules of any library, as one call of the op."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ... import functional
+from ...nn.hooks import untouched
+
+
+class AddNorm(NamedTuple):
+    """``x + drop_path(layer_scale(branch))`` and its LayerNorm.
+
+    Attributes:
+        backend: of the residual norm.
+    """
+
+    backend: str | None = None
+
+    def __call__(
+        self, x: Tensor, branch: Tensor, scale: Tensor | None, drop_path: nn.Module, norm: nn.LayerNorm
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with the branch added, and its norm.
+
+        Args:
+            x: ``[B, N, C]``, the stream.
+            branch: ``[B, N, C]``.
+            scale: ``[C]``, LayerScale's factors, or ``None``.
+            drop_path: what ``can_drop`` says yes to.
+            norm: what ``can_norm`` says yes to.
+        """
+        result = functional.residual_layer_norm(
+            x,
+            branch,
+            layer_scale=scale,
+            drop_path=_drawn(drop_path, branch),
+            weight=norm.weight,
+            bias=norm.bias,
+            eps=norm.eps,
+            backend=self.backend,
+        )
+        return result.residual, result.normalized
+
+
+def can_norm(norm: nn.Module) -> bool:
+    """Whether a module does what torch's LayerNorm over channels does, to one tensor, and nobody looks."""
+    return (
+        type(norm).__name__ == "LayerNorm"
+        and isinstance(norm, nn.LayerNorm)
+        and norm.weight is not None
+        and len(norm.normalized_shape) == 1
+        and untouched(norm)
+    )
+
+
+def can_drop(drop_path: nn.Module) -> bool:
+    """Whether a module is stochastic depth over images, or nothing, and nobody looks."""
+    known = type(drop_path) is nn.Identity or type(drop_path).__name__.endswith("DropPath")
+    return known and untouched(drop_path)
+
+
+def _drawn(drop_path: nn.Module, branch: Tensor) -> Tensor | None:
+    """``[B]``, each image's factor, as the module itself draws it; None where it drops nothing."""
+    if type(drop_path) is nn.Identity or not drop_path.training:
+        return None
+    return drop_path(branch.new_ones(branch.shape[0], 1, 1)).view(-1)

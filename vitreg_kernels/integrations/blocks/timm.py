@@ -1,0 +1,65 @@
+"""timm's ``Block`` and ``EvaBlock``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ...nn.hooks import untouched
+from ..attention.kind import Kind
+from .add_norm import AddNorm, can_drop, can_norm
+
+
+def block(
+    module: nn.Module, add_norm: AddNorm, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """``Block.forward``."""
+    if not _is_as_it_was(module):
+        return type(module).forward(module, x, attn_mask=attn_mask, is_causal=is_causal)
+    branch = module.attn(module.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+    scale = module.ls1
+    if type(scale).__name__ == "LayerScale" and not scale.inplace and untouched(scale):
+        gamma = scale.gamma
+    else:
+        branch, gamma = scale(branch), None
+    x, normalized = add_norm(x, branch, gamma, module.drop_path1, module.norm2)
+    return x + module.drop_path2(module.ls2(module.mlp(normalized)))
+
+
+def eva_block(
+    module: nn.Module,
+    add_norm: AddNorm,
+    x: Tensor,
+    rope: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """``EvaBlock.forward``."""
+    if not _is_as_it_was(module):
+        return type(module).forward(module, x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+    branch = module.attn(module.norm1(x), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+    x, normalized = add_norm(x, branch, module.gamma_1, module.drop_path1, module.norm2)
+    branch = module.mlp(normalized)
+    if module.gamma_2 is not None:
+        branch = module.gamma_2 * branch
+    return x + module.drop_path2(branch)
+
+
+def _is_as_it_was(module: nn.Module) -> bool:
+    """Whether nothing has come, since the block was patched, that is to see what fusion leaves out."""
+    return can_norm(module.norm2) and can_drop(module.drop_path1)
+
+
+def _refuses(module: nn.Module) -> str:
+    if not can_norm(module.norm2):
+        return f"its norm2 is a {type(module.norm2).__name__} or hooked, and a plain LayerNorm alone is fused"
+    if not can_drop(module.drop_path1):
+        return f"its drop_path1 is a {type(module.drop_path1).__name__} or hooked, and a plain DropPath alone is fused"
+    return ""
+
+
+_PARTS = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
+
+KINDS = (
+    Kind(("Block",), "timm", block, None, (*_PARTS, "ls1", "ls2"), refuses=_refuses),
+    Kind(("EvaBlock",), "timm", eva_block, None, (*_PARTS, "gamma_1", "gamma_2"), refuses=_refuses),
+)

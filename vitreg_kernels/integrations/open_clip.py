@@ -1,0 +1,28 @@
+"""open_clip's ``VisionTransformer``. Trunks from timm are timm's; text towers and pools are no Vision Transformers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..layout import TokenLayout
+from .attention import multihead
+from .attention import open_clip as attention
+from .library import Library, ResidualStream
+from .modules import derives_from, named
+
+
+def residual_stream(model: nn.Module) -> ResidualStream | None:
+    """The blocks of a ``VisionTransformer``; None of anything else."""
+    if not derives_from(model, "open_clip", "VisionTransformer"):
+        return None
+    return ResidualStream(named("transformer.resblocks", model.transformer.resblocks), TokenLayout(num_registers=0))
+
+
+def prefix_tokens(model: nn.Module) -> int | None:
+    """The CLS token of a ``VisionTransformer``; None of anything else."""
+    return 1 if derives_from(model, "open_clip", "VisionTransformer") else None
+
+
+LIBRARY = Library(
+    "open_clip", residual_stream, attention=(multihead.KIND, *attention.KINDS), prefix_tokens=prefix_tokens
+)
