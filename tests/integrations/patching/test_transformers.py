@@ -189,18 +189,22 @@ def test_whole_models(cls, calls):
         assert {call["query"].shape[2] for call in calls} == {prefix + PATCHES + others}
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
-    if prefix:
-        rows = model(**inputs, output_attentions=True).attentions
-    else:
-        with pytest.raises(UnsupportedError, match="not known to have any: take 'eager'"):
-            model(**inputs, output_attentions=True)
+    rows = model(**inputs, output_attentions=True).attentions
+    model.set_attn_implementation("eager")
+    every_row = model(**inputs, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
     unpatch(model)
     assert all(map(same_bits, tensors(model, **inputs), expected))
     assert not any("forward" in vars(module) for module in model.modules())
-    if prefix:
-        model.set_attn_implementation("eager")
-        full = model(**inputs, output_attentions=True).attentions
-        assert len(rows) == len(full) == 2
+    none = model(**inputs, output_attentions=True).attentions
+    model.set_attn_implementation("eager")
+    full = model(**inputs, output_attentions=True).attentions
+    assert len(full) == 2
+    assert all(map(same_bits, every_row, full))
+    if not prefix:
+        assert rows == none == ()
+    else:
+        assert len(rows) == 2
         for some, every in zip(rows, full, strict=True):
             torch.testing.assert_close(some, every[:, :, :prefix], rtol=1e-4, atol=1e-5)
 

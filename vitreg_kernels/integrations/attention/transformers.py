@@ -83,7 +83,7 @@ def attention_function(
     elif attention_mask.dim() == 2:
         attention_mask = attention_mask[:, None, None].bool()
     rows: list[Tensor] = []
-    if options.get("output_attentions") or _attentions_recorded(module):
+    if _asked_for_attentions(module, options):
         if not attend.num_prefix_tokens:
             raise UnsupportedError(
                 f"output_attentions by {NAME!r} gives the attention of CLS and register tokens, of which this model is "
@@ -135,10 +135,14 @@ class Overlay:
 def attention(module: nn.Module, attend: Attend, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
     """The forward of a module that asks for its attention function by name, which is "vitreg" to it.
 
-    The configuration is left alone: other modules, and other models, may share it.
+    The configuration is left alone: other modules, and other models, may share it. Where attentions are asked for, a
+    model set to "eager" gives all rows, with gradients, as ever; others, that would give none, those of the prefix.
     """
     if not _registered:  # of a model that was unpickled
         register_transformers()
+    gives_rows = attend.num_prefix_tokens and module.config._attn_implementation != "eager"
+    if not gives_rows and _asked_for_attentions(module, options):
+        return type(module).forward(module, *args, **options)
     config = Overlay(module.config, _attn_implementation=NAME)
     return type(module).forward(Overlay(module, attend=attend, config=config), *args, **options)
 
@@ -162,12 +166,14 @@ def siglip2_vision(
     return type(module).forward(module, pixel_values, mask, spatial_shapes, **options)
 
 
-def _attentions_recorded(module: nn.Module | Overlay) -> bool:
-    """Whether the model that is running was asked for attentions, and records them by a hook on this module.
+def _asked_for_attentions(module: nn.Module | Overlay, options: dict[str, Any]) -> bool:
+    """Whether this call was, or the model that is running, which records them by a hook on this module.
 
     Few models tell their modules. Where there is no such hook nobody is asked: ``torch.compile`` could not trace the
     answer in a layer that is compiled by itself.
     """
+    if options.get("output_attentions"):
+        return True
     if not any(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in module._forward_hooks.values()):
         return False
     from transformers.utils.output_capturing import _active_collector
