@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...nn.hooks import untouched
+from ..kind import Heads, Kind
 from .attend import Attend
-from .kind import Heads, Kind
 
 
 def memory_efficient_attention(module: nn.Module, attend: Attend, x: Tensor, attn_bias: object = None) -> Tensor:
@@ -73,7 +73,7 @@ def _watched(module: nn.Module) -> bool:
 
 def heads(module: nn.Module) -> Heads:
     """What DINOv2's and DINOv3's modules ask of the op."""
-    return Heads(module.num_heads, module.proj.in_features // module.num_heads, module.proj.weight)
+    return Heads(module.num_heads, module.proj.in_features // module.num_heads)
 
 
 def difference(module: nn.Module) -> str:

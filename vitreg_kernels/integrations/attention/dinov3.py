@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..kind import Kind
 from .attend import Attend, rope_on_patches
 from .dinov2 import PARTS, difference, heads
-from .kind import Kind
 
 
 def compute_attention(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..kind import Heads, Kind
 from .attend import Attend
-from .kind import Heads, Kind
 
 
 def self_attention(
@@ -97,7 +97,7 @@ def _refuses(module: nn.MultiheadAttention) -> str:
 
 
 def _heads(module: nn.MultiheadAttention) -> Heads:
-    return Heads(module.num_heads, module.head_dim, module.in_proj_weight)
+    return Heads(module.num_heads, module.head_dim)
 
 
 KIND = Kind(

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...nn.hooks import hooked
+from ..kind import Heads, Kind
 from ..modules import does_nothing
 from .attend import Attend
-from .kind import Heads, Kind
 
 
 def attention(
@@ -64,7 +64,7 @@ def _refuses(module: nn.Module) -> str:
 
 
 def _heads(module: nn.Module) -> Heads:
-    return Heads(module.num_heads, module.head_dim, module.in_proj_weight)
+    return Heads(module.num_heads, module.head_dim)
 
 
 # fmt: off

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...nn.hooks import hooked
+from ..kind import Heads, Kind
 from ..modules import does_nothing
 from .attend import Attend, rope_on_patches
-from .kind import Heads, Kind
 
 
 def attention(
@@ -98,7 +98,7 @@ def _rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
 
 
 def _heads(module: nn.Module) -> Heads:
-    return Heads(module.num_heads, module.head_dim, module.proj.weight)
+    return Heads(module.num_heads, module.head_dim)
 
 
 def naflex_embeds(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ...nn.hooks import untouched
-from ..attention.kind import Kind
+from ..kind import Kind
 from .add_norm import AddNorm, can_drop, can_norm
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...nn.hooks import untouched
-from ..attention.kind import Kind
+from ..kind import Kind
 from .add_norm import AddNorm, can_drop, can_norm
 
 
