@@ -41,6 +41,8 @@ class Kind(NamedTuple):
         in_blocks: whether such modules also stand where tokens of other kinds attend, in text towers, decoders and
             pools. Then only those in the blocks of a known Vision Transformer are taken, and those that ``patch`` was
             given by themselves.
+        serves: in words, what the op takes over of such a module; empty of what makes masks for others.
+        leaves: in words, the calls that the class's own computation takes, and what is done before the op, and why.
     """
 
     classes: tuple[str, ...]
@@ -52,6 +54,8 @@ class Kind(NamedTuple):
     refuses: Callable[[nn.Module], str] = lambda module: ""
     tells: Callable[[nn.Module], bool] = lambda module: True
     in_blocks: bool = False
+    serves: str = ""
+    leaves: str = ""
 
     def fits(self, module: nn.Module) -> bool:
         """Whether a module is of this class, or of one that derives from it."""

@@ -95,6 +95,25 @@ def _beside_the_other(module: nn.Module) -> bool:
 PARTS = ("num_heads", "scale", "qkv", "attn_drop", "proj", "proj_drop")
 
 KINDS = (
-    Kind(("MemEffAttention",), None, memory_efficient_attention, heads, PARTS, refuses=difference),
-    Kind(("Attention",), None, attention, heads, PARTS, refuses=difference, tells=_beside_the_other),
+    Kind(
+        ("MemEffAttention",),
+        None,
+        memory_efficient_attention,
+        heads,
+        PARTS,
+        refuses=difference,
+        serves="one tensor; lists of crops as one packed call; also in copies, as lightly-train's and Franca's",
+        leaves="other masks of xformers; dropout of attention weights, which xformers does not do",
+    ),
+    Kind(
+        ("Attention",),
+        None,
+        attention,
+        heads,
+        PARTS,
+        refuses=difference,
+        tells=_beside_the_other,
+        serves="dropout; also in copies",
+        leaves="causal calls; calls with a hook on attn_drop",
+    ),
 )

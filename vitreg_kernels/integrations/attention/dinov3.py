@@ -71,5 +71,7 @@ KINDS = (
         method="compute_attention",
         refuses=_difference,
         tells=lambda module: hasattr(module, "compute_attention") and hasattr(module, "apply_rope"),
+        serves="compute_attention, the rotation of the patches with it, in fp32; also in copies, as lightly-train's",
+        leaves="rotated before the op: by head, or learnt; a list of crops is one call a size",
     ),
 )

@@ -108,4 +108,6 @@ KIND = Kind(
     ("in_proj_weight", "in_proj_bias", "bias_k", "add_zero_attn", "dropout", "batch_first", "out_proj"),
     refuses=_refuses,
     in_blocks=True,
+    serves="all forms of masks, dropout, either order of batch and tokens",
+    leaves="need_weights, cross-attention, causal calls, nested tensors; text towers, pools and decoders",
 )

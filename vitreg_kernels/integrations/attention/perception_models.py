@@ -49,4 +49,6 @@ KIND = Kind(
     self_attention,
     _heads,
     ("num_heads", "head_dim", "in_proj_weight", "in_proj_bias", "out_proj", "rope", "scale"),
+    serves="the rotation of the patches with it",
+    leaves="a mask, which the class ignores too",
 )

@@ -125,7 +125,23 @@ _PARTS = ("num_heads", "head_dim", "qkv", "q_norm", "k_norm", "attn_drop", "norm
 # fmt: on
 
 KINDS = (
-    Kind(("Attention",), "timm", attention, _heads, _PARTS),
-    Kind(("AttentionRope", "EvaAttention"), "timm", attention_with_rope, _heads, (*_PARTS, "num_prefix_tokens")),
+    Kind(
+        ("Attention",),
+        "timm",
+        attention,
+        _heads,
+        _PARTS,
+        serves="masks, dropout, norms and gate beside it; padding of NaFlexVit as a key mask",
+        leaves="causal calls; calls with a hook on attn_drop, which is to see N x N probabilities",
+    ),
+    Kind(
+        ("AttentionRope", "EvaAttention"),
+        "timm",
+        attention_with_rope,
+        _heads,
+        (*_PARTS, "num_prefix_tokens"),
+        serves="the same, and the rotation of the patches, by image too",
+        leaves="the same; rotated before the op: by head, or learnt; repeated before it: grouped keys and values",
+    ),
     Kind(("NaFlexVit",), "timm", naflex_embeds, None, ("num_prefix_tokens",), method="_forward_embeds"),
 )

@@ -205,6 +205,15 @@ _CLASSES = (
 # fmt: on
 
 KINDS = (
-    Kind(_CLASSES, "transformers", attention, _heads, ("config",), refuses=_refuses),
+    Kind(
+        _CLASSES,
+        "transformers",
+        attention,
+        _heads,
+        ("config",),
+        refuses=_refuses,
+        serves="masks, dropout, Siglip2's padding as a key mask; output_attentions gives the prefix's rows",
+        leaves="text and causal attention; rotated before the op, by the model; repeated before it: grouped keys",
+    ),
     Kind(("Siglip2VisionModel",), "transformers", siglip2_vision, None, ("config",)),
 )
