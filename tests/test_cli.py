@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,3 +230,11 @@ def test_version(capsys):
         cli.main(["--version"])
     assert done.value.code == 0
     assert capsys.readouterr().out == f"vitreg_kernels {__version__}\n"
+
+
+def test_support_is_what_the_readme_shows(capsys):
+    assert cli.main(["support"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.rstrip() in (Path(__file__).parents[1] / "README.md").read_text()
+    for cls in ("EvaAttention", "DINOv3ViTAttention", "MemEffAttention", "MultiheadAttention"):
+        assert cls in printed

@@ -15,6 +15,7 @@ from ..ops.catalogue import OPS
 from . import calibrate
 from .check import check
 from .info import info
+from .support import support
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"vitreg_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="this machine, and what each backend supports")
+    commands.add_parser("support", help="the classes of other libraries that patch(model) knows")
     checking = commands.add_parser("check", help="accuracy of every backend usable on this machine, against fp64")
     checking.add_argument("--op", action="append", help=f"check this one only, of {', '.join(OPS)} (may be repeated)")
     checking.add_argument("--backend", action="append", help="check this one only (may be repeated)")
@@ -31,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         print(info())
+        return 0
+    if arguments.command == "support":
+        print(support())
         return 0
     if arguments.command == "calibrate":
         return calibrate.run(arguments)

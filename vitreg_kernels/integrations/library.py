@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
-from .attention.kind import Kind
+from .kind import Kind
 
 
 class ResidualStream(NamedTuple):
@@ -58,7 +58,8 @@ class Library(NamedTuple):
             read.
         describe: fields of ``ViTConfig`` that the ``config.json`` in its folders tells, given that and the weights;
             ``image_size`` is of the images that the position rows were learnt on. No function where it writes none.
-        attention: the classes of its attention modules that this library can compute.
+        attention: the classes of its attention modules that this library can compute, and of what makes their masks.
+        blocks: the classes of its blocks that this library can compute.
         prefix_tokens: the CLS and register tokens that lead the sequence of one of its models; ``None`` of any other
             module.
     """
@@ -68,4 +69,5 @@ class Library(NamedTuple):
     convert: Callable[[Mapping[str, Tensor]], Converted | None] | None = None
     describe: Callable[[Mapping[str, Any], Converted], dict[str, Any]] | None = None
     attention: tuple[Kind, ...] = ()
+    blocks: tuple[Kind, ...] = ()
     prefix_tokens: Callable[[nn.Module], int | None] = lambda module: None

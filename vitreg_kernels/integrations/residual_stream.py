@@ -51,10 +51,14 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     return None
 
 
+def streams_of(model: nn.Module) -> list[ResidualStream]:
+    """The residual streams of all Vision Transformers in a model; names are those in each of them."""
+    return list(filter(None, map(_stream_of, model.modules())))
+
+
 def modules_in_blocks(model: nn.Module) -> set[nn.Module]:
     """Every module in the blocks of the Vision Transformers in a model, however many it holds."""
-    streams = filter(None, map(_stream_of, model.modules()))
-    return {part for stream in streams for _, block in stream.layers for part in block.modules()}
+    return {part for stream in streams_of(model) for _, block in stream.layers for part in block.modules()}
 
 
 def _stream_of(module: nn.Module) -> ResidualStream | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from .attention import timm as attention
+from .blocks import timm as blocks
 from .library import Converted, Library, ResidualStream
 from .modules import derives_from, named
 from .state_dict import PATCH_EMBED, backbone, converted, renamed
@@ -186,4 +187,4 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     return ResidualStream(named("blocks", model.blocks), layout)
 
 
-LIBRARY = Library("timm", residual_stream, convert, describe, attention.KINDS, prefix_tokens)
+LIBRARY = Library("timm", residual_stream, convert, describe, attention.KINDS, blocks.KINDS, prefix_tokens)

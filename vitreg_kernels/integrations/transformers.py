@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from .attention import transformers as attention
+from .blocks import transformers as blocks
 from .library import Converted, Library, ResidualStream
 from .modules import derives_from, named
 from .state_dict import HUGGING_FACE_PATCH_EMBED, backbone, converted, renamed
@@ -157,4 +158,4 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     return ResidualStream(named(path, modules[path]), layout)
 
 
-LIBRARY = Library("transformers", residual_stream, convert, describe, attention.KINDS, prefix_tokens)
+LIBRARY = Library("transformers", residual_stream, convert, describe, attention.KINDS, blocks.KINDS, prefix_tokens)

@@ -158,7 +158,7 @@ def test_a_copy_captures_nothing():
         twin = copy.deepcopy(model)
         twin(images())
     assert not statistics
-    assert not fused_method(twin.blocks[0].attn).attend.takers
+    assert not fused_method(twin.blocks[0].attn).op.takers
 
 
 def test_what_has_not_run_is_told():
@@ -190,7 +190,7 @@ def test_bad_arguments(make, output, layers, error, words):
     model = make()
     with pytest.raises(error, match=words), capture(model, output, layers=layers):
         pass
-    assert not any(fused_method(module) and fused_method(module).attend.takers for module in model.modules())
+    assert not any(fused_method(module) and fused_method(module).op.takers for module in model.modules())
 
 
 def test_memory_is_that_of_the_rows_asked_for():

@@ -284,10 +284,10 @@ def test_the_report_tells_vision_transformers_from_the_rest():
 def test_statistics_are_the_modules_own_weights():
     module, x, seen = multihead(), torch.randn(IMAGES, TOKENS, DIM), []
     patch(module, num_prefix_tokens=3)
-    fused_method(module).attend.takers.append((("prefix_attention",), seen.append))
+    fused_method(module).op.takers.append(("prefix_attention", seen.append))
     of_itself(module, x)
     weights = module(x, x, x, average_attn_weights=False)[1]
-    torch.testing.assert_close(seen[0].prefix_attention, weights[:, :, :3])
+    torch.testing.assert_close(seen[0], weights[:, :, :3])
 
 
 @torch.no_grad()

@@ -170,7 +170,7 @@ def test_patched_twice_the_last_one_counts():
     expected = model(x)
     patch(model, backend="reference")
     patch(model, backend="sdpa", num_prefix_tokens=1)
-    attend = fused_method(model.blocks[0].attn).attend
+    attend = fused_method(model.blocks[0].attn).op
     assert (attend.backend, attend.num_prefix_tokens) == ("sdpa", 1)
     unpatch(model)
     assert same_bits(model(x), expected)
@@ -192,7 +192,7 @@ def test_copies_have_their_own(copied, fused_calls):
     fused = model(x)
     twin = copied(model)
     assert same_bits(twin(x), fused)
-    assert fused_calls[-1] is fused_method(twin.blocks[2].attn).attend
+    assert fused_calls[-1] is fused_method(twin.blocks[2].attn).op
     unpatch(model)
     assert same_bits(twin(x), fused)
     with torch.no_grad():

@@ -104,12 +104,12 @@ def test_out_proj_is_read_and_never_called():
 def test_statistics_are_of_the_turned_queries():
     module, x, seen = scrambled(SelfAttention(DIM, HEADS, rotation())), tokens(), []
     patch(module, num_prefix_tokens=1)
-    fused_method(module).attend.takers.append((("prefix_attention",), seen.append))
+    fused_method(module).op.takers.append(("prefix_attention", seen.append))
     module(x)
     projected = torch.nn.functional.linear(x, module.in_proj_weight, module.in_proj_bias)
     query, key, _ = projected.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
     query, key = module.rope(query, key)
-    torch.testing.assert_close(seen[0].prefix_attention, (query[:, :, :1] @ key.mT * module.scale).softmax(-1))
+    torch.testing.assert_close(seen[0], (query[:, :, :1] @ key.mT * module.scale).softmax(-1))
 
 
 @pytest.mark.parametrize("cls_token", [True, False])

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...nn.hooks import untouched
+from ..kind import Heads, Kind
 from .attend import Attend
-from .kind import Heads, Kind
 
 
 def memory_efficient_attention(module: nn.Module, attend: Attend, x: Tensor, attn_bias: object = None) -> Tensor:
@@ -73,7 +73,7 @@ def _watched(module: nn.Module) -> bool:
 
 def heads(module: nn.Module) -> Heads:
     """What DINOv2's and DINOv3's modules ask of the op."""
-    return Heads(module.num_heads, module.proj.in_features // module.num_heads, module.proj.weight)
+    return Heads(module.num_heads, module.proj.in_features // module.num_heads)
 
 
 def difference(module: nn.Module) -> str:
@@ -95,6 +95,25 @@ def _beside_the_other(module: nn.Module) -> bool:
 PARTS = ("num_heads", "scale", "qkv", "attn_drop", "proj", "proj_drop")
 
 KINDS = (
-    Kind(("MemEffAttention",), None, memory_efficient_attention, heads, PARTS, refuses=difference),
-    Kind(("Attention",), None, attention, heads, PARTS, refuses=difference, tells=_beside_the_other),
+    Kind(
+        ("MemEffAttention",),
+        None,
+        memory_efficient_attention,
+        heads,
+        PARTS,
+        refuses=difference,
+        serves="one tensor; lists of crops as one packed call; also in copies, as lightly-train's and Franca's",
+        leaves="other masks of xformers; dropout of attention weights, which xformers does not do",
+    ),
+    Kind(
+        ("Attention",),
+        None,
+        attention,
+        heads,
+        PARTS,
+        refuses=difference,
+        tells=_beside_the_other,
+        serves="dropout; also in copies",
+        leaves="causal calls; calls with a hook on attn_drop",
+    ),
 )

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..kind import Kind
 from .attend import Attend, rope_on_patches
 from .dinov2 import PARTS, difference, heads
-from .kind import Kind
 
 
 def compute_attention(
@@ -71,5 +71,7 @@ KINDS = (
         method="compute_attention",
         refuses=_difference,
         tells=lambda module: hasattr(module, "compute_attention") and hasattr(module, "apply_rope"),
+        serves="compute_attention, the rotation of the patches with it, in fp32; also in copies, as lightly-train's",
+        leaves="rotated before the op: by head, or learnt; a list of crops is one call a size",
     ),
 )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..kind import Heads, Kind
 from .attend import Attend
-from .kind import Heads, Kind
 
 
 def self_attention(
@@ -97,7 +97,7 @@ def _refuses(module: nn.MultiheadAttention) -> str:
 
 
 def _heads(module: nn.MultiheadAttention) -> Heads:
-    return Heads(module.num_heads, module.head_dim, module.in_proj_weight)
+    return Heads(module.num_heads, module.head_dim)
 
 
 KIND = Kind(
@@ -108,4 +108,6 @@ KIND = Kind(
     ("in_proj_weight", "in_proj_bias", "bias_k", "add_zero_attn", "dropout", "batch_first", "out_proj"),
     refuses=_refuses,
     in_blocks=True,
+    serves="all forms of masks, dropout, either order of batch and tokens",
+    leaves="need_weights, cross-attention, causal calls, nested tensors; text towers, pools and decoders",
 )

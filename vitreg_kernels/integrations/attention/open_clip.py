@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...nn.hooks import hooked
+from ..kind import Heads, Kind
 from ..modules import does_nothing
 from .attend import Attend
-from .kind import Heads, Kind
 
 
 def attention(
@@ -64,7 +64,7 @@ def _refuses(module: nn.Module) -> str:
 
 
 def _heads(module: nn.Module) -> Heads:
-    return Heads(module.num_heads, module.head_dim, module.in_proj_weight)
+    return Heads(module.num_heads, module.head_dim)
 
 
 # fmt: off
@@ -84,6 +84,18 @@ KINDS = (
         refuses=_refuses,
         tells=lambda module: hasattr(module, "use_fsdpa"),
         in_blocks=True,
+        serves="masks, dropout, norms and scales beside it; of release 3.3.0 in custom blocks",
+        leaves="attention by cosines; calls with a hook on attn_drop; text towers",
     ),
-    Kind(("Attention",), "open_clip", attention, _heads, _PARTS, refuses=_refuses, in_blocks=True),
+    Kind(
+        ("Attention",),
+        "open_clip",
+        attention,
+        _heads,
+        _PARTS,
+        refuses=_refuses,
+        in_blocks=True,
+        serves="the same, of what came after release 3.3.0",
+        leaves="the same, and cross-attention",
+    ),
 )

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...ops.attention.types import Rope
+from ..kind import Heads, Kind
 from .attend import Attend, rope_on_patches
-from .kind import Heads, Kind
 
 
 def self_attention(module: nn.Module, attend: Attend, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -40,7 +40,7 @@ def _rope(module: nn.Module, tokens: int) -> tuple[int, Rope | None]:
 
 
 def _heads(module: nn.Module) -> Heads:
-    return Heads(module.num_heads, module.head_dim, module.in_proj_weight)
+    return Heads(module.num_heads, module.head_dim)
 
 
 KIND = Kind(
@@ -49,4 +49,6 @@ KIND = Kind(
     self_attention,
     _heads,
     ("num_heads", "head_dim", "in_proj_weight", "in_proj_bias", "out_proj", "rope", "scale"),
+    serves="the rotation of the patches with it",
+    leaves="a mask, which the class ignores too",
 )

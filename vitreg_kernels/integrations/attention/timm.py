@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...nn.hooks import hooked
+from ..kind import Heads, Kind
 from ..modules import does_nothing
 from .attend import Attend, rope_on_patches
-from .kind import Heads, Kind
 
 
 def attention(
@@ -99,7 +99,7 @@ def _rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
 
 
 def _heads(module: nn.Module) -> Heads:
-    return Heads(module.num_heads, module.head_dim, module.proj.weight)
+    return Heads(module.num_heads, module.head_dim)
 
 
 def naflex_embeds(
@@ -127,7 +127,23 @@ _PARTS = ("num_heads", "head_dim", "qkv", "q_norm", "k_norm", "attn_drop", "norm
 # fmt: on
 
 KINDS = (
-    Kind(("Attention",), "timm", attention, _heads, _PARTS),
-    Kind(("AttentionRope", "EvaAttention"), "timm", attention_with_rope, _heads, (*_PARTS, "num_prefix_tokens")),
+    Kind(
+        ("Attention",),
+        "timm",
+        attention,
+        _heads,
+        _PARTS,
+        serves="masks, dropout, norms and gate beside it; padding of NaFlexVit as a key mask",
+        leaves="causal calls; calls with a hook on attn_drop, which is to see N x N probabilities",
+    ),
+    Kind(
+        ("AttentionRope", "EvaAttention"),
+        "timm",
+        attention_with_rope,
+        _heads,
+        (*_PARTS, "num_prefix_tokens"),
+        serves="the same, and the rotation of the patches, by image too",
+        leaves="the same; rotated before the op: by head, or learnt; repeated before it: grouped keys and values",
+    ),
     Kind(("NaFlexVit",), "timm", naflex_embeds, None, ("num_prefix_tokens",), method="_forward_embeds"),
 )

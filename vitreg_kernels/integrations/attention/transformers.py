@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
+from ..kind import Heads, Kind
 from ..transformers_prefix import prefix_tokens
 from .attend import Attend
-from .kind import Heads, Kind
 
 NAME = "vitreg"
 
@@ -192,7 +192,7 @@ def _refuses(module: nn.Module) -> str:
 def _heads(module: nn.Module) -> Heads:
     number = getattr(module, "num_attention_heads", None) or module.num_heads
     head_dim = getattr(module, "head_dim", None) or module.attention_head_size
-    return Heads(number, head_dim, next(module.parameters()))
+    return Heads(number, head_dim)
 
 
 # fmt: off
@@ -211,6 +211,15 @@ _CLASSES = (
 # fmt: on
 
 KINDS = (
-    Kind(_CLASSES, "transformers", attention, _heads, ("config",), refuses=_refuses),
+    Kind(
+        _CLASSES,
+        "transformers",
+        attention,
+        _heads,
+        ("config",),
+        refuses=_refuses,
+        serves="masks, dropout, Siglip2's padding as a key mask; output_attentions gives the prefix's rows",
+        leaves="text and causal attention; rotated before the op, by the model; repeated before it: grouped keys",
+    ),
     Kind(("Siglip2VisionModel",), "transformers", siglip2_vision, None, ("config",)),
 )

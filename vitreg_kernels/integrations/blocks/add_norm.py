@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from ... import functional
 from ...nn.hooks import untouched
 
+SERVES = "the add behind attention, LayerScale and stochastic depth, and the LayerNorm that follows (level='block')"
+LEAVES = (
+    "other norms than LayerNorm; calls with a hook on what is fused; the add behind the MLP, whose norm is another's"
+)
+
 
 class AddNorm(NamedTuple):
     """``x + drop_path(layer_scale(branch))`` and its LayerNorm.

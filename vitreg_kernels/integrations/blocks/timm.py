@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ...nn.hooks import untouched
-from ..attention.kind import Kind
-from .add_norm import AddNorm, can_drop, can_norm
+from ..kind import Kind
+from .add_norm import LEAVES, SERVES, AddNorm, can_drop, can_norm
 
 
 def block(
@@ -60,6 +60,15 @@ def _refuses(module: nn.Module) -> str:
 _PARTS = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 
 KINDS = (
-    Kind(("Block",), "timm", block, None, (*_PARTS, "ls1", "ls2"), refuses=_refuses),
-    Kind(("EvaBlock",), "timm", eva_block, None, (*_PARTS, "gamma_1", "gamma_2"), refuses=_refuses),
+    Kind(("Block",), "timm", block, None, (*_PARTS, "ls1", "ls2"), refuses=_refuses, serves=SERVES, leaves=LEAVES),
+    Kind(
+        ("EvaBlock",),
+        "timm",
+        eva_block,
+        None,
+        (*_PARTS, "gamma_1", "gamma_2"),
+        refuses=_refuses,
+        serves=SERVES,
+        leaves=LEAVES,
+    ),
 )

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...nn.hooks import untouched
-from ..attention.kind import Kind
-from .add_norm import AddNorm, can_drop, can_norm
+from ..kind import Kind
+from .add_norm import LEAVES, SERVES, AddNorm, can_drop, can_norm
 
 
 def dinov2_layer(module: nn.Module, add_norm: AddNorm, hidden_states: Tensor) -> Tensor:
@@ -62,6 +62,24 @@ def _refuses(module: nn.Module) -> str:
 _PARTS = ("norm1", "attention", "layer_scale1", "drop_path", "norm2", "mlp", "layer_scale2")
 
 KINDS = (
-    Kind(("Dinov2Layer", "Dinov2WithRegistersLayer"), "transformers", dinov2_layer, None, _PARTS, refuses=_refuses),
-    Kind(("DINOv3ViTLayer",), "transformers", dinov3_layer, None, _PARTS, refuses=_refuses),
+    Kind(
+        ("Dinov2Layer", "Dinov2WithRegistersLayer"),
+        "transformers",
+        dinov2_layer,
+        None,
+        _PARTS,
+        refuses=_refuses,
+        serves=SERVES,
+        leaves=LEAVES,
+    ),
+    Kind(
+        ("DINOv3ViTLayer",),
+        "transformers",
+        dinov3_layer,
+        None,
+        _PARTS,
+        refuses=_refuses,
+        serves=SERVES,
+        leaves=LEAVES,
+    ),
 )

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
-import torch
 from torch import nn
 
-from ...dispatch.rules import find
 from ...errors import UnsupportedError
 from ...nn.attention import RegisterAttention
-from ...nn.hooks import Transparent
-from ...ops._shared.arguments import DTYPES
-from ...ops.attention.api import explain
-from ...ops.attention.backends import BACKENDS
-from ..attention.attend import Attend
-from ..attention.kind import Heads, Kind
+from ...ops.catalogue import backend_by_op
 from ..libraries import LIBRARIES
-from ..residual_stream import modules_in_blocks, unwrapped
+from ..residual_stream import unwrapped
 from .method import fused_method, give_back, replace
-from .report import Patched, PatchReport
+from .plan import planned
+from .report import PatchReport
 
-_PATCHES = 256  # of the call whose backend a report names
+_OPS = {"attention": ("attention",), "block": ("attention", "residual_norm")}
 
 
 def patch(
-    model: nn.Module, *, num_prefix_tokens: int | None = None, backend: str | None = None, strict: bool = False
+    model: nn.Module,
+    *,
+    level: Literal["attention", "block"] = "attention",
+    num_prefix_tokens: int | None = None,
+    backend: str | Mapping[str, str | None] | None = None,
+    strict: bool = False,
 ) -> PatchReport:
     """Let the attention of somebody's Vision Transformer run on this library's kernels, in place.
 
@@ -41,10 +41,14 @@ def patch(
 
     Args:
         model: a model, or a part of one.
+        level: ``"block"`` also fuses, in the blocks of timm's ViTs and transformers' DINOv2 and DINOv3, the add behind
+            attention, with LayerScale and stochastic depth, and the LayerNorm that follows. Hooks on those four, added
+            later, undo that for as long as they are there.
         num_prefix_tokens: P, the CLS and register tokens that lead the sequence; found in the model where it is known.
             Read by what is captured, and by rotations whose module does not say.
-        backend: a backend's name for every call, which then runs or raises; ``None`` takes the default for each.
-        strict: raise if a module that attends is left alone.
+        backend: a backend's name for every call of an op that has it, which then runs or raises, or names by op,
+            ``"attention"`` and ``"residual_norm"``; ``None`` takes the default for each.
+        strict: raise if a module that attends, or of ``level="block"`` a block, is left alone.
 
     Returns:
         What was done; print it.
@@ -59,8 +63,10 @@ def patch(
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if num_prefix_tokens is not None and (type(num_prefix_tokens) is not int or num_prefix_tokens < 0):
         raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {num_prefix_tokens!r}")
+    if level not in _OPS:
+        raise ValueError(f"level must be one of {', '.join(map(repr, _OPS))}, not {level!r}")
     model = unwrapped(model)
-    plans, report = _plan(model, num_prefix_tokens, backend)
+    plans, report = planned(model, level, num_prefix_tokens, backend_by_op(backend, _OPS[level]))
     if not report.modules:
         raise ValueError(
             f"{type(model).__name__} has no attention module known here; known are those of "
@@ -68,17 +74,17 @@ def patch(
         )
     if strict and report.left:
         raise UnsupportedError(f"strict=True, and these would be left alone:\n{report}")
-    for module, kind, attend in plans:
-        if fused_method(module) is not None:
-            give_back(module)
-        replace(module, kind.method, kind.compute, attend)
+    unpatch(model)
+    for module, kind, op in plans:
+        replace(module, kind.method, kind.compute, op)
     return report
 
 
 def unpatch(model: nn.Module) -> None:
     """Give every patched module of a model its own computation back; a model without one stays as it is."""
     for module in model.modules():
-        if fused_method(module) is not None:
+        # RegisterAttention is not patched but captured, maybe, by whoever ends that.
+        if fused_method(module) is not None and not isinstance(module, RegisterAttention):
             give_back(module)
 
 
@@ -90,79 +96,3 @@ def patched(model: nn.Module, **options: object) -> Iterator[PatchReport]:
         yield report
     finally:
         unpatch(model)
-
-
-def _plan(
-    model: nn.Module, num_prefix_tokens: int | None, backend: str | None
-) -> tuple[list[tuple[nn.Module, Kind, Attend | None]], PatchReport]:
-    """What ``patch`` is going to do, and its report; changes nothing."""
-    plans, entries, counts = [], [], set()
-    modules, in_blocks = dict(model.named_modules()), modules_in_blocks(model)
-    for name, module in modules.items():
-        kind = _kind_of(module)
-        cls = type(module).__name__
-        if kind is None:
-            if _attends(module) and not any(map(_kind_of, module.modules())):
-                entries.append(Patched(name, cls, reason="not a class known here"))
-            continue
-        if kind.in_blocks and not (module is model or module in in_blocks or fused_method(module)):
-            entries.append(Patched(name, cls, reason="not in a block of a Vision Transformer known here"))
-            continue
-        if reason := kind.reason_against(module) or _replaced_by_another(module, kind):
-            entries.append(Patched(name, cls, reason=reason))
-            continue
-        prefix = _prefix_tokens(modules, name) if num_prefix_tokens is None else num_prefix_tokens
-        plans.append((module, kind, kind.heads and Attend(prefix, backend)))
-        counts.add(prefix)
-        if kind.heads is not None:
-            entries.append(Patched(name, cls, backend=_backend(kind.heads(module), prefix or 0, backend)))
-    return plans, PatchReport(entries, counts.pop() if len(counts) == 1 else None)
-
-
-def _kind_of(module: nn.Module) -> Kind | None:
-    return next((kind for library in LIBRARIES for kind in library.attention if kind.fits(module)), None)
-
-
-def _attends(module: nn.Module) -> bool:
-    """Whether a module of a class not known here looks as if tokens attended to one another in it."""
-    name = type(module).__name__.lower()
-    if isinstance(module, RegisterAttention):  # needs no patch
-        return False
-    return hasattr(module, "fused_attn") or ("attention" in name and "pool" not in name)
-
-
-def _replaced_by_another(module: nn.Module, kind: Kind) -> str:
-    own = vars(module).get(kind.method)
-    known = own is None or isinstance(own, Transparent) or fused_method(module) is not None
-    return "" if known else f"its {kind.method} was replaced on the instance by another"
-
-
-def _prefix_tokens(modules: dict[str, nn.Module], name: str) -> int | None:
-    """The prefix tokens of the nearest model around a module that says how many it has."""
-    while True:
-        for library in LIBRARIES:
-            if (count := library.prefix_tokens(modules[name])) is not None:
-                return count
-        if not name:
-            return None
-        name = name.rpartition(".")[0]
-
-
-def _backend(heads: Heads, prefix: int, backend: str | None) -> str:
-    """The backend that a call of one image takes, in words; empty if the weights are on no device yet.
-
-    Raises:
-        ValueError, UnsupportedError: if there is no such backend, or none can serve such a call.
-    """
-    weight = heads.weight
-    if weight.is_meta:
-        if backend is not None:
-            find(BACKENDS, backend)
-        return ""
-    dtype = weight.dtype if weight.dtype in DTYPES else torch.float32  # of weights in integers
-    query = torch.empty(1, heads.number, prefix + _PATCHES, heads.head_dim, dtype=dtype, device=weight.device)
-    taken = explain(query, backend=backend)
-    if taken.backend is None:
-        raise UnsupportedError(str(taken))
-    size = f"{heads.number} heads of {heads.head_dim}, {query.shape[2]} tokens"
-    return f"{taken.backend} ({size}, {str(dtype).removeprefix('torch.')})"

@@ -83,16 +83,16 @@ def capture(model: nn.Module, output: str, *, layers: Sequence[int] | None = Non
             _check_prefix(name, _attend_of(module).num_prefix_tokens)
     captured = Captured(modules)
     takers = {name: (output, partial(captured.take, name)) for name in modules}
-    for name, module in modules.items():
-        _attend_while_captured(module).takers.append(takers[name])
+    attends = {name: _attend_while_captured(module) for name, module in modules.items()}
+    for name, attend in attends.items():
+        attend.takers.append(takers[name])
     try:
         yield captured
     finally:
-        for name, module in modules.items():
-            attend = fused_method(module).attend
+        for name, attend in attends.items():
             attend.takers.remove(takers[name])
-            if isinstance(module, RegisterAttention) and not attend.takers:
-                give_back(module)
+            if isinstance(modules[name], RegisterAttention) and not attend.takers:
+                give_back(modules[name])
 
 
 def _layer(found: dict[str, nn.Module], layer: int) -> tuple[str, nn.Module]:
@@ -105,14 +105,14 @@ def _attend_of(module: nn.Module) -> Attend | None:
     """The way into the op of a module that can be captured; None of any other."""
     method = fused_method(module)
     if method is not None:
-        return method.attend
+        return method.op if isinstance(method.op, Attend) else None
     return Attend(module.layout.num_prefix_tokens) if isinstance(module, RegisterAttention) else None
 
 
 def _attend_while_captured(module: nn.Module) -> Attend:
     if fused_method(module) is None:
         replace(module, "forward", ours.attention, _attend_of(module))
-    return fused_method(module).attend
+    return fused_method(module).op
 
 
 def _check_prefix(name: str, num_prefix_tokens: int | None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...nn.tracing import as_leaf, traced
 from ..attention.attend import Attend
+from ..blocks.add_norm import AddNorm
 
 
 class FusedMethod:
@@ -27,8 +28,8 @@ class FusedMethod:
 
     Attributes:
         name: of the method.
-        compute: takes the module, ``attend`` and the method's arguments, and gives what the method gives.
-        attend: its way into the op; ``None`` of a method that prepares masks for others.
+        compute: takes the module, ``op`` and the method's arguments, and gives what the method gives.
+        op: its way into the op; ``None`` of a method that makes masks for others.
         covered: the method that the instance had before, or ``None``.
         active: whether it computes by ``compute``. If another's method stands over it when it is to be taken off,
             it stays and does what it covers.
@@ -39,13 +40,13 @@ class FusedMethod:
         module: nn.Module,
         name: str,
         compute: Callable[..., Any],
-        attend: Attend | None,
+        op: Attend | AddNorm | None,
         covered: Callable[..., Any] | None,
     ) -> None:
         self._module = ref(module)
         self.name = name
         self.compute = compute
-        self.attend = attend
+        self.op = op
         self.covered = covered
         self.active = True
         _methods[module] = self
@@ -57,7 +58,7 @@ class FusedMethod:
         module = self._module()
         if any(map(traced, given)):
             return as_leaf(module, *args, **options) if self.name == "forward" else self._replaced()(*args, **options)
-        return self.compute(module, self.attend, *args, **options)
+        return self.compute(module, self.op, *args, **options)
 
     @property
     def __class__(self) -> type:
@@ -75,7 +76,7 @@ class FusedMethod:
         return getattr(self._replaced(), name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FusedMethod, (self._module(), self.name, self.compute, self.attend, self.covered)
+        return FusedMethod, (self._module(), self.name, self.compute, self.op, self.covered)
 
 
 # By module, because what stands over a method need not say what it covers.
@@ -87,9 +88,9 @@ def fused_method(module: nn.Module) -> FusedMethod | None:
     return _methods.get(module)
 
 
-def replace(module: nn.Module, name: str, compute: Callable[..., Any], attend: Attend | None) -> None:
+def replace(module: nn.Module, name: str, compute: Callable[..., Any], op: Attend | AddNorm | None) -> None:
     """Put a ``FusedMethod`` in the place of a method."""
-    setattr(module, name, FusedMethod(module, name, compute, attend, vars(module).get(name)))
+    setattr(module, name, FusedMethod(module, name, compute, op, vars(module).get(name)))
 
 
 def give_back(module: nn.Module) -> None:

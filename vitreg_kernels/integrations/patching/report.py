@@ -1,4 +1,4 @@
-"""What ``patch`` did with every attention module of a model."""
+"""What ``patch`` did with every module of a model that attends, and with its blocks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class Patched(NamedTuple):
-    """One module of a model that attends.
+    """One module of a model that attends, or a block of it.
 
     Attributes:
         name: its path in the model.
         cls: the name of its class.
-        backend: the backend that a call takes here, with the size of that call; empty of a module that is left alone
-            and of one that only prepares masks.
+        backend: the backend that a call takes here, with the size of that call; empty of a module that is left alone,
+            and of one whose weights are on no device yet.
         reason: why it is left alone; empty if it is patched.
     """
 
@@ -28,7 +28,7 @@ class PatchReport(NamedTuple):
     Printing it gives a line a kind of layer.
 
     Attributes:
-        modules: every module that attends, in the model's order.
+        modules: every module that attends, and of ``level="block"`` every block, in the model's order.
         num_prefix_tokens: the CLS and register tokens that lead the model's sequence; ``None`` if that is not known,
             or not the same in all its parts.
     """

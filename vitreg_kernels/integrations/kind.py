@@ -1,4 +1,4 @@
-"""A class of attention modules whose computation this library can take over."""
+"""A class of modules whose computation this library can take over."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..modules import derives_from
+from .modules import derives_from
 
 
 class Heads(NamedTuple):
@@ -17,23 +17,23 @@ class Heads(NamedTuple):
     Attributes:
         number: H.
         head_dim: D.
-        weight: a tensor of the module, for dtype and device.
     """
 
     number: int
     head_dim: int
-    weight: Tensor
 
 
 class Kind(NamedTuple):
-    """One class of attention modules, told by name and shape: importing its library to ask would load it.
+    """One class of modules, told by name and shape: importing its library to ask would load it.
 
     Attributes:
         classes: names of the class.
         package: its package; ``None`` where other packages have copies.
-        compute: the class's ``method`` by means of this library: ``compute(module, attend, *args, **options)``, with
-            the parameters of the method after the first two. One that takes ``**options`` hands them to that method.
-        heads: what a module asks of the op; ``None`` of a class that prepares masks for others and attends to nothing.
+        compute: the class's ``method`` by means of this library: ``compute(module, op, *args, **options)``, with the
+            parameters of the method after the first two. ``op`` is an ``Attend``, of a block an ``AddNorm``. One that
+            takes ``**options`` hands them to that method.
+        heads: what a module asks of the op; ``None`` of a class that attends to nothing: a block, or what prepares
+            masks for others.
         needs: attributes that every such module has.
         method: the method that is replaced.
         refuses: why a module must be left alone; empty if it need not.
@@ -41,6 +41,8 @@ class Kind(NamedTuple):
         in_blocks: whether such modules also stand where tokens of other kinds attend, in text towers, decoders and
             pools. Then only those in the blocks of a known Vision Transformer are taken, and those that ``patch`` was
             given by themselves.
+        serves: in words, what the op takes over of such a module; empty of what makes masks for others.
+        leaves: in words, the calls that the class's own computation takes, and what is done before the op, and why.
     """
 
     classes: tuple[str, ...]
@@ -52,6 +54,8 @@ class Kind(NamedTuple):
     refuses: Callable[[nn.Module], str] = lambda module: ""
     tells: Callable[[nn.Module], bool] = lambda module: True
     in_blocks: bool = False
+    serves: str = ""
+    leaves: str = ""
 
     def fits(self, module: nn.Module) -> bool:
         """Whether a module is of this class, or of one that derives from it."""
@@ -64,13 +68,9 @@ class Kind(NamedTuple):
             return f"{definer.__name__} has a {self.method} of its own"
         if missing := [name for name in self.needs if not hasattr(module, name)]:
             return f"has no {', '.join(missing)}, as the class known here has"
-        known = inspect.signature(self.compute).parameters.values()
-        unknown = parameters(getattr(definer, self.method)) - parameters(self.compute)
+        known = list(inspect.signature(self.compute).parameters.values())[2:]
+        theirs = list(inspect.signature(getattr(definer, self.method)).parameters)[1:]
+        unknown = set(theirs) - {parameter.name for parameter in known}
         if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
             return f"its {self.method} takes {', '.join(sorted(unknown))}, which is not known here"
         return self.refuses(module)
-
-
-def parameters(function: Callable[..., Any]) -> set[str]:
-    """The names of a function's parameters, ``self`` and what ``compute`` has before the method's own aside."""
-    return set(inspect.signature(function).parameters) - {"self", "module", "attend"}
