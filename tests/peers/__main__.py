@@ -91,7 +91,9 @@ def _with_progress(name: str, comparison: Comparison, rows: Iterator[dict[str, A
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.peers", description=__doc__)
     parser.add_argument("peer", choices=sorted(PEERS))
-    parser.add_argument("--all", action="store_true", help="every model with a class known here: many hours")
+    parser.add_argument(
+        "--all", action="store_true", help="more models: of timm all with a class known here, which takes hours"
+    )
     parser.add_argument("--group", action="append", help="a pattern of a model's, class's or function's name")
     parser.add_argument("--fresh", action="store_true", help="run the baseline again")
     return parser
