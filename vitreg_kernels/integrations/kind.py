@@ -64,7 +64,7 @@ class Kind(NamedTuple):
     def reason_against(self, module: nn.Module) -> str:
         """Why a module that fits is left alone, in a few words; empty if nothing speaks against it."""
         definer = next(cls for cls in type(module).__mro__ if self.method in vars(cls))
-        if definer.__name__ not in self.classes:
+        if definer.__name__ not in self.classes or self.package not in (None, definer.__module__.partition(".")[0]):
             return f"{definer.__name__} has a {self.method} of its own"
         if missing := [name for name in self.needs if not hasattr(module, name)]:
             return f"has no {', '.join(missing)}, as the class known here has"

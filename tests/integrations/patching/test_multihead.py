@@ -287,7 +287,7 @@ def test_statistics_are_the_modules_own_weights():
     fused_method(module).op.takers.append(("prefix_attention", seen.append))
     of_itself(module, x)
     weights = module(x, x, x, average_attn_weights=False)[1]
-    torch.testing.assert_close(seen[0], weights[:, :, :3])
+    torch.testing.assert_close(seen[1], weights[:, :, :3])
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def test_statistics_are_of_the_turned_queries():
     projected = torch.nn.functional.linear(x, module.in_proj_weight, module.in_proj_bias)
     query, key, _ = projected.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
     query, key = module.rope(query, key)
-    torch.testing.assert_close(seen[0], (query[:, :, :1] @ key.mT * module.scale).softmax(-1))
+    torch.testing.assert_close(seen[-1], (query[:, :, :1] @ key.mT * module.scale).softmax(-1))
 
 
 @pytest.mark.parametrize("cls_token", [True, False])

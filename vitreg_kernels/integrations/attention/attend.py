@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import functional
+from ...nn.hooks import untouched
 from ...ops.attention.types import AttentionOutputs, Rope
 
-Taker = tuple[str, Callable[[Tensor], None]]
+Taker = tuple[str, Callable[[Tensor | None], None]]
 
 
 @dataclass
@@ -22,13 +23,18 @@ class Attend:
     Attributes:
         num_prefix_tokens: P of the model; ``None`` if it is not known.
         backend: the backend asked for.
-        takers: statistics that are taken of every call, each a name and what to do with it. A copy of the module has
-            none: they belong to the module that is captured.
+        takers: statistics that are taken of every call, each a name and what to do with it, or with None when a call
+            begins. A copy of the module has none: they belong to the module that is captured.
     """
 
     num_prefix_tokens: int | None = None
     backend: str | None = None
     takers: list[Taker] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """A call begins: what was taken of the one before is no longer the latest, even if this one takes none."""
+        for _, take in tuple(self.takers):
+            take(None)
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """``register_attention``: ``[B, H, N, D]`` each; ``options`` are its own, mask, rope and the like.
@@ -44,28 +50,37 @@ class Attend:
         """``register_attention_qkv`` of ``[B, N, 3, H, D]``: ``[B, N, C]``."""
         return self._call(functional.register_attention_qkv, qkv, **options)
 
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        """The statistics that somebody takes."""
-        return tuple(dict.fromkeys(name for name, _ in self.takers))
-
-    def hand_over(self, statistics: AttentionOutputs) -> None:
-        """Give the statistics of a call to who takes them."""
-        for name, take in self.takers:
-            take(getattr(statistics, name))
-
     def _call(self, op: Callable[..., Any], *tensors: Tensor, **options: Any) -> Tensor:
-        wanted = self.wanted
-        if not wanted:
+        takers = tuple(self.takers)  # another thread may begin or end a capture meanwhile
+        if not takers:
             return op(*tensors, **options, backend=self.backend)
         if self.num_prefix_tokens is not None:
             options.setdefault("num_prefix_tokens", self.num_prefix_tokens)
-        output, statistics = op(*tensors, **options, outputs=wanted, backend=self.backend)
-        self.hand_over(statistics)
+        output, statistics = op(*tensors, **options, outputs=wanted_by(takers), backend=self.backend)
+        hand_over(statistics, takers)
         return output
 
     def __getstate__(self) -> dict[str, Any]:
         return {"num_prefix_tokens": self.num_prefix_tokens, "backend": self.backend, "takers": []}
+
+
+def wanted_by(takers: Sequence[Taker]) -> tuple[str, ...]:
+    """The statistics that somebody takes."""
+    return tuple(dict.fromkeys(name for name, _ in takers))
+
+
+def hand_over(statistics: AttentionOutputs, takers: Sequence[Taker]) -> None:
+    """Give the statistics of a call to who takes them."""
+    for name, take in takers:
+        take(getattr(statistics, name))
+
+
+def only_drops(dropout: nn.Module) -> bool:
+    """Whether a module between the softmax and the values is a dropout that nobody watches.
+
+    Anything else there is to see the probabilities, N x N, or to change them.
+    """
+    return type(dropout) is nn.Dropout and untouched(dropout)
 
 
 def rope_on_patches(cos: Tensor, sin: Tensor, patches: int, *, interleaved: bool = False) -> Rope | None:

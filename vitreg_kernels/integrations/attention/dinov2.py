@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...nn.hooks import untouched
 from ..kind import Heads, Kind
-from .attend import Attend
+from .attend import Attend, only_drops
 
 
 def memory_efficient_attention(module: nn.Module, attend: Attend, x: Tensor, attn_bias: object = None) -> Tensor:
@@ -68,7 +67,7 @@ def _dropout(module: nn.Module) -> float:
 def _watched(module: nn.Module) -> bool:
     """Whether another than the class's dropout is to see the probabilities."""
     drop = module.attn_drop
-    return isinstance(drop, nn.Module) and not (type(drop) is nn.Dropout and untouched(drop))
+    return isinstance(drop, nn.Module) and not only_drops(drop)
 
 
 def heads(module: nn.Module) -> Heads:
@@ -114,6 +113,6 @@ KINDS = (
         refuses=difference,
         tells=_beside_the_other,
         serves="dropout; also in copies",
-        leaves="causal calls; calls with a hook on attn_drop",
+        leaves="causal calls; calls with a hook on attn_drop, or another module in its place",
     ),
 )

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...nn.hooks import hooked
 from ..kind import Heads, Kind
 from ..modules import does_nothing
-from .attend import Attend
+from .attend import Attend, only_drops
 
 
 def attention(
@@ -22,14 +21,14 @@ def attention(
 ) -> Tensor:
     """``Attention.forward`` since release 3.3.0, whose blocks give one tensor as ``x``, ``k_x`` and ``v_x``."""
     crossed = any(other is not None and other is not x for other in (k_x, v_x))
-    if crossed or hooked(module.attn_drop):  # a hook there is to see the probabilities
+    if crossed or not only_drops(module.attn_drop):
         return type(module).forward(module, x, k_x, v_x, attn_mask)
     return _self_attention(module, attend, x, attn_mask)
 
 
 def earlier_attention(module: nn.Module, attend: Attend, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """``Attention.forward`` up to release 3.3.0; True in a boolean mask leaves a key out there."""
-    if hooked(module.attn_drop):
+    if not module.use_fsdpa or not only_drops(module.attn_drop):
         return type(module).forward(module, x, attn_mask)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = ~attn_mask
@@ -85,7 +84,7 @@ KINDS = (
         tells=lambda module: hasattr(module, "use_fsdpa"),
         in_blocks=True,
         serves="masks, dropout, norms and scales beside it; of release 3.3.0 in custom blocks",
-        leaves="attention by cosines; calls with a hook on attn_drop; text towers",
+        leaves="attention by cosines; calls with a hook on attn_drop, or another module in its place; text towers",
     ),
     Kind(
         ("Attention",),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...nn.attention import RegisterAttention
 from ...ops.attention.types import AttentionOutputs, Rope
-from .attend import Attend
+from .attend import Attend, hand_over, wanted_by
 
 
 def attention(
@@ -22,11 +22,12 @@ def attention(
     is_causal: bool = False,
 ) -> Tensor | tuple[Tensor, AttentionOutputs]:
     """``RegisterAttention.forward``, asked for what is captured besides ``outputs``."""
-    wanted = tuple(dict.fromkeys((*outputs, *attend.wanted)))
+    takers = tuple(attend.takers)
+    wanted = tuple(dict.fromkeys((*outputs, *wanted_by(takers))))
     result = RegisterAttention.forward(module, x, attn_mask, rope, outputs=wanted, is_causal=is_causal)
     if not wanted:
         return result
     output, statistics = result
-    attend.hand_over(statistics)
+    hand_over(statistics, takers)
     asked = {name: getattr(statistics, name) for name in outputs}
     return (output, AttentionOutputs(**asked)) if outputs else output

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...nn.hooks import hooked
 from ..kind import Heads, Kind
 from ..modules import does_nothing
-from .attend import Attend, rope_on_patches
+from .attend import Attend, only_drops, rope_on_patches
 
 
 def attention(
@@ -36,13 +35,16 @@ def attention_with_rope(
 def _attention(
     module: nn.Module, attend: Attend, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool
 ) -> Tensor:
-    if is_causal or hooked(module.attn_drop):  # a hook there is to see the probabilities
-        given = {} if rope is None else {"rope": rope}
-        return type(module).forward(module, x, **given, attn_mask=attn_mask, is_causal=is_causal)
+    by_formula = not module.fused_attn  # then the class multiplies by its scale, and calls attn_drop
+    if is_causal or (by_formula and not only_drops(module.attn_drop)):
+        given = {"rope": rope, "attn_mask": attn_mask, "is_causal": is_causal or None}  # older releases know fewer
+        return type(module).forward(module, x, **{name: value for name, value in given.items() if value is not None})
     gate = getattr(module, "gate", None)  # older releases have none
     gate = None if gate is None else gate(x).sigmoid()
     attn_mask = getattr(attn_mask, "_valid_keys", attn_mask)  # which naflex_embeds has put there
     options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": module.attn_drop.p if module.training else 0.0}
+    if by_formula:
+        options["scale"] = float(module.scale)
     prefix = 0
     if rope is not None:
         prefix = module.num_prefix_tokens
@@ -123,7 +125,9 @@ def naflex_embeds(
 
 
 # fmt: off
-_PARTS = ("num_heads", "head_dim", "qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
+_PARTS = (
+    "num_heads", "head_dim", "scale", "fused_attn", "qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop",
+)
 # fmt: on
 
 KINDS = (
@@ -134,7 +138,7 @@ KINDS = (
         _heads,
         _PARTS,
         serves="masks, dropout, norms and gate beside it; padding of NaFlexVit as a key mask",
-        leaves="causal calls; calls with a hook on attn_drop, which is to see N x N probabilities",
+        leaves="causal calls; with fused_attn off, calls with a hook on attn_drop, or another module in its place",
     ),
     Kind(
         ("AttentionRope", "EvaAttention"),

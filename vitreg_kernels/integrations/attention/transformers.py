@@ -140,8 +140,9 @@ def attention(module: nn.Module, attend: Attend, *args: Any, **options: Any) -> 
     """
     if not _registered:  # of a model that was unpickled
         register_transformers()
-    gives_rows = attend.num_prefix_tokens and module.config._attn_implementation != "eager"
-    if not gives_rows and _asked_for_attentions(module, options):
+    name = module.config._attn_implementation
+    gives_rows = attend.num_prefix_tokens and name != "eager"
+    if not _is_transformers_own(name) or (not gives_rows and _asked_for_attentions(module, options)):
         return type(module).forward(module, *args, **options)
     config = Overlay(module.config, _attn_implementation=NAME)
     return type(module).forward(Overlay(module, attend=attend, config=config), *args, **options)
@@ -181,7 +182,14 @@ def _asked_for_attentions(module: nn.Module | Overlay, options: dict[str, Any]) 
     return "attentions" in (_active_collector.get() or ())
 
 
+def _is_transformers_own(name: str | None) -> bool:
+    """Whether an attention function computes attention and nothing else: one that a user registered may do anything."""
+    return name in (None, NAME, "eager", "sdpa", "flex_attention") or name.startswith("flash_attention_")
+
+
 def _refuses(module: nn.Module) -> str:
+    if not _is_transformers_own(name := module.config._attn_implementation):
+        return f"is set to the attention function {name!r}, which is not transformers' own"
     if "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(type(module).forward).__code__.co_names:
         return "does not ask for its attention function by name in this version"
     if "Text" in type(module.config).__name__:

@@ -51,19 +51,18 @@ def patch(
         strict: raise if a module that attends, or of ``level="block"`` a block, is left alone.
 
     Returns:
-        What was done; print it.
+        What was done, which may be nothing, and why; print it.
 
     Raises:
-        TypeError, ValueError: if there is no module, or none that attends in a way known here; or the number of prefix
+        TypeError, ValueError: if there is no module, or none in it that attends; or the level, the number of prefix
             tokens or the backend is not one.
-        UnsupportedError: if ``strict`` and a module would be left alone, or the backend cannot serve a module. Nothing
-            is changed then.
+        UnsupportedError: if ``strict`` and a module would be left alone, or the backend cannot serve one. Nothing is
+            changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    _check_is_module(model)
     if num_prefix_tokens is not None and (type(num_prefix_tokens) is not int or num_prefix_tokens < 0):
         raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {num_prefix_tokens!r}")
-    if level not in _OPS:
+    if not isinstance(level, str) or level not in _OPS:
         raise ValueError(f"level must be one of {', '.join(map(repr, _OPS))}, not {level!r}")
     model = unwrapped(model)
     plans, report = planned(model, level, num_prefix_tokens, backend_by_op(backend, _OPS[level]))
@@ -81,7 +80,12 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every patched module of a model its own computation back; a model without one stays as it is."""
+    """Give every patched module of a model its own computation back; a model without one stays as it is.
+
+    Raises:
+        TypeError: if it is no module.
+    """
+    _check_is_module(model)
     for module in model.modules():
         # RegisterAttention is not patched but captured, maybe, by whoever ends that.
         if fused_method(module) is not None and not isinstance(module, RegisterAttention):
@@ -90,9 +94,17 @@ def unpatch(model: nn.Module) -> None:
 
 @contextmanager
 def patched(model: nn.Module, **options: object) -> Iterator[PatchReport]:
-    """``patch`` for the length of a ``with``, and ``unpatch``; gives the report."""
+    """``patch`` for the length of a ``with``; gives the report. What was patched before it is so again after it."""
+    before = [(module, method) for module in model.modules() if (method := fused_method(module)) is not None]
     report = patch(model, **options)
     try:
         yield report
     finally:
         unpatch(model)
+        for module, method in before:
+            replace(module, method.name, method.compute, method.op)
+
+
+def _check_is_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")

@@ -40,9 +40,12 @@ class Captured(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._latest)
 
-    def take(self, layer: str, statistic: Tensor) -> None:
-        """Keep a layer's statistic in the place of that of its call before."""
-        self._latest[layer] = statistic
+    def take(self, layer: str, statistic: Tensor | None) -> None:
+        """Keep a layer's statistic in the place of that of its call before; None when a call of it begins."""
+        if statistic is None:
+            self._latest.pop(layer, None)
+        else:
+            self._latest[layer] = statistic
 
     def clear(self) -> None:
         """Let go of the tensors."""
@@ -50,7 +53,7 @@ class Captured(Mapping[str, Tensor]):
 
 
 @contextmanager
-def capture(model: nn.Module, output: str, *, layers: Sequence[int] | None = None) -> Iterator[Captured]:
+def capture(model: nn.Module, output: str, *, layers: Sequence[int | str] | None = None) -> Iterator[Captured]:
     """Take a statistic of a model's attention whenever it is called within a ``with``, without leaving the kernels.
 
         with capture(model, "prefix_attention", layers=[-1]) as maps:
@@ -65,13 +68,19 @@ def capture(model: nn.Module, output: str, *, layers: Sequence[int] | None = Non
         model: a ``RegisterViT``, or any model that was given to ``patch``, compiled or wrapped or not.
         output: ``"prefix_attention"`` ``[B, H, P, N]``, ``"received_attention"`` ``[B, H, N]``, ``"token_norms"``
             ``[B, N]``, ``"lse"`` ``[B, H, N]`` or ``"max_logit"`` ``[B, H]``, as in ``AttentionOutputs``.
-        layers: which of the attention layers, counted from the first or, negative, from the last; ``None`` for all.
+        layers: which of the attention layers, by name, or counted from the first or, negative, from the last; ``None``
+            for all.
 
     Raises:
+        TypeError: if there is no module, or ``layers`` is no sequence.
         ValueError: if there is no such statistic, or no attention that can be captured; or if the prefix is asked for
             and the model has none, or it is not known how long it is.
-        IndexError: if there is no such layer.
+        KeyError, IndexError: if there is no such layer.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(layers, str) or not isinstance(layers, Sequence | None):
+        raise TypeError(f"layers must be a sequence of names and numbers such as [-1], not {layers!r}")
     if output not in OUTPUT_NAMES:
         raise ValueError(f"unknown output {output!r}: expected one of {', '.join(map(repr, OUTPUT_NAMES))}")
     found = {name: module for name, module in unwrapped(model).named_modules() if _attend_of(module) is not None}
@@ -95,7 +104,11 @@ def capture(model: nn.Module, output: str, *, layers: Sequence[int] | None = Non
                 give_back(modules[name])
 
 
-def _layer(found: dict[str, nn.Module], layer: int) -> tuple[str, nn.Module]:
+def _layer(found: dict[str, nn.Module], layer: int | str) -> tuple[str, nn.Module]:
+    if isinstance(layer, str):
+        if layer not in found:
+            raise KeyError(f"there is no attention layer {layer!r}: the model has {', '.join(found)}")
+        return layer, found[layer]
     if not -len(found) <= layer < len(found):
         raise IndexError(f"there is no attention layer {layer}: the model has {len(found)}")
     return list(found.items())[layer]

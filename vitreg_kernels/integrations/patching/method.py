@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from functools import cache
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import Tensor, nn
 
 from ...nn.tracing import as_leaf, traced
@@ -18,13 +18,13 @@ from ..blocks.add_norm import AddNorm
 class FusedMethod:
     """What a patched module has in the place of its class's method.
 
-    It stands in the instance's ``__dict__``, so nothing else of the module changes: neither its class, nor its
-    parameters, nor its hooks. It holds the module weakly, which goes when its last user does; copies and pickles of
-    the module have one of their own.
+    A bound method of this stands in the instance's ``__dict__``, so nothing else of the module changes: neither its
+    class, nor its parameters, nor its hooks. It holds the module weakly, which goes when its last user does. Deep
+    copies, pickles and the replicas of ``DataParallel`` have one of their own.
 
-    ``torch.jit.script`` compiles the class's own method, for whose attributes it looks here; ``torch.fx`` takes the
-    module as a leaf, and traces the class's own method if that is another than ``forward``. What is called on the meta
-    device, for the shapes, is the class's own too.
+    ``torch.jit.script`` compiles the class's own method; ``torch.fx`` takes the module as a leaf, and traces the
+    class's own method if that is another than ``forward``. What is called on the meta device, for the shapes, is the
+    class's own too.
 
     Attributes:
         name: of the method.
@@ -42,64 +42,108 @@ class FusedMethod:
         compute: Callable[..., Any],
         op: Attend | AddNorm | None,
         covered: Callable[..., Any] | None,
+        active: bool = True,
     ) -> None:
         self._module = ref(module)
         self.name = name
         self.compute = compute
         self.op = op
         self.covered = covered
-        self.active = True
-        _methods[module] = self
+        self.active = active
+        if active:
+            _methods[module] = ref(self)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
+        module = self._module()
+        if module is None:
+            raise RuntimeError(
+                "this is a shallow copy of a module that was patched, and the module is gone; take copy.deepcopy, or "
+                "unpatch before copying"
+            )
         given = (*args, *options.values())
         if not self.active or any(isinstance(each, Tensor) and each.is_meta for each in given):
-            return self._replaced()(*args, **options)
-        module = self._module()
+            return self.replaced(module)(*args, **options)
         if any(map(traced, given)):
-            return as_leaf(module, *args, **options) if self.name == "forward" else self._replaced()(*args, **options)
+            return (
+                as_leaf(module, *args, **options) if self.name == "forward" else self.replaced(module)(*args, **options)
+            )
+        if isinstance(self.op, Attend):
+            self.op.begin()
         return self.compute(module, self.op, *args, **options)
 
-    @property
-    def __class__(self) -> type:
-        """A method's while TorchScript compiles: ``inspect``, by which it reads a source, knows no other callables."""
-        return FusedMethod if torch.jit._script._TOPLEVEL else MethodType
-
-    def _replaced(self) -> Callable[..., Any]:
+    def replaced(self, module: nn.Module) -> Callable[..., Any]:
         """The method that this one stands in for."""
-        module = self._module()
         return self.covered or getattr(type(module), self.name).__get__(module)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("_module", "name", "covered"):  # of an object that is being made
-            raise AttributeError(name)
-        return getattr(self._replaced(), name)
+    @property
+    def method(self) -> MethodType:
+        """What stands in the instance: a method, because the compiler has one graph for all blocks of such alone."""
+        return MethodType(_disguised(getattr(type(self._module()), self.name)), self)
+
+    def replicate(self) -> nn.Module:
+        """What ``DataParallel`` calls in the place of the module's own: a replica that computes by itself."""
+        module = self._module()
+        replica = type(module)._replicate_for_data_parallel(module)
+        install(FusedMethod(replica, self.name, self.compute, self.op, self.covered, self.active), replica)
+        return replica
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FusedMethod, (self._module(), self.name, self.compute, self.op, self.covered)
+        return FusedMethod, (self._module(), self.name, self.compute, self.op, self.covered, self.active)
+
+
+@cache
+def _disguised(original: Callable[..., Any]) -> FunctionType:
+    """A function that calls the ``FusedMethod`` it is bound to, with the signature and the source of a class's method.
+
+    TorchScript compiles what it finds there, in the globals that it finds there.
+    """
+
+    def method(fused: FusedMethod, *args: Any, **options: Any) -> Any:
+        return fused(*args, **options)
+
+    disguised = FunctionType(method.__code__, original.__globals__, "method")
+    disguised.__wrapped__ = original
+    return disguised
 
 
 # By module, because what stands over a method need not say what it covers.
-_methods: WeakKeyDictionary[nn.Module, FusedMethod] = WeakKeyDictionary()
+_methods: WeakKeyDictionary[nn.Module, ref[FusedMethod]] = WeakKeyDictionary()
+_REPLICATE = "_replicate_for_data_parallel"
 
 
 def fused_method(module: nn.Module) -> FusedMethod | None:
     """What a module was patched with; None of one that is not patched."""
-    return _methods.get(module)
+    return _methods.get(module, lambda: None)()
+
+
+def within(method: object) -> FusedMethod | None:
+    """The ``FusedMethod`` that a bound method is of; None of any other."""
+    bound = getattr(method, "__self__", None) if isinstance(method, MethodType) else None
+    return bound if isinstance(bound, FusedMethod) else None
 
 
 def replace(module: nn.Module, name: str, compute: Callable[..., Any], op: Attend | AddNorm | None) -> None:
-    """Put a ``FusedMethod`` in the place of a method."""
-    setattr(module, name, FusedMethod(module, name, compute, op, vars(module).get(name)))
+    """Put a ``FusedMethod`` in the place of a method, and of one that was taken off under another's."""
+    own = vars(module).get(name)
+    left = within(own)
+    install(FusedMethod(module, name, compute, op, own if left is None else left.covered), module)
+
+
+def install(fused: FusedMethod, module: nn.Module) -> None:
+    """Put it into the module's ``__dict__``."""
+    setattr(module, fused.name, fused.method)
+    setattr(module, _REPLICATE, fused.replicate)
 
 
 def give_back(module: nn.Module) -> None:
     """Leave the module as it was before ``replace``."""
-    method = _methods.pop(module)
-    method.active = False
-    if vars(module).get(method.name) is not method:
+    fused = fused_method(module)
+    del _methods[module]
+    fused.active = False
+    delattr(module, _REPLICATE)
+    if within(vars(module).get(fused.name)) is not fused:
         return
-    if method.covered is None:
-        delattr(module, method.name)
+    if fused.covered is None:
+        delattr(module, fused.name)
     else:
-        setattr(module, method.name, method.covered)
+        setattr(module, fused.name, fused.covered)

@@ -23,7 +23,7 @@ from ..blocks.add_norm import AddNorm
 from ..kind import Heads, Kind
 from ..libraries import LIBRARIES
 from ..residual_stream import modules_in_blocks, streams_of
-from .method import fused_method
+from .method import fused_method, within
 from .report import Patched, PatchReport
 
 _PATCHES = 256  # of the call whose backend a report names
@@ -73,13 +73,16 @@ def planned(
             plans.append(Plan(module, kind, AddNorm(backends["residual_norm"])))
             entries.append(Patched(name, cls, backend=_norm_backend(module, backends["residual_norm"])))
             continue
+        if kind.heads is None:
+            plans.append(Plan(module, kind, None))
+            continue
+        before = _attend_of(module)
         prefix = _prefix_tokens(modules, name) if num_prefix_tokens is None else num_prefix_tokens
-        plans.append(Plan(module, kind, kind.heads and Attend(prefix, backends["attention"])))
+        prefix = before.num_prefix_tokens if prefix is None else prefix
         counts.add(prefix)
-        if kind.heads is not None:
-            entries.append(
-                Patched(name, cls, backend=_backend(module, kind.heads(module), prefix or 0, backends["attention"]))
-            )
+        plans.append(Plan(module, kind, Attend(prefix, backends["attention"], before.takers)))
+        backend = _backend(module, kind.heads(module), prefix or 0, backends["attention"])
+        entries.append(Patched(name, cls, backend=backend))
     return plans, PatchReport(entries, counts.pop() if len(counts) == 1 else None)
 
 
@@ -100,8 +103,14 @@ def _attends(module: nn.Module) -> bool:
 
 def _replaced_by_another(module: nn.Module, kind: Kind) -> str:
     own = vars(module).get(kind.method)
-    known = own is None or isinstance(own, Transparent) or fused_method(module) is not None
+    known = own is None or isinstance(own, Transparent) or within(own) is not None
     return "" if known else f"its {kind.method} was replaced on the instance by another"
+
+
+def _attend_of(module: nn.Module) -> Attend:
+    """What a module that is patched already knows of its prefix, and who captures it."""
+    method = fused_method(module)
+    return Attend() if method is None else method.op
 
 
 def _prefix_tokens(modules: dict[str, nn.Module], name: str) -> int | None:
