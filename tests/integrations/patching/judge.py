@@ -150,6 +150,14 @@ def assert_same_numbers(
     return seen
 
 
+def assert_close(actual: dict[Any, Tensor], expected: dict[Any, Tensor]) -> None:
+    """The same tensors by name but for rounding, where nothing needs to be held to fp64."""
+    assert actual.keys() == expected.keys()
+    for name, its in expected.items():
+        tolerance = 1e-4 * its.abs().max().item() + 1e-6
+        torch.testing.assert_close(actual[name], its, rtol=1e-3, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @contextmanager
 def formula(module: nn.Module) -> Iterator[None]:
     """Attention by the eager formula, where a module would have torch's fused one: timm's, and transformers'."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from tests.integrations.patching.judge import instances, state
+from tests.integrations.patching.judge import assert_close, instances, results, state
 from vitreg_kernels import TokenNormMonitor, UnsupportedError, patch, patched, unpatch
 from vitreg_kernels.integrations.patching.method import fused_method
 from vitreg_kernels.measure.accuracy import same_bits
@@ -213,27 +213,14 @@ def test_under_another_wrapper_it_stops_when_it_is_taken_off(calls):
     assert not calls
 
 
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    output = model(x)
-    (output * torch.linspace(-1, 1, output.shape[-1])).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name in expected:
-        scale = expected[name].abs().max().item()
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=name)
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant, calls):
     model, x = vit().train(), images()
-    expected = gradients(model, x)
+    expected = results(model, x)
     patch(model)
     for block in model.blocks:
         block.forward = partial(checkpoint, type(block).forward.__get__(block), use_reentrant=reentrant)
-    assert_close(gradients(model, x), expected)
+    assert_close(results(model, x), expected)
     assert len(calls) == 6
 
 
