@@ -160,15 +160,20 @@ def test_the_same_images_are_dropped(name, autocast, calls):
     model = vit(drop_path_rate=0.9) if name == "timm" else hugging_face(name, drop_path_rate=0.6)
     model, x = model.train(), torch.randn(8, 3, *(2 * [56 if name == "timm" else 32]))
     call = in_autocast(seeded) if autocast else seeded
+    last = [part for part in model.modules() if hasattr(part, "norm2")][-1]
+    outputs, handle = hook(getattr(last, "drop_path1" if name == "timm" else "drop_path"), "forward")
     expected, random = call(model, x), torch.get_rng_state()
+    handle.remove()
     patch(model, **FUSED)
     actual = call(model, x)
     assert torch.equal(torch.get_rng_state(), random)
     assert actual.dtype == expected.dtype
-    tolerance = (0.1 if autocast else 1e-4) * expected.abs().max().item()  # another image dropped is far more
+    drawn, kept = norms(calls)[-1].options["drop_path"], outputs[0].flatten(1).any(1)  # of the first use of it
+    assert drawn.dtype == outputs[0].dtype
+    assert torch.equal(drawn != 0, kept)
+    assert 0 < kept.count_nonzero() < 8
+    tolerance = (0.1 if autocast else 1e-4) * expected.abs().max().item()
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-    drawn = norms(calls)[-1].options["drop_path"]
-    assert 0 < drawn.count_nonzero() < 8
 
 
 def test_a_bf16_stream_becomes_fp32_under_autocast_where_it_did():
