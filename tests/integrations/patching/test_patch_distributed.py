@@ -80,17 +80,17 @@ def data_parallel(rank: int, folder: str) -> None:
     x = torch.randn(4, 3, 56, 56)
     mine, expected, weights = x.chunk(PROCESSES)[rank], gradients(vit(), x), whole(vit().state_dict())
     for name, wrap in (("DDP", DistributedDataParallel), ("FSDP2", sharded)):
-        for first in ("patched", "wrapped"):
-            case = f"{name}, {first} first"
+        for first, level in (("patched", "attention"), ("wrapped", "attention"), ("patched", "block")):
+            case = f"{name}, {first} first, {level}"
             model = vit()
             if first == "patched":
-                patch(model)
+                patch(model, level=level)
             model = wrap(model)
             if first == "wrapped":
-                patch(model)
+                patch(model, level=level)
             with op_calls() as calls:
                 found = gradients(model, mine)
-            assert len(calls) == 2, case
+            assert len(calls) == (4 if level == "block" else 2), case
             state = model.state_dict()
             distributed_checkpoint.save(state, checkpoint_id=f"{folder}/{case}")
             unpatch(model)
