@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from tests.integrations.patching import dinov3_like as dinov3
 from tests.integrations.patching.judge import (
+    DTYPES,
     assert_nothing_else_changes,
     assert_same_numbers,
+    called,
     converted,
+    in_autocast,
     scrambled,
 )
 from vitreg_kernels import patch, patched
-from vitreg_kernels.integrations.attention.attend import Attend
-from vitreg_kernels.measure.accuracy import compare, same_bits
+from vitreg_kernels.measure.accuracy import same_bits
 
 DIM, HEADS, PREFIX = 64, 4, 5
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def rope(*shape: int, patches: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -53,44 +54,27 @@ def ropes_of_crops(*shapes, dtype=torch.float32):
     return [rope(*shape, patches=m, dtype=dtype) for shape, m in zip(shapes or ((), ()), (16, 9), strict=True)]
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The ways into the op that were taken, each with what it was given."""
-    seen = []
-    for name in ("heads", "packed"):
-        own = getattr(Attend, name)
-        monkeypatch.setattr(
-            Attend,
-            name,
-            lambda self, *tensors, _own=own, _name=name, **options: (
-                seen.append((_name, options)) or _own(self, *tensors, **options)
-            ),
-        )
-    return seen
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask_k_bias", [False, True])
 @pytest.mark.parametrize(
     ("make_rope", "way"),
     [
-        (lambda: None, "packed"),
-        (rope, "packed"),
-        (lambda: rope(2, 1), "packed"),  # by image
-        (lambda: rope(1, 1), "packed"),
-        (lambda: rope(HEADS), "heads"),
-        (lambda: rope(2, HEADS), "heads"),
+        (lambda: None, "register_attention_qkv"),
+        (rope, "register_attention_qkv"),
+        (lambda: rope(2, 1), "register_attention_qkv"),  # by image
+        (lambda: rope(1, 1), "register_attention_qkv"),
+        (lambda: rope(HEADS), "register_attention"),
+        (lambda: rope(2, HEADS), "register_attention"),
     ],
     ids=["none", "rope", "by image", "of any image", "by head", "by image and head"],
 )
-def test_same_output_and_gradients(make_rope, way, mask_k_bias, dtype, calls):
+def test_same_output_and_gradients(make_rope, way, mask_k_bias, dtype):
     module, rotation = attention(mask_k_bias=mask_k_bias), make_rope()
-    assert_same_numbers(module, torch.randn(2, 21, DIM), {"rope": rotation}, dtype)
-    ((taken, options),) = calls
+    ((taken, _, options, _),) = assert_same_numbers(module, torch.randn(2, 21, DIM), {"rope": rotation}, dtype)
     assert taken == way
     if rotation is not None:
         assert options["num_prefix_tokens"] == PREFIX
-        assert (options["rope"] is None) == (way == "heads")
+        assert (options["rope"] is None) == (way == "register_attention")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,27 +95,23 @@ def test_a_bf16_rotation_is_closer_to_exact_arithmetic_than_the_modules_own():
 
 
 def test_autocast():
-    module, x, rotation = attention(), torch.randn(2, 21, DIM), rope(dtype=torch.bfloat16)
-    exact = copy.deepcopy(module).double()(x.double(), rope=converted(rotation, torch.float64))
-    with torch.autocast("cpu", torch.bfloat16):
-        eager = module(x, rope=rotation)
-        with patched(module):
-            accuracy = compare(module(x, rope=rotation), exact, eager, terms=DIM)
-    assert accuracy.passed, accuracy
+    assert_same_numbers(
+        attention(), torch.randn(2, 21, DIM), {"rope": rope(dtype=torch.bfloat16)}, call=in_autocast(called)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_list_of_crops_through_a_block(training, dtype):
     inputs = {"rope_or_rope_list": ropes_of_crops()}
-    assert_same_numbers(block().train(training), crops(), inputs, dtype)
+    assert_same_numbers(block().train(training), crops(), inputs, dtype, calls=2)
 
 
 @pytest.mark.parametrize("shapes", [(), ((2, 1), (4, 1)), ((HEADS,), (HEADS,))], ids=["plain", "by image", "by head"])
 def test_stochastic_depth_attends_to_a_part_of_the_images(shapes):
     """In lists, and with each image's own rotation where there is one."""
     inputs = {"rope_or_rope_list": ropes_of_crops(*shapes)}
-    assert_same_numbers(block(drop_path=0.5).train(), crops(), inputs)
+    assert_same_numbers(block(drop_path=0.5).train(), crops(), inputs, calls=2)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.integrations.patching.agreement import (
+from tests.integrations.patching.judge import (
     DTYPES,
     assert_nothing_else_changes,
     assert_own_forward,
     assert_same_numbers,
+    converted,
+    in_autocast,
     op_calls,
     scrambled,
 )
@@ -68,33 +70,24 @@ def test_same_output_and_gradients(mask, layout, dtype):
     if alone and "key_padding_mask" in given:
         given["key_padding_mask"] = given["key_padding_mask"][0]
 
-    def call(module, x):
-        return of_itself(module, x, **{k: v.to(x.dtype) if v.is_floating_point() else v for k, v in given.items()})
-
     shape = {"images first": (IMAGES, TOKENS, DIM), "tokens first": (TOKENS, IMAGES, DIM), "one image": (TOKENS, DIM)}
     module = multihead(batch_first=layout == "images first", bias=mask != "none")
-    assert_same_numbers(module, call, torch.randn(shape[layout]), dtype)
+    assert_same_numbers(module, torch.randn(shape[layout]), converted(given, dtype), dtype, call=of_itself)
 
 
 @pytest.mark.parametrize("mask", ["none", "padding", "additive"])
 def test_autocast(mask):
-    given = MASKS[mask](IMAGES)
-
-    def call(module, x):
-        with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype != torch.float64):
-            return of_itself(module, x, **{k: v.to(x.dtype) if v.is_floating_point() else v for k, v in given.items()})
-
-    assert_same_numbers(multihead(), call, torch.randn(IMAGES, TOKENS, DIM), torch.float32)
+    x, given = torch.randn(IMAGES, TOKENS, DIM), MASKS[mask](IMAGES)
+    assert_same_numbers(multihead(), x, given, call=in_autocast(of_itself))
 
 
 def test_a_mask_may_be_learnt():
-    gradients = []
-    for patched in (False, True):
-        module, mask = multihead(), torch.zeros(TOKENS, TOKENS, requires_grad=True)
-        if patched:
-            patch(module)
-        torch.manual_seed(0)
-        of_itself(module, torch.randn(IMAGES, TOKENS, DIM), attn_mask=mask).square().sum().backward()
+    module, x, gradients = multihead(), torch.randn(IMAGES, TOKENS, DIM), []
+    for each in (module, copy.deepcopy(module)):
+        mask = torch.zeros(TOKENS, TOKENS, requires_grad=True)
+        if each is not module:
+            patch(each)
+        of_itself(each, x, attn_mask=mask).square().sum().backward()
         gradients.append(mask.grad)
     torch.testing.assert_close(*gradients)
 
@@ -166,11 +159,11 @@ def test_dropout_draws_what_torch_draws():
     torch.manual_seed(0)
     with op_calls() as seen:
         torch.testing.assert_close(of_itself(module, x), expected)
-    assert [options["dropout_p"] for options in seen] == [0.3]
+    assert [call.options["dropout_p"] for call in seen] == [0.3]
     assert torch.equal(torch.get_rng_state(), random)
     with op_calls() as seen:
         of_itself(module.eval(), x)
-    assert [options["dropout_p"] for options in seen] == [0.0]
+    assert [call.options["dropout_p"] for call in seen] == [0.0]
 
 
 @torch.no_grad()
@@ -198,7 +191,7 @@ def test_out_proj_is_read_and_never_called():
     module, ran = multihead(), []
     module.out_proj.register_forward_hook(lambda *args: ran.append(args))
     module.out_proj = OnlyItsWeight(module.out_proj)
-    assert_same_numbers(module, of_itself, torch.randn(IMAGES, TOKENS, DIM), torch.float32)
+    assert_same_numbers(module, torch.randn(IMAGES, TOKENS, DIM), call=of_itself)
     assert not ran
 
 
@@ -257,11 +250,12 @@ def images():
 
 
 def test_a_torchvision_model_keeps_its_logits_and_gradients():
-    assert_same_numbers(vit(), lambda model, x: model(x), images(), torch.float32, calls=2)
+    assert_same_numbers(vit(), images(), calls=2)
 
 
 def test_nothing_else_of_a_torchvision_model_changes():
-    assert_nothing_else_changes(vit(), images())
+    x = images()
+    assert_nothing_else_changes(vit(), lambda model: model(x))
 
 
 def test_the_report_tells_vision_transformers_from_the_rest():

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.integrations.patching.judge import DTYPES, assert_same_numbers, converted, scrambled
 from vitreg_kernels import patch, patched, unpatch
-from vitreg_kernels.integrations.attention.attend import Attend
 from vitreg_kernels.integrations.patching.method import fused_method
-from vitreg_kernels.measure.accuracy import compare, same_bits
+from vitreg_kernels.measure.accuracy import same_bits
 
 timm = pytest.importorskip("timm")
 from timm.layers.attention import Attention, AttentionRope  # noqa: E402  (importable only where timm is)
 from timm.models.eva import EvaAttention  # noqa: E402
 
 DIM, HEADS, PREFIX, TOKENS = 64, 4, 5, 21  # one CLS token, four registers, a 4 x 4 grid
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORM = {"norm_layer": nn.LayerNorm}
 
 
@@ -87,78 +85,28 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict]]] = {
 }
 
 
-def scrambled(module: nn.Module) -> nn.Module:
-    """Every parameter large enough to matter, and the softmax far from even."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            wide = parameter.ndim == 2
-            scale = 2.0 if any(part in name for part in ("qkv", "q_proj", "k_proj")) else 1.0
-            parameter.normal_(std=scale * parameter.shape[-1] ** -0.5 if wide else 0.3)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1.0)
-    return module
-
-
-def run(module: nn.Module, x: Tensor, gradient: Tensor, inputs: dict) -> dict[str, Tensor]:
-    """The output, and the gradients of x and of every parameter."""
-    x = x.detach().clone().requires_grad_()
-    module.zero_grad()
-    output = module(x, **inputs)
-    output.backward(gradient.to(output.dtype))
-    found = {"output": output.detach(), "x": x.grad}
-    found |= {name: parameter.grad for name, parameter in module.named_parameters()}
-    # What is added to every key changes no softmax. These gradients are exactly zero, and the rounding that is left of
-    # them is as large as the query's: both are judged together.
-    for part in ("proj.bias", "norm.bias"):
-        if found.get(f"k_{part}") is not None:
-            found[f"q_{part}"] = torch.cat((found[f"q_{part}"], found.pop(f"k_{part}")))
-    return found
-
-
-def converted(inputs: dict, dtype: torch.dtype) -> dict:
-    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_same_output_and_gradients(case, dtype):
     make, call = CASES[case]
-    module, inputs = scrambled(make()).to(dtype), call()
-    inputs = converted(inputs, dtype)
-    in_fp64, exact_inputs = copy.deepcopy(module).double(), converted(inputs, torch.float64)
-    draws = []
-    for _ in range(4):  # of gradients of a few numbers, one draw's largest error is mostly luck
-        x = torch.randn(2, TOKENS, DIM).to(dtype)
-        module.fused_attn = False  # the accuracy rule's eager formula
-        gradient = torch.randn(module(x, **inputs).shape)
-        exact = run(in_fp64, x.double(), gradient, exact_inputs)
-        eager = run(module, x, gradient, inputs)
-        module.fused_attn = True
-        with patched(module):
-            draws.append((run(module, x, gradient, inputs), exact, eager))
-    for name in draws[0][1]:
-        actual, exact, eager = (torch.stack([each[name] for each in of]) for of in zip(*draws, strict=True))
-        accuracy = compare(actual, exact, eager, terms=DIM)
-        assert accuracy.passed, (name, accuracy)
+    inputs = converted(call(), dtype)
+    assert_same_numbers(
+        scrambled(make()), torch.randn(2, TOKENS, DIM), inputs, dtype, calls=0 if "causal" in case else 1
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_goes_through_the_op_but_for_causal_calls(case, monkeypatch):
+def test_goes_through_the_op_but_for_causal_calls(case, calls):
     make, call = CASES[case]
-    module, calls = make(), []
-    for name in ("heads", "packed"):
-        own = getattr(Attend, name)
-        monkeypatch.setattr(
-            Attend, name, lambda self, *a, _own=own, _name=name, **o: calls.append((_name, o)) or _own(self, *a, **o)
-        )
+    module = make()
     with patched(module):
         module(torch.randn(2, TOKENS, DIM), **call())
     if "causal" in case:
         assert not calls
         return
-    ((name, options),) = calls
+    ((name, _, options, _),) = calls
     plain = not any(word in case for word in ("norm", "halves", "grouped", "by head", "biases added", "three"))
-    assert name == ("packed" if plain else "heads")
+    assert name == ("register_attention_qkv" if plain else "register_attention")
     assert (options.get("rope") is not None) == ("rope" in call() and "by head" not in case)
 
 
@@ -233,7 +181,7 @@ def test_dropout_is_the_modules_own():
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_padded_naflex_images_reach_a_kernel_that_knows_padding(symmetric, monkeypatch):
+def test_padded_naflex_images_reach_a_kernel_that_knows_padding(symmetric, calls):
     model = timm.create_model(
         "naflexvit_base_patch16_par_gap", depth=2, embed_dim=64, num_heads=2, use_key_only_attn_mask=not symmetric
     )
@@ -243,11 +191,11 @@ def test_padded_naflex_images_reach_a_kernel_that_knows_padding(symmetric, monke
     given = {"patches": torch.randn(2, 16, 768), "patch_coord": coordinates, "patch_valid": valid}
     expected = model(given)
     own_mask = model._forward_embeds(*given.values(), None)["attn_mask"]
-    masks, packed = [], Attend.packed
-    monkeypatch.setattr(Attend, "packed", lambda self, qkv, **o: masks.append(o["attn_mask"]) or packed(self, qkv, **o))
     report = patch(model)
     assert same_bits(model._forward_embeds(*given.values(), None)["attn_mask"], own_mask)
     actual = model(given)
+    masks = [call.options["attn_mask"] for call in calls]
+    assert {call.op for call in calls} == {"register_attention_qkv"}
     assert [(mask.dtype, mask.shape) for mask in masks] == [(torch.bool, (2, 1, 1, 16 + report.num_prefix_tokens))] * 2
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     alone = model({name: value[1:, :9] for name, value in given.items()})

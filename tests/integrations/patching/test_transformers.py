@@ -5,25 +5,22 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vitreg_kernels import UnsupportedError, patch, patched, unpatch
+from tests.integrations.patching.judge import DTYPES, assert_same_numbers, converted, scrambled, state
+from vitreg_kernels import UnsupportedError, patch, unpatch
 from vitreg_kernels.integrations import register_transformers
-from vitreg_kernels.integrations.attention import attend
 from vitreg_kernels.integrations.attention import transformers as ours
-from vitreg_kernels.measure.accuracy import compare, same_bits
+from vitreg_kernels.measure.accuracy import same_bits
 from vitreg_kernels.ops.attention.api import explain
 
 transformers = pytest.importorskip("transformers")
 
 DIM, HEADS, PATCHES = 64, 2, 16
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = {
     **{"hidden_size": DIM, "num_attention_heads": HEADS, "num_hidden_layers": 2, "intermediate_size": 96},
     **{"image_size": 32, "patch_size": 8},
@@ -62,13 +59,6 @@ def build(cls: str, **options) -> nn.Module:
     return scrambled(model_class(model_class.config_class(**{**SIZES, **own, **options})).eval())
 
 
-@torch.no_grad()
-def scrambled(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
-    return model
-
-
 def attention_of(model: nn.Module, cls: str) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ == cls]
 
@@ -89,53 +79,15 @@ def tensors(model: nn.Module, **inputs) -> list[Tensor]:
     return [x for x in model(**inputs).to_tuple() if isinstance(x, Tensor)]
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[dict]:
-    """What the op is called with."""
-    found = []
-    op = attend.functional.register_attention
-
-    def spied(query, key, value, **options):
-        found.append({"query": query, **options})
-        return op(query, key, value, **options)
-
-    monkeypatch.setattr(attend.functional, "register_attention", spied)
-    return found
-
-
 def test_every_class_listed_is_one_of_the_version_installed():
     models = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
     classes = {cls for path in models for cls in re.findall(r"^class (\w+)\(nn.Module\)", path.read_text(), re.M)}
     assert set(ours.KINDS[0].classes) <= classes
 
 
-def run(module: nn.Module, x: Tensor, gradient: Tensor, inputs: dict) -> dict[str, Tensor]:
-    """The output, and the gradients of x and of every parameter."""
-    x = x.detach().clone().requires_grad_()
-    module.zero_grad()
-    output = module(x, **inputs)[0]
-    output.backward(gradient.to(output.dtype))
-    found = {"output": output.detach(), "x": x.grad}
-    found |= {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
-    # What is added to every key changes no softmax. This gradient is exactly zero, and the rounding that is left of it
-    # is as large as the query's: both are judged together.
-    for query, key in (("q_proj.bias", "k_proj.bias"), ("query.bias", "key.bias")):
-        if key in found:
-            found[query] = torch.cat((found[query], found.pop(key)))
-    return found
-
-
-def converted(inputs: dict, dtype: torch.dtype) -> dict:
-    def one(x):
-        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    return {name: tuple(map(one, x)) if isinstance(x, tuple) else one(x) for name, x in inputs.items()}
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cls", MODELS)
-def test_same_output_and_gradients(cls, dtype, calls):
-    module = attention_of(build(cls), cls)[-1].to(dtype)
+def test_same_output_and_gradients(cls, dtype):
     tokens = PATCHES + (MODELS[cls][2] or 0) + 4 * (cls == "YolosSelfAttention")
     inputs: dict = {}
     if cls in ROTATED:
@@ -144,31 +96,8 @@ def test_same_output_and_gradients(cls, dtype, calls):
         inputs["position_embeddings"] = angles.cos(), angles.sin()
     if cls.startswith("Eomt"):
         inputs["attention_mask"] = torch.randn(2, HEADS, tokens, tokens)
-    inputs = converted(inputs, dtype)
-    in_fp64, exact_inputs = copy.deepcopy(module).double(), converted(inputs, torch.float64)
-    for each in (module, in_fp64):
-        each.config._attn_implementation = "eager"  # the accuracy rule's formula
-    draws = []
-    for _ in range(4):  # of gradients of a few numbers, one draw's largest error is mostly luck
-        x, gradient = torch.randn(2, tokens, DIM).to(dtype), torch.randn(2, tokens, DIM)
-        exact = run(in_fp64, x.double(), gradient, exact_inputs)
-        eager = run(module, x, gradient, inputs)
-        with patched(module):
-            draws.append((run(module, x, gradient, inputs), exact, eager))
-    assert len(calls) == len(draws)
-    for name in draws[0][1]:
-        actual, exact, eager = (torch.stack([each[name] for each in of]) for of in zip(*draws, strict=True))
-        accuracy = compare(actual, exact, eager, terms=DIM)
-        assert accuracy.passed, f"{name}: {accuracy}"
-
-
-def state(model: nn.Module) -> tuple:
-    """All that ``patch`` must leave as it is."""
-    modules = list(model.modules())
-    hooks = [len(hooks) for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
-    configs = [(id(m.config), m.config.to_json_string()) for m in modules if hasattr(m, "config")]
-    names = [m.config._attn_implementation for m in modules if hasattr(m, "config")]
-    return [id(m) for m in modules], list(model.state_dict()), hooks, configs, names, torch.get_rng_state().tolist()
+    module = attention_of(build(cls), cls)[-1]
+    assert_same_numbers(module, torch.randn(2, tokens, DIM), converted(inputs, dtype), dtype)
 
 
 @pytest.mark.parametrize("cls", MODELS)
@@ -186,7 +115,7 @@ def test_whole_models(cls, calls):
     assert len(calls) == 2
     if prefix is not None:
         others = 4 if cls == "YolosSelfAttention" else 0  # its detection tokens, the last
-        assert {call["query"].shape[2] for call in calls} == {prefix + PATCHES + others}
+        assert {call.tensors[0].shape[2] for call in calls} == {prefix + PATCHES + others}
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
     rows = model(**inputs, output_attentions=True).attentions
@@ -227,10 +156,9 @@ def test_padded_images_are_those_alone_and_served_as_without_padding(calls):
         torch.testing.assert_close(together.last_hidden_state, theirs, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(together.last_hidden_state[1:, :12], alone, rtol=1e-4, atol=1e-4)
         for call in calls:
-            assert call["attn_mask"].shape == (2, 1, 1, PATCHES)
-            assert call["attn_mask"].dtype == torch.bool
-            padded, plain = explain(call["query"], attn_mask=call["attn_mask"]), explain(call["query"])
-            assert padded.backend == plain.backend
+            assert call.options["attn_mask"].shape == (2, 1, 1, PATCHES)
+            assert call.options["attn_mask"].dtype == torch.bool
+            assert call.backend == explain(call.tensors[0]).backend
         assert len(calls) == 2
 
 
@@ -246,7 +174,7 @@ def test_a_padding_mask_of_a_vit(name, calls):
     register_transformers()
     model.set_attn_implementation("vitreg")
     torch.testing.assert_close(model(**inputs, attention_mask=mask).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
-    assert [tuple(call["attn_mask"].shape) for call in calls] == 2 * [(2, 1, 17, 17)] + 2 * [(2, 1, 1, 17)]
+    assert [tuple(call.options["attn_mask"].shape) for call in calls] == 2 * [(2, 1, 17, 17)] + 2 * [(2, 1, 1, 17)]
 
 
 CLIP = {
@@ -286,7 +214,7 @@ def test_by_its_name_a_whole_clip_is_served_text_through_its_mask(calls):
         calls.clear()
         actual = tensors(model, **given)
         assert len(calls) == 4
-        assert {call["query"].shape[2]: call["attn_mask"] is None for call in calls} == {9: False, 17: True}
+        assert {call.tensors[0].shape[2]: call.options["attn_mask"] is None for call in calls} == {9: False, 17: True}
         if given is inputs:
             for x, y in zip(actual, expected, strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
@@ -319,20 +247,6 @@ def test_copies_and_pickles_have_their_own(calls):
         assert all(map(same_bits, tensors(each, **inputs), expected))
         assert len(calls) == 2
         patch(model)
-
-
-def test_a_pickle_opened_in_a_process_that_patched_nothing(tmp_path):
-    model, images = build("DINOv3ViTAttention"), torch.ones(1, 3, 32, 32)
-    patch(model)
-    torch.save(model, tmp_path / "model.pt")
-    code = (
-        "import sys, torch, vitreg_kernels\n"
-        "assert 'transformers' not in sys.modules\n"
-        "model = torch.load(sys.argv[1], weights_only=False)\n"
-        "torch.save(model(torch.ones(1, 3, 32, 32)).last_hidden_state, sys.argv[2])\n"
-    )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt", tmp_path / "seen.pt"], check=True, timeout=300)
-    torch.testing.assert_close(torch.load(tmp_path / "seen.pt"), model(images).last_hidden_state)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +306,7 @@ def test_dropout_is_the_modules_own(calls):
     inputs = inputs_of("ViTAttention")
     model(**inputs)
     model.train()(**inputs)
-    assert [call["dropout_p"] for call in calls] == [0.0, 0.0, 0.5, 0.5]
+    assert [call.options["dropout_p"] for call in calls] == [0.0, 0.0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("cls", ["ViTAttention", "Dinov2WithRegistersSelfAttention"])

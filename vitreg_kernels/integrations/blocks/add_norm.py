@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ... import functional
@@ -36,11 +37,14 @@ class AddNorm(NamedTuple):
             drop_path: what ``can_drop`` says yes to.
             norm: what ``can_norm`` says yes to.
         """
+        # Under autocast a branch in bf16 has a scale in fp32: the block then adds, and draws, in the wider dtype, while
+        # the op leaves the stream in its own.
+        added = branch.dtype if scale is None else torch.promote_types(branch.dtype, scale.dtype)
         result = functional.residual_layer_norm(
-            x,
+            x.to(torch.promote_types(x.dtype, added)),
             branch,
             layer_scale=scale,
-            drop_path=_drawn(drop_path, branch),
+            drop_path=_drawn(drop_path, branch, added),
             weight=norm.weight,
             bias=norm.bias,
             eps=norm.eps,
@@ -51,23 +55,25 @@ class AddNorm(NamedTuple):
 
 def can_norm(norm: nn.Module) -> bool:
     """Whether a module does what torch's LayerNorm over channels does, to one tensor, and nobody looks."""
-    return (
-        type(norm).__name__ == "LayerNorm"
-        and isinstance(norm, nn.LayerNorm)
-        and norm.weight is not None
-        and len(norm.normalized_shape) == 1
-        and untouched(norm)
+    known = (
+        isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm" and _package(norm) in ("torch", "timm")
     )
+    return known and norm.weight is not None and len(norm.normalized_shape) == 1 and untouched(norm)
 
 
 def can_drop(drop_path: nn.Module) -> bool:
     """Whether a module is stochastic depth over images, or nothing, and nobody looks."""
-    known = type(drop_path) is nn.Identity or type(drop_path).__name__.endswith("DropPath")
-    return known and untouched(drop_path)
+    named = type(drop_path).__name__.endswith("DropPath") and _package(drop_path) in ("timm", "transformers")
+    return (named or type(drop_path) is nn.Identity) and untouched(drop_path)
 
 
-def _drawn(drop_path: nn.Module, branch: Tensor) -> Tensor | None:
-    """``[B]``, each image's factor, as the module itself draws it; None where it drops nothing."""
+def _package(module: nn.Module) -> str:
+    """Where a module's class is from: one of a well-known name in somebody's own code may do anything."""
+    return type(module).__module__.partition(".")[0]
+
+
+def _drawn(drop_path: nn.Module, branch: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``[B]``, each image's factor, as the module itself draws it in a dtype; None where it drops nothing."""
     if type(drop_path) is nn.Identity or not drop_path.training:
         return None
-    return drop_path(branch.new_ones(branch.shape[0], 1, 1)).view(-1)
+    return drop_path(branch.new_ones(branch.shape[0], 1, 1, dtype=dtype)).view(-1)

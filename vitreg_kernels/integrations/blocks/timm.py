@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor, nn
 
 from ...nn.hooks import untouched
@@ -50,6 +52,8 @@ def _is_as_it_was(module: nn.Module) -> bool:
 
 
 def _refuses(module: nn.Module) -> str:
+    if "is_causal" not in inspect.signature(type(module).forward).parameters:  # nor does the attention in it
+        return "its forward takes no is_causal in this version"
     if not can_norm(module.norm2):
         return f"its norm2 is a {type(module.norm2).__name__} or hooked, and a plain LayerNorm alone is fused"
     if not can_drop(module.drop_path1):
