@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from .attention import transformers as attention
+from .attention.transformers_prefix import prefix_tokens
 from .blocks import transformers as blocks
 from .library import Converted, Library, ResidualStream
 from .modules import derives_from, named
 from .state_dict import HUGGING_FACE_PATCH_EMBED, backbone, converted, renamed
-from .transformers_prefix import prefix_tokens
 
 _RULES = (
     (r"^embeddings\.patch_embeddings(\.projection)?\.", "patch_embed.proj."),

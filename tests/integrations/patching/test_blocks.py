@@ -231,7 +231,8 @@ def test_a_hook_sees_what_it_sees_unpatched(name, part, kind, when, calls):
     assert len(norms(calls)) == (2 if when == "after" else fused)
     reasons = [each.reason for each in report.left]
     assert len(reasons) == (when == "before" and part != "scale")
-    assert all(f"its {path} is a " in reason and "or hooked" in reason for reason in reasons)
+    what = "norm2" if part == "norm2" else "stochastic depth"
+    assert all(f"its {what} is a " in reason and "or hooked" in reason for reason in reasons)
 
 
 @pytest.mark.parametrize("name", ["timm", *MODELS])
@@ -349,7 +350,7 @@ def with_part(name: str, part: nn.Module) -> nn.Module:
             "its norm2 is a LayerNorm or hooked",
         ),
         (partial(with_part, "norm2", LayerNorm(DIM)), "its norm2 is a LayerNorm or hooked"),
-        (partial(with_part, "drop_path1", TokenDropPath()), "its drop_path1 is a TokenDropPath or hooked"),
+        (partial(with_part, "drop_path1", TokenDropPath()), "its stochastic depth is a TokenDropPath or hooked"),
         (partial(Overriding, DIM, HEADS), "Overriding has a forward of its own"),
     ],
 )

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from ..kind import Heads, Kind
-from ..transformers_prefix import prefix_tokens
 from .attend import Attend
+from .transformers_prefix import prefix_tokens
 
 NAME = "vitreg"
 

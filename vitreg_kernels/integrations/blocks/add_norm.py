@@ -67,6 +67,26 @@ def can_drop(drop_path: nn.Module) -> bool:
     return (named or type(drop_path) is nn.Identity) and untouched(drop_path)
 
 
+def against(norm: nn.Module, drop_path: nn.Module) -> str:
+    """Why the add behind attention and its norm cannot be fused, in a few words; empty if they can."""
+    if not can_norm(norm):
+        return f"its norm2 is a {type(norm).__name__} or hooked, and a plain LayerNorm alone is fused"
+    if not can_drop(drop_path):
+        return f"its stochastic depth is a {type(drop_path).__name__} or hooked, and a plain DropPath alone is fused"
+    return ""
+
+
+def scaled(scale: nn.Module, branch: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A branch and the factors that are still to be applied to it, if a module is LayerScale and nobody looks.
+
+    Whatever else the module is, it is called.
+    """
+    named = type(scale).__name__.endswith("LayerScale") and _package(scale) in ("timm", "transformers")
+    if named and not getattr(scale, "inplace", False) and untouched(scale):
+        return branch, next(scale.parameters())
+    return scale(branch), None
+
+
 def _package(module: nn.Module) -> str:
     """Where a module's class is from: one of a well-known name in somebody's own code may do anything."""
     return type(module).__module__.partition(".")[0]

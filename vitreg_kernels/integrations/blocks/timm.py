@@ -6,24 +6,18 @@ import inspect
 
 from torch import Tensor, nn
 
-from ...nn.hooks import untouched
 from ..kind import Kind
-from .add_norm import LEAVES, SERVES, AddNorm, can_drop, can_norm
+from .add_norm import LEAVES, SERVES, AddNorm, against, scaled
 
 
 def block(
     module: nn.Module, add_norm: AddNorm, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     """``Block.forward``."""
-    if not _is_as_it_was(module):
+    if against(module.norm2, module.drop_path1):  # by what has come since it was patched
         return type(module).forward(module, x, attn_mask=attn_mask, is_causal=is_causal)
     branch = module.attn(module.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-    scale = module.ls1
-    if type(scale).__name__ == "LayerScale" and not scale.inplace and untouched(scale):
-        gamma = scale.gamma
-    else:
-        branch, gamma = scale(branch), None
-    x, normalized = add_norm(x, branch, gamma, module.drop_path1, module.norm2)
+    x, normalized = add_norm(x, *scaled(module.ls1, branch), module.drop_path1, module.norm2)
     return x + module.drop_path2(module.ls2(module.mlp(normalized)))
 
 
@@ -36,7 +30,7 @@ def eva_block(
     is_causal: bool = False,
 ) -> Tensor:
     """``EvaBlock.forward``."""
-    if not _is_as_it_was(module):
+    if against(module.norm2, module.drop_path1):  # by what has come since it was patched
         return type(module).forward(module, x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
     branch = module.attn(module.norm1(x), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
     x, normalized = add_norm(x, branch, module.gamma_1, module.drop_path1, module.norm2)
@@ -46,25 +40,26 @@ def eva_block(
     return x + module.drop_path2(branch)
 
 
-def _is_as_it_was(module: nn.Module) -> bool:
-    """Whether nothing has come, since the block was patched, that is to see what fusion leaves out."""
-    return can_norm(module.norm2) and can_drop(module.drop_path1)
-
-
 def _refuses(module: nn.Module) -> str:
     if "is_causal" not in inspect.signature(type(module).forward).parameters:  # nor does the attention in it
         return "its forward takes no is_causal in this version"
-    if not can_norm(module.norm2):
-        return f"its norm2 is a {type(module.norm2).__name__} or hooked, and a plain LayerNorm alone is fused"
-    if not can_drop(module.drop_path1):
-        return f"its drop_path1 is a {type(module.drop_path1).__name__} or hooked, and a plain DropPath alone is fused"
-    return ""
+    return against(module.norm2, module.drop_path1)
 
 
 _PARTS = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 
 KINDS = (
-    Kind(("Block",), "timm", block, None, (*_PARTS, "ls1", "ls2"), refuses=_refuses, serves=SERVES, leaves=LEAVES),
+    Kind(
+        ("Block",),
+        "timm",
+        block,
+        None,
+        (*_PARTS, "ls1", "ls2"),
+        refuses=_refuses,
+        tells=lambda module: hasattr(module, "attn"),  # convolutional networks have a Block, too
+        serves=SERVES,
+        leaves=LEAVES,
+    ),
     Kind(
         ("EvaBlock",),
         "timm",

@@ -42,8 +42,8 @@ def patch(
     Args:
         model: a model, or a part of one.
         level: ``"block"`` also fuses, in the blocks of timm's ViTs and transformers' DINOv2 and DINOv3, the add behind
-            attention, with LayerScale and stochastic depth, and the LayerNorm that follows. Hooks on those four, added
-            later, undo that for as long as they are there.
+            attention, with LayerScale and stochastic depth, and the LayerNorm that follows. While that norm or the
+            stochastic depth has a hook, the block computes as its class does.
         num_prefix_tokens: P, the CLS and register tokens that lead the sequence; found in the model where it is known.
             Read by what is captured, and by rotations whose module does not say.
         backend: a backend's name for every call of an op that has it, which then runs or raises, or names by op,
@@ -93,10 +93,17 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextmanager
-def patched(model: nn.Module, **options: object) -> Iterator[PatchReport]:
-    """``patch`` for the length of a ``with``; gives the report. What was patched before it is so again after it."""
+def patched(
+    model: nn.Module,
+    *,
+    level: Literal["attention", "block"] = "attention",
+    num_prefix_tokens: int | None = None,
+    backend: str | Mapping[str, str | None] | None = None,
+    strict: bool = False,
+) -> Iterator[PatchReport]:
+    """``patch`` for the length of a ``with``; gives the report. What was patched before is so again after it."""
     before = [(module, method) for module in model.modules() if (method := fused_method(module)) is not None]
-    report = patch(model, **options)
+    report = patch(model, level=level, num_prefix_tokens=num_prefix_tokens, backend=backend, strict=strict)
     try:
         yield report
     finally:

@@ -26,6 +26,8 @@ from ..residual_stream import modules_in_blocks, streams_of
 from .method import fused_method, within
 from .report import Patched, PatchReport
 
+_ATTENTION = tuple(kind for library in LIBRARIES for kind in library.attention)
+_BLOCKS = tuple(kind for library in LIBRARIES for kind in library.blocks)
 _PATCHES = 256  # of the call whose backend a report names
 
 
@@ -54,13 +56,16 @@ def planned(
     plans, entries, counts = [], [], set()
     modules, in_blocks = dict(model.named_modules()), modules_in_blocks(model)
     blocks = {block for stream in streams_of(model) for _, block in stream.layers} if level == "block" else set()
+    kinds = {module: _kind_of(module, level) for module in modules.values()}
     for name, module in modules.items():
-        kind = _kind_of(module, level)
+        kind = kinds[module]
         cls = type(module).__name__
         if kind is None:
-            if module in blocks:
-                entries.append(Patched(name, cls, reason="not a block known here"))
-            elif _attends(module) and not any(_kind_of(part, "attention") for part in module.modules()):
+            known = {kinds[part] for part in module.modules()} - {None}
+            if module in blocks:  # unless it is a wrapper of one
+                if known.isdisjoint(_BLOCKS):
+                    entries.append(Patched(name, cls, reason="not a block known here"))
+            elif _attends(module) and not known:
                 entries.append(Patched(name, cls, reason="not a class known here"))
             continue
         if kind.in_blocks and not (module is model or module in in_blocks or fused_method(module)):
@@ -69,7 +74,7 @@ def planned(
         if reason := kind.reason_against(module) or _replaced_by_another(module, kind):
             entries.append(Patched(name, cls, reason=reason))
             continue
-        if any(kind in library.blocks for library in LIBRARIES):
+        if kind in _BLOCKS:
             plans.append(Plan(module, kind, AddNorm(backends["residual_norm"])))
             entries.append(Patched(name, cls, backend=_norm_backend(module, backends["residual_norm"])))
             continue
@@ -87,9 +92,7 @@ def planned(
 
 
 def _kind_of(module: nn.Module, level: str) -> Kind | None:
-    kinds = [kind for library in LIBRARIES for kind in library.attention]
-    if level == "block":
-        kinds += [kind for library in LIBRARIES for kind in library.blocks]
+    kinds = _ATTENTION + _BLOCKS if level == "block" else _ATTENTION
     return next((kind for kind in kinds if kind.fits(module)), None)
 
 

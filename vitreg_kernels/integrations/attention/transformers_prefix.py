@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .modules import derives_from
+from ..modules import derives_from
 
 # CLS tokens, by model_type. Registers are counted by the configuration of the models that have them. Eomt and Videomt
 # are not here: from some layer on their queries lead the sequence, and before it the CLS token and registers do.
