@@ -357,3 +357,24 @@ def test_a_version_whose_modules_do_not_ask_is_left_alone(monkeypatch):
     report = patch(model)
     assert {each.cls for each in report.patched} == {"CLIPAttention"}
     assert {each.reason for each in report.left} == {"does not ask for its attention function by name in this version"}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_users_own_attention_function_is_not_replaced(when):
+    model, inputs = build("ViTAttention"), inputs_of("ViTAttention")
+
+    def halved(*args, **options):
+        output, weights = transformers.integrations.sdpa_attention.sdpa_attention_forward(*args, **options)
+        return output / 2, weights
+
+    transformers.AttentionInterface.register("halved", halved)
+    if when == "after":
+        patch(model)
+    model.set_attn_implementation("halved")
+    if when == "before":
+        assert {module.reason for module in patch(model).left} == {
+            "is set to the attention function 'halved', which is not transformers' own"
+        }
+    actual = tensors(model, **inputs)
+    unpatch(model)
+    assert all(map(same_bits, actual, tensors(model, **inputs)))
