@@ -69,7 +69,8 @@ def test_what_hangs_dies_or_loses_the_gpu_is_a_row_and_all_the_rest_is_done(tmp_
 @pytest.mark.parametrize("fault", ["hang", "die"])
 def test_a_process_that_does_not_come_to_begin_leaves_a_file_that_says_so(tmp_path, monkeypatch, fault):
     faulty(monkeypatch, {"process": fault})
-    monkeypatch.setattr(watch, "BEGIN_S", 20.0)
+    if fault == "hang":  # at once; what does not is given the time it needs
+        monkeypatch.setattr(watch, "BEGIN_S", 2.0)
     assert driver.main(["--dry-run", "--stages", "environment,smoke", "--results", str(tmp_path)]) == 1
     (row,) = results.load(only_file(tmp_path))
     assert (row["kind"], row["stage"]) == ("broken", "process")
@@ -87,7 +88,7 @@ def test_kernels_whose_unpacking_hangs_are_done_without(tmp_path, monkeypatch):
     assert {"environment", "roofline", "smoke", "memcheck"} <= {row["kind"] for row in rows}
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_killed_leaves_a_valid_file_and_the_next_goes_on(tmp_path, how):
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--stages", "environment,accuracy"]
     command += ["--results", str(tmp_path)]
