@@ -65,7 +65,7 @@ CASES = [
     case("unknown backend", ValueError, ["unknown backend 'sdpa'", "'triton', 'cpu', 'composite'"], backend="sdpa"),
     case("backend that cannot", UnsupportedError, ["'triton'", "not float64"], cls_token=CLS.double(),
          backend="triton"),
-    case("no such device", UnsupportedError, ["no backend can serve this call", "not on meta"],
+    case("another device", UnsupportedError, ["'cpu'", "runs on cpu, not on meta"], backend="cpu",
          patches=X.to("meta"), cls_token=None, register_tokens=None, pos_embed=None),
 ]  # fmt: skip
 

@@ -107,6 +107,13 @@ CASES = [
     case("2-d bounds", ValueError, ["[images + 1]", "[1, 2] int32"], PACK, cu_seqlens=bounds(0, 10)[None]),
     case("bounds of floats", ValueError, ["int32", "float32"], PACK, cu_seqlens=bounds(0, 10, dtype=torch.float32)),
     case("list of bounds", ValueError, ["int32 tensor", "a list"], PACK, cu_seqlens=[0, 10]),
+    case(
+        "bounds on meta",
+        ValueError,
+        ["on the meta device", "give a batch"],
+        PACK.to("meta"),
+        cu_seqlens=bounds(0, 10).to("meta"),
+    ),
     case("bounds elsewhere", ValueError, ["on cpu", "on meta"], PACK, cu_seqlens=bounds(0, 10).to("meta")),
     case("two rows", ValueError, ["one batch row", "batch of 2"], cu_seqlens=bounds(0, 10)),
     case(
@@ -216,16 +223,31 @@ def test_packed_projections(qkv, message):
     assert_sentence(raised.value, message)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_nested_tensors_are_told_to_come_as_a_pack(layout):
+    qkv = torch.nested.nested_tensor([torch.zeros(n, 3, 3, 8) for n in (4, 6)], layout=layout)
+    with pytest.raises(TypeError) as raised:
+        register_attention_qkv(qkv)
+    assert_sentence(raised.value, ["qkv is a nested tensor", "qkv.values()[None]", "cu_seqlens=qkv.offsets()"])
+    query = qkv.select(2, 0).transpose(1, 2)
+    with pytest.raises(TypeError) as raised:
+        register_attention(query, query, query)
+    assert_sentence(raised.value, ["query is a nested tensor", "query.values()[None]", "cu_seqlens=query.offsets()"])
+
+
 def test_packed_projection_of_integers():
     with pytest.raises(TypeError) as raised:
         register_attention_qkv(QKV.long())
     assert_sentence(raised.value, ["fp32, fp16, bf16 or fp64", "int64"])
 
 
-def test_a_device_no_backend_serves():
+def test_a_device_no_backend_serves(change_backends):
+    for backend in BACKENDS:
+        change_backends(backend.name, op="attention", requirements=backend.requirements._replace(devices=("xpu",)))
     with pytest.raises(UnsupportedError) as raised:
-        register_attention(*[X.to("meta")] * 3)
-    fragments = ["no backend can serve this call", *(f"{b.name}: " for b in BACKENDS), "not on meta"]
+        register_attention(X, X, X)
+    fragments = ["no backend can serve this call", *(f"{b.name}: " for b in BACKENDS), "not on cpu"]
     assert_sentence(raised.value, fragments, longest=80 * len(BACKENDS))
 
 

@@ -199,6 +199,13 @@ class TestRegisterAttention:
             module.to_empty(device="cpu").load_state_dict(real.state_dict())
             assert torch.equal(module(x), real(x))
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+    @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+    def test_nested_tensors_are_told_to_come_as_a_pack(self, layout):
+        x = torch.nested.nested_tensor([torch.randn(n, DIM) for n in (6, 9)], layout=layout)
+        with pytest.raises(TypeError, match=r"register_attention_qkv .* cu_seqlens=x.offsets\(\)"):
+            attention()(x)
+
     def test_repr_says_what_it_is(self):
         text = repr(RegisterAttention(384, 6, num_registers=2, backend="sdpa")).splitlines()[1].strip()
         assert text == "384, num_heads=6, num_registers=2, num_cls_tokens=1, backend='sdpa'"

@@ -62,7 +62,7 @@ CASES = [
          x=X.double(), branch=None, weight=C.double(), backend="triton"),
     case("too wide", UnsupportedError, ["takes channel counts 1 to 4096, not 4097"],
          x=torch.zeros(1, 1, 4097), branch=None, weight=torch.zeros(4097), backend="triton"),
-    case("no such device", UnsupportedError, ["no backend can serve this call", "not on meta"],
+    case("another device", UnsupportedError, ["'cpu'", "runs on cpu, not on meta"], backend="cpu",
          x=X.to("meta"), branch=None, weight=C.to("meta")),
 ]  # fmt: skip
 

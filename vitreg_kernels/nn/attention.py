@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import functional
 from .._symbolic import known
 from ..layout import TokenLayout
+from ..ops._shared.arguments import described, without_autocast
 from ..ops.attention import reference
 from ..ops.attention.features import DROPOUT
 from ..ops.attention.types import unpack_qkv
@@ -123,10 +124,15 @@ class RegisterAttention(nn.Module):
         Raises:
             ValueError: if ``x`` has another rank, other channels, fewer tokens than the prefix or another device than
                 the weights, or ``is_causal``.
-            TypeError: if ``x`` has another dtype than the weights, without autocast.
+            TypeError: if ``x`` has another dtype than the weights, without autocast, or is a nested tensor.
         """
         if traced(x):
             return as_leaf(self, x, attn_mask=attn_mask, rope=rope, outputs=outputs, is_causal=is_causal)
+        if x.is_nested:
+            raise TypeError(
+                "x is a nested tensor, which this module does not take; give functional.register_attention_qkv the "
+                "projection of x.values()[None] with cu_seqlens=x.offsets(), or pad x and give an attn_mask"
+            )
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise ValueError(f"x must be [B, N, {self.dim}], not of shape {tuple(x.shape)}")
         parts = self._modules  # quicker to ask than self
@@ -142,7 +148,15 @@ class RegisterAttention(nn.Module):
                 "is_causal=True is not served; give a lower-triangular bool attn_mask of shape [1, 1, N, N]"
             )
 
-        qkv = parts["qkv"](x).unflatten(2, (3, self.num_heads, self.head_dim))
+        projected = parts["qkv"](x)
+        try:
+            qkv = projected.unflatten(2, (3, self.num_heads, self.head_dim))
+        except RuntimeError as error:
+            raise ValueError(
+                f"qkv must give whole [B, N, {3 * self.dim}], got {described(projected)}: a column-wise split of it "
+                "parts queries from keys and values, not heads; leave qkv and proj whole, or make q, k and v three "
+                "column-wise layers around functional.register_attention"
+            ) from error
         drop = parts["attn_drop"]
         fused = type(drop) is nn.Dropout and untouched(drop)
         explicit = not (fused or _nothing(drop))
@@ -174,7 +188,7 @@ class RegisterAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, AttentionOutputs]:
         """The attention of a module whose ``attn_drop`` is to be called, with the probabilities."""
         inputs = validated(query, key, value, scale=None, cu_seqlens=None, max_seqlen=None, **options)
-        with torch.autocast(query.device.type, enabled=False):  # the inputs have been cast
+        with without_autocast(query):  # the inputs have been cast
             output, statistics = reference.attention(inputs, self.attn_drop)
         return (output, statistics) if inputs.outputs else output
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._symbolic import known
+from ..ops._shared.arguments import without_autocast
 
 
 def resample_positions(
@@ -60,7 +61,7 @@ def resample_positions(
             _interpolation(count, side, wide, antialias=antialias, offset=offset)
             for count, side in zip(grid, from_grid, strict=True)
         )
-    with torch.autocast(wide.device.type, enabled=False):
+    with without_autocast(wide):
         rows = (by_row @ wide.reshape(height, -1)).unflatten(1, (width, -1))  # [rows, width, C]
         patches = (by_column @ rows).flatten(0, 1)
     return torch.cat((prefix, patches[None].to(pos_embed.dtype)), dim=1)

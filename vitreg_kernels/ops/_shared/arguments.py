@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,9 +24,24 @@ def autocast_dtype(x: Any) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Nothing in it is cast on a tensor's device. The meta device has no autocast to turn off."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if device in _WITH_AUTOCAST else nullcontext()
+
+
 def in_rows(x: Tensor) -> Tensor:
     """The tensor with its last dimension side by side in memory, as kernels read tokens; a copy only if it is not."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def refuse_nested(name: str, x: Any) -> None:
+    """Raises: TypeError: for a nested tensor, which is told to come as a pack."""
+    if isinstance(x, Tensor) and x.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; give its values as one pack, {name}.values()[None], with "
+            f"cu_seqlens={name}.offsets() (of the layout torch.jagged, which has them)"
+        )
 
 
 def described(x: Any) -> str:

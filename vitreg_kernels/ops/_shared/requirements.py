@@ -21,7 +21,9 @@ _WITHOUT_DOUBLE = (torch.float32, torch.float16, torch.bfloat16)
 
 def anywhere(features: tuple[str, ...]) -> Requirements:
     """Of plain torch code: every device and dtype."""
-    return Requirements(devices=("cpu", "cuda", "mps", "xpu"), dtypes=DTYPES, features=(*features, *observers.OF_TORCH))
+    return Requirements(
+        devices=("cpu", "cuda", "mps", "xpu", "meta"), dtypes=DTYPES, features=(*features, *observers.OF_TORCH)
+    )
 
 
 def on_cpu(features: tuple[str, ...], *, head_dims: tuple[int, int] = ANY_SIZE) -> Requirements:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...dispatch import Backend, Request
+from ...dispatch import Backend
 from ...errors import UnsupportedError
-from .._shared.arguments import described
-from . import autograd, backends, features
+from .._shared.arguments import described, refuse_nested
+from .._shared.distributed import is_distributed
+from . import autograd, backends, features, sharding
 from .types import AttentionInputs, AttentionOutputs, Rope, unpack_qkv
 from .validation import autocast, validated
 
@@ -42,6 +43,10 @@ def register_attention(
     supports it). Second and forward-mode derivatives are those of the formula, N x N; the fused kernels of ``sdpa``,
     ``flash_attn`` and ``xformers`` have no second one under ``create_graph=True``. For torch.func and tracers see
     docs/function_transforms.md. Under autocast fp32 inputs are cast to the autocast dtype.
+
+    DTensors split by batch or by heads stay so; the output and the statistics are DTensors too. What is split otherwise
+    or unevenly is gathered first. Mask, rope and ``cu_seqlens`` may be plain tensors then, the same on every device. On
+    the meta device there are shapes alone.
 
     Args:
         query, key, value: ``[B, H, N, D]``, one shape, dtype (fp32, fp16, bf16 or fp64) and device; any strides, so
@@ -85,7 +90,7 @@ def register_attention(
         max_seqlen=max_seqlen,
         outputs=outputs,
     )
-    output, statistics = _run(partial(_attend, inputs), features.request_of(inputs), backend)
+    output, statistics = _run(inputs, None, backend)
     return (output, statistics) if inputs.outputs else output
 
 
@@ -115,7 +120,8 @@ def register_attention_qkv(
     Raises:
         TypeError, ValueError, UnsupportedError: as ``register_attention``.
     """
-    if not isinstance(qkv, Tensor) or qkv.ndim != 5 or qkv.shape[2] != 3:
+    if not isinstance(qkv, Tensor) or qkv.is_nested or qkv.ndim != 5 or qkv.shape[2] != 3:
+        refuse_nested("qkv", qkv)
         raise ValueError(f"qkv must be a [B, N, 3, H, D] tensor, got {described(qkv)}")
     (qkv,) = autocast(qkv)
     query = qkv.detach().select(2, 0).transpose(1, 2)  # key and value are alike in all that is checked
@@ -132,35 +138,35 @@ def register_attention_qkv(
         max_seqlen=max_seqlen,
         outputs=outputs,
     )
-    output, statistics = _run(partial(_attend_qkv, qkv, inputs), features.request_of(inputs, qkv), backend)
+    output, statistics = _run(inputs, qkv, backend)
     return (output, statistics) if inputs.outputs else output
 
 
-def _run(
-    attend: Callable[[Backend], tuple[Tensor, AttentionOutputs]], request: Request, name: str | None
-) -> tuple[Tensor, AttentionOutputs]:
+def _run(inputs: AttentionInputs, qkv: Tensor | None, name: str | None) -> tuple[Tensor, AttentionOutputs]:
     """By the backend named, or the default.
 
     A default that a measurement made may find only when it runs that it does not serve the very tensors: cuDNN finds no
     plan for them, say. Whoever named no backend then gets the next; whoever did is told.
     """
+    if is_distributed(inputs.query):
+        return sharding.run(partial(_run, name=name), inputs, qkv)
+    request = features.request_of(inputs, qkv)
     chosen = dispatch.select(backends.BACKENDS, request, name)
     try:
-        return attend(chosen)
+        return _attend(inputs, qkv, chosen)
     except UnsupportedError as refusal:
         if name is not None:
             raise
         if not torch.compiler.is_compiling():
             with contextlib.suppress(Warning):  # where warnings are made errors
                 warnings.warn(f"the default gives way to the next: {refusal}", stacklevel=3)
-    return attend(dispatch.instead_of(chosen, backends.BACKENDS, request))
+    return _attend(inputs, qkv, dispatch.instead_of(chosen, backends.BACKENDS, request))
 
 
-def _attend(inputs: AttentionInputs, backend: Backend) -> tuple[Tensor, AttentionOutputs]:
-    return autograd.attend(inputs, backend.name) if backend.opaque else backend.forward(inputs)
-
-
-def _attend_qkv(qkv: Tensor, inputs: AttentionInputs, backend: Backend) -> tuple[Tensor, AttentionOutputs]:
+def _attend(inputs: AttentionInputs, qkv: Tensor | None, backend: Backend) -> tuple[Tensor, AttentionOutputs]:
+    """``[B, H, N, D]``, or ``[B, N, C]`` of a packed projection."""
+    if qkv is None:
+        return autograd.attend(inputs, backend.name) if backend.opaque else backend.forward(inputs)
     if backend.opaque:
         return autograd.attend_qkv(qkv, inputs, backend.name)
     query, key, value = unpack_qkv(qkv)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._shared.arguments import without_autocast
 from .._shared.transforms import Rules, transformable
 from .packing import as_batch, runs_of_equal_length
 from .transforms import fold_statistics
@@ -52,7 +53,7 @@ def blockwise(
     outputs: str,
 ) -> list[Tensor]:
     """Body of ``vitreg::attention_statistics``: those that ``outputs`` names, each one of ``LOGIT_STATISTICS``."""
-    with torch.autocast(query.device.type, enabled=False):  # fp32 is meant where it is written
+    with without_autocast(query):  # fp32 is meant where it is written
         statistics = _of_call(query, key, attn_mask, cu_seqlens, num_prefix_tokens, scale, outputs)
     return [statistics[LOGIT_STATISTICS.index(name)] for name in outputs.split()]
 

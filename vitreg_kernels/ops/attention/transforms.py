@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._shared.arguments import without_autocast
 from .._shared.transforms import Dims, Mapped, Rules, joined, parted, side_by_side, vjp
 from . import reference
 from .types import ROPE_IS_CONSTANT, AttentionInputs, Rope, unpack_qkv
@@ -43,7 +44,7 @@ def inputs_of(query: Tensor, key: Tensor, value: Tensor, call: Sequence[Any], ou
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *call, outputs, _backend = rest
     inputs = inputs_of(query, key, value, call, outputs)
-    with torch.autocast(query.device.type, enabled=False):  # fp32 is meant where the specification says it
+    with without_autocast(query):  # fp32 is meant where the specification says it
         output, statistics = reference.attention(inputs)
     return output, *(getattr(statistics, name) for name in inputs.outputs)
 

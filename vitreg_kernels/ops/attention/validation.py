@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..._symbolic import known
-from .._shared.arguments import DTYPES, autocast_dtype, described
+from .._shared.arguments import DTYPES, autocast_dtype, described, refuse_nested
+from .._shared.distributed import is_distributed
 from .._shared.levels import is_mapped
 from .packing import lengths
 from .types import OUTPUT_NAMES, ROPE_IS_CONSTANT, AttentionInputs, Rope
@@ -55,6 +56,7 @@ def validated(
         isinstance(query, Tensor)
         and isinstance(key, Tensor)
         and isinstance(value, Tensor)
+        and not query.is_nested
         and len(shape := query.shape) == 4
         and shape == key.shape == value.shape
         and (dtype := query.dtype) is key.dtype is value.dtype
@@ -102,6 +104,7 @@ def validated(
 def _refuse_qkv(query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
     """Says which condition on query, key and value failed; the way that every call takes only learns that one did."""
     for name, x in (("query", query), ("key", key), ("value", value)):
+        refuse_nested(name, x)
         if not isinstance(x, Tensor) or x.ndim != 4:
             raise ValueError(f"{name} must be a [batch, heads, tokens, head dim] tensor, got {described(x)}")
     if any(x.shape != query.shape or x.dtype != query.dtype or x.device != query.device for x in (key, value)):
@@ -142,6 +145,8 @@ def _checked_packing(
     cu_seqlens: Tensor, max_seqlen: int | None, query: Tensor, num_prefix_tokens: int
 ) -> tuple[Tensor, int]:
     batch, _, tokens, _ = query.shape
+    if is_distributed(cu_seqlens):
+        cu_seqlens = cu_seqlens.full_tensor()  # whose values can be read
     if isinstance(cu_seqlens, Tensor) and not torch.compiler.is_compiling() and is_mapped(cu_seqlens):
         raise ValueError("cu_seqlens cannot be mapped by torch.vmap, only packs that are cut alike; make them one pack")
     if (
@@ -155,6 +160,8 @@ def _checked_packing(
             f"cu_seqlens must be an int32 tensor [images + 1] on {query.device} with at least one image, "
             f"got {described(cu_seqlens)}"
         )
+    if cu_seqlens.device.type == "meta":
+        raise ValueError("cu_seqlens on the meta device says nothing of where images begin; give a batch there")
     if batch != 1:
         raise ValueError(
             f"with cu_seqlens all images stand in one batch row, got a batch of {batch}; reshape to batch 1"

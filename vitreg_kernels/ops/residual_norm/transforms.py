@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._shared.arguments import without_autocast
 from .._shared.transforms import Dims, Mapped, Rules, joined, parted
 from . import reference, schema
 from .types import DROP_PATH_IS_CONSTANT, NormGradInputs, NormInputs
@@ -20,7 +21,7 @@ from .types import DROP_PATH_IS_CONSTANT, NormGradInputs, NormInputs
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     *call, _backend = arguments
     inputs = NormInputs(*call)
-    with torch.autocast(inputs.x.device.type, enabled=False):  # fp32 is meant where the specification says it
+    with without_autocast(inputs.x):  # fp32 is meant where the specification says it
         residual, normalized, token_norms = reference.residual_layer_norm(inputs)
     nothing = schema.without_elements(inputs.x)
     wide = _wide(residual.detach())

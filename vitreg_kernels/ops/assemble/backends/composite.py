@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ....dispatch import Backend
 from ..._shared import requirements
+from ..._shared.arguments import without_autocast
 from .. import features
 from ..types import AssembleInputs, sizes_of
 
 
 def forward(inputs: AssembleInputs) -> Tensor:
-    with torch.autocast(inputs.patches.device.type, enabled=False):  # whose cat does not know every mixture of dtypes
+    with without_autocast(inputs.patches):  # whose cat does not know every mixture of dtypes
         # The parameters in the dtype of the result; promotion brings the patches there without a copy of their own.
         _, *parameters, dtype = inputs
         cls_token, register_tokens, pos_embed = (None if t is None else t.to(dtype) for t in parameters)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ....dispatch import Backend
 from ..._shared import requirements
+from ..._shared.arguments import without_autocast
 from .. import features, reference
 from ..types import AssembleInputs
 
 
 def forward(inputs: AssembleInputs) -> Tensor:
-    with torch.autocast(inputs.patches.device.type, enabled=False):  # whose cat does not know every mixture of dtypes
+    with without_autocast(inputs.patches):  # whose cat does not know every mixture of dtypes
         return reference.assemble_tokens(inputs)
 
 

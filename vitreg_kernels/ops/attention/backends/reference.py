@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-
 from ....dispatch import Backend
 from ..._shared import requirements
+from ..._shared.arguments import without_autocast
 from .. import features, reference
 from ..types import AttentionInputs, AttentionResult
 
 
 def forward(inputs: AttentionInputs) -> AttentionResult:
-    with torch.autocast(inputs.query.device.type, enabled=False):  # fp32 is meant where the specification says it
+    with without_autocast(inputs.query):  # fp32 is meant where the specification says it
         return reference.attention(inputs)
 
 

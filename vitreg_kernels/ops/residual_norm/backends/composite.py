@@ -13,12 +13,13 @@ from torch.nn import functional
 
 from ....dispatch import Backend
 from ..._shared import levels, requirements
+from ..._shared.arguments import without_autocast
 from .. import features
 from ..types import NormInputs, ResidualNorm
 
 
 def forward(inputs: NormInputs) -> ResidualNorm:
-    with torch.autocast(inputs.x.device.type, enabled=False):  # which would normalize, and answer, in fp32
+    with without_autocast(inputs.x):  # which would normalize, and answer, in fp32
         residual = inputs.x if inputs.branch is None else _added(inputs).to(inputs.x.dtype).contiguous()
         normalized = _normalized(residual, inputs).to(inputs.dtype).contiguous()
     dtype = torch.promote_types(residual.dtype, torch.float32)

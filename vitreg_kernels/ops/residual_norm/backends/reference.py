@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-
 from ....dispatch import Backend
 from ..._shared import requirements
+from ..._shared.arguments import without_autocast
 from .. import features, reference
 from ..types import NormInputs, ResidualNorm
 
 
 def forward(inputs: NormInputs) -> ResidualNorm:
-    with torch.autocast(inputs.x.device.type, enabled=False):  # fp32 is meant where the specification says it
+    with without_autocast(inputs.x):  # fp32 is meant where the specification says it
         return reference.residual_layer_norm(inputs)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ....dispatch import Request
 from ....layout import TokenLayout
 from ..._shared import requirements
 from .. import features, reference
@@ -22,10 +23,17 @@ def accumulate(norms: Tensor, layout: TokenLayout, into: NormDistribution) -> No
     reference.accumulate(norms, layout, into)
 
 
+def refuses(request: Request) -> list[str]:
+    reasons = features.statistics_reasons(request)
+    if request.device == "meta" and features.STATISTICS in request.features:
+        reasons.append("counting asks how many norms are finite, which the meta device cannot tell")
+    return reasons
+
+
 BACKEND = TokenNormsBackend(
     name="reference",
     requirements=requirements.anywhere(features.ALL),
     forward=forward,
     accumulate=accumulate,
-    refuses=features.statistics_reasons,
+    refuses=refuses,
 )
