@@ -282,7 +282,7 @@ def test_only_a_measurement_makes_one_a_default(backend):
         (EFFICIENT, {"head_dim": 60}, "takes head dims divisible by 8, not 60"),
         (EFFICIENT, {"head_dim": 62, "dtype": torch.float32}, "takes head dims divisible by 4, not 62"),
         (EFFICIENT, {"dtype": torch.float64}, "takes float32, float16 or bfloat16, not float64"),
-        (MATH, {"device": "meta"}, "runs on cpu, cuda, mps or xpu, not on meta"),
+        (MATH, {"device": "hpu"}, "runs on cpu, cuda, mps, xpu or meta, not on hpu"),
     ],
     ids=lambda x: getattr(x, "name", None) or str(x),
 )

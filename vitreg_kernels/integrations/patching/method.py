@@ -8,7 +8,7 @@ from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...nn.tracing import as_leaf, traced
 from ..attention.attend import Attend
@@ -23,8 +23,7 @@ class FusedMethod:
     copies, pickles and the replicas of ``DataParallel`` have one of their own.
 
     ``torch.jit.script`` compiles the class's own method; ``torch.fx`` takes the module as a leaf, and traces the
-    class's own method if that is another than ``forward``. What is called on the meta device, for the shapes, is the
-    class's own too.
+    class's own method if that is another than ``forward``.
 
     Attributes:
         name: of the method.
@@ -60,10 +59,9 @@ class FusedMethod:
                 "this is a shallow copy of a module that was patched, and the module is gone; take copy.deepcopy, or "
                 "unpatch before copying"
             )
-        given = (*args, *options.values())
-        if not self.active or any(isinstance(each, Tensor) and each.is_meta for each in given):
+        if not self.active:
             return self.replaced(module)(*args, **options)
-        if any(map(traced, given)):
+        if any(map(traced, (*args, *options.values()))):
             return (
                 as_leaf(module, *args, **options) if self.name == "forward" else self.replaced(module)(*args, **options)
             )
