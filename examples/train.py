@@ -88,15 +88,11 @@ def folders(root: str, size: int) -> tuple[Dataset, Dataset, int]:
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    crop = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()])
-    center = transforms.Compose([transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)])
-    tensor = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
-    )
-    learnt, held_out = (
-        ImageFolder(f"{root}/{part}", transforms.Compose([cut, tensor]))
-        for part, cut in (("train", crop), ("val", center))
-    )
+    tensor = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    random = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    center = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]
+    learnt = ImageFolder(f"{root}/train", transforms.Compose(random + tensor))
+    held_out = ImageFolder(f"{root}/val", transforms.Compose(center + tensor))
     return learnt, held_out, len(learnt.classes)
 
 
