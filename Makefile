@@ -42,8 +42,8 @@ test: $(READY)
 	@echo "== lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "== six suites on two cores, the longest first; what each prints comes when it ends"
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target $(addprefix test-,library interpreter contract native models aot)
+	@echo "== six suites, three at a time, as each has moments of waiting, the longest first; what each prints comes when it ends"
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=3 --output-sync=target $(addprefix test-,models interpreter native library aot contract)
 
 test-library: $(READY) $(NATIVE)
 	@echo "== tests: ops and modules"

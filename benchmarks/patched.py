@@ -1,8 +1,8 @@
 """Other libraries' models patched against unpatched, end to end on a CPU: ``python -m benchmarks.patched``.
 
-Each model has random weights in which attention matters, and is timed three ways in turns: forward, and a training
-step, which is forward and backward. The features of the first and the last image are held against the model's own in
-fp64. Rows are printed, and written to a file, as they come.
+Each model has random weights in which attention matters. It is timed as it is, with its attention patched, and with its
+blocks patched, in turns: forward, and a training step, which is forward and backward. The features of the first and the
+last image are held against the model's own in fp64. Rows are printed, and written to a file, as they come.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from vitreg_kernels.measure.accuracy import compare
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 UNPATCHED = "unpatched"
+LEVELS = ("attention", "block")
 _BATCH = 8
-_COLUMNS = "{:<34} {:<5} {:<8} {:<16} {:>9} {:>17} {:>6}  {}"
+_COLUMNS = "{:<34} {:<5} {:<8} {:<15} {:>9} {:>15} {:>6}  {}"
 
 
 class Model(NamedTuple):
@@ -107,14 +108,17 @@ def step(module: nn.Module, images: Tensor) -> None:
 
 
 def race(model: Model, dtype: str, mode: str, budget_s: float) -> list[dict[str, Any]]:
-    """A row for the unpatched model and one for it patched."""
+    """A row for the unpatched model, and one for each level it is patched at."""
     own = built(model, DTYPES[dtype])
     images = torch.randn(_BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
     few = first_and_last(images)
     with torch.inference_mode():
         exact, eager = features(copy.deepcopy(own).double(), few.double()), features(own, few)
-    ways = {UNPATCHED: own, "patched": copy.deepcopy(own, {id(p): p for p in own.parameters()})}
-    backends = {UNPATCHED: "", "patched": patch(ways["patched"], strict=True).patched[0].backend.partition(" ")[0]}
+    ways, backends = {UNPATCHED: own}, {UNPATCHED: ""}
+    for level in LEVELS:
+        ways[level] = copy.deepcopy(own, {id(p): p for p in own.parameters()})
+        report = patch(ways[level], level=level, strict=True)
+        backends[level] = report.patched[-1].backend.partition(" (")[0]
     call = {"forward": forward, "step": step}[mode]
     for module in ways.values():
         module.train(mode == "step")
@@ -150,7 +154,7 @@ def race(model: Model, dtype: str, mode: str, budget_s: float) -> list[dict[str,
 
 def line(row: dict[str, Any]) -> str:
     """A row as text."""
-    way = f"{row['way']} {row['backend']}".strip()
+    way = f"{row['way']}{row['backend'] and ', ' + row['backend']}"
     spread = f"{row['p20_ms']:.1f}-{row['p80_ms']:.1f}"
     error = f"{row['error']:.1e} ({row['eager_error']:.1e}){'' if row['passed'] else '  FAIL'}"
     times = f"{row['median_ms']:.1f} ms", spread, f"x {row['speedup']:.2f}"

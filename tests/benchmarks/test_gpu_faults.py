@@ -26,7 +26,6 @@ FAULTS = {
     "smoke": "hang",
     "accuracy": "lose",
     "race": "die",
-    "norms": "hang",
 }
 
 
@@ -62,7 +61,7 @@ def test_what_hangs_dies_or_loses_the_gpu_is_a_row_and_all_the_rest_is_done(tmp_
         assert f"{name}, {broken[name]['piece']}: " in told.err
     last = {row["stage"]: row for row in rows if row["kind"] == "stage"}
     assert all((row["unfinished"], row["error"]) == (0, None) for row in last.values())
-    assert {row["kind"] for row in rows} >= {"smoke", "accuracy", "race", "norm_accuracy", "residual_norm"}
+    assert {row["kind"] for row in rows} >= {"smoke", "accuracy", "race"}
     assert "## Broken" in only_file(tmp_path).with_suffix(".md").read_text()
 
 
