@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calibration_cases import ONE, X
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitreg_kernels import dispatch, explain
@@ -21,23 +22,6 @@ from vitreg_kernels.dispatch.calibration import Measurement
 from vitreg_kernels.functional import register_attention, register_attention_qkv
 
 CPU = devices.kind("cpu", 0)
-X = torch.randn(2, 3, 21, 16)
-ONE = Measurement(
-    op="attention",
-    device=CPU,
-    dtype="float32",
-    width=16,
-    tokens=21,
-    heads=6,
-    gradients=False,
-    variant="separate",
-    features=(),
-    backend="reference",
-    wrong={},
-    times_ms={"reference": 1.0, "sdpa": 2.0},
-    errors={"reference": (1e-7, 1e-7)},
-    date="2026-11-30",
-)
 
 
 @pytest.fixture

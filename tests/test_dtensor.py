@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from tests.two_processes import PROCESSES, member
 from vitreg_kernels import RegisterAttention, Rope, UnsupportedError
 from vitreg_kernels.functional import register_attention, register_attention_qkv
 from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
-PROCESSES = 2
 BATCH, TOKENS, HEADS, HEAD_DIM, PREFIX = 4, 9, 2, 8, 3
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -183,20 +181,11 @@ def compiled(mesh):
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    torch.manual_seed(0)
-    mesh = init_device_mesh("cpu", (PROCESSES,))
-    failures = [failure for check in (calls, edges, tensor_parallel, refusals, compiled) for failure in check(mesh)]
-    Path(folder, f"{rank}.txt").write_text("\n".join(failures))
-    dist.destroy_process_group()
-    os._exit(0)  # at once: gloo's threads may outlast what an orderly exit takes down, and abort the process
+    with member(rank, folder):
+        torch.manual_seed(0)
+        mesh = init_device_mesh("cpu", (PROCESSES,))
+        failures = [failure for check in (calls, edges, tensor_parallel, refusals, compiled) for failure in check(mesh)]
+        Path(folder, f"{rank}.txt").write_text("\n".join(failures))
 
 
 def test_two_processes_give_what_one_gives(tmp_path):

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from calibration_cases import ONE, X
 from cases import TORCHS_KERNELS, Spec, assert_parity, make_mask, make_options, make_qkv, views
 from contract import transforms
 from contract.attention import Attention
@@ -23,8 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitreg_kernels import UnsupportedError, dispatch, explain
-from vitreg_kernels.dispatch import Request, calibration, devices, find
-from vitreg_kernels.dispatch.calibration import Measurement
+from vitreg_kernels.dispatch import Request, calibration, find
 from vitreg_kernels.dispatch.rules import select_cached
 from vitreg_kernels.functional import register_attention, register_attention_qkv
 from vitreg_kernels.ops._shared import probe
@@ -419,23 +419,7 @@ class TestOnAGPU:
         assert not any(kernel in name for name in recorded.names)
 
 
-X = torch.randn(2, 3, 21, 16)
-CALIBRATED = Measurement(
-    op="attention",
-    device=devices.kind("cpu", 0),
-    dtype="float32",
-    width=16,
-    tokens=21,
-    heads=6,
-    gradients=False,
-    variant="separate",
-    features=(),
-    backend="sdpa_flash",
-    wrong={},
-    times_ms={},
-    errors={},
-    date="2026-11-30",
-)
+CALIBRATED = ONE._replace(backend="sdpa_flash", times_ms={}, errors={})
 
 
 @pytest.fixture

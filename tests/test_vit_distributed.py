@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +13,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from vit_cases import TINY, vit
 
+from tests.two_processes import PROCESSES, member
 from vitreg_kernels import RegisterViT
 from vitreg_kernels.nn.hooks import hooked
 
 CONFIG = replace(TINY, depth=3, position_rows="cls")
-PROCESSES = 2
-
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 
@@ -79,17 +76,8 @@ def checks(rank):
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    Path(folder, f"{rank}.txt").write_text("\n".join(checks(rank)))
-    dist.destroy_process_group()
-    os._exit(0)  # at once: gloo's threads may outlast what an orderly exit takes down, and abort the process
+    with member(rank, folder):
+        Path(folder, f"{rank}.txt").write_text("\n".join(checks(rank)))
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):

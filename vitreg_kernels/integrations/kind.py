@@ -23,6 +23,11 @@ class Heads(NamedTuple):
     head_dim: int
 
 
+def heads_of(module: nn.Module) -> Heads:
+    """What most attention modules ask, which have ``num_heads`` and ``head_dim``."""
+    return Heads(module.num_heads, module.head_dim)
+
+
 class Kind(NamedTuple):
     """One class of modules, told by name and shape: importing its library to ask would load it.
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..nn.hooks import untouched
-
 
 def derives_from(model: nn.Module, package: str | None, *names: str) -> bool:
     """Whether a model's class, or one it derives from, has one of the names, and is of the package if one is given.
@@ -22,6 +20,7 @@ def named(path: str, modules: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{path}.{name}", module) for name, module in modules.named_children()]
 
 
-def does_nothing(module: nn.Module) -> bool:
-    """Whether a module may be left uncalled: an ``Identity`` that nobody watches."""
-    return type(module) is nn.Identity and untouched(module)
+def check_is_module(model: object) -> None:
+    """Raises: TypeError: if it is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")

@@ -8,7 +8,7 @@ call is whether it has a ``forward`` of its own beside its class's. So a monitor
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import Signature, signature
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..nn.hooks import Transparent
+from ..nn.instance_method import bound, bound_to
 
 
 class Mark(Transparent):
@@ -39,7 +40,7 @@ class Mark(Transparent):
         module = self.module()
         if module is None or self.off:
             raise RuntimeError(_COPIED)
-        if not self.needed and not torch.compiler.is_compiling() and module.__dict__.get("forward") is self:
+        if not self.needed and not torch.compiler.is_compiling() and mark_of(module) is self:
             self.take_off(module)
         if self.covered is not None:
             return self.covered(*args, **options)
@@ -54,8 +55,9 @@ class Mark(Transparent):
             module.forward = self.covered
 
     @property
-    def __signature__(self) -> Signature:
-        return signature(self.covered or type(self.module()).forward.__get__(self.module()))
+    def method(self) -> MethodType:
+        """What stands in the instance."""
+        return bound(self, type(self.module()).forward)
 
     def __reduce__(self) -> tuple:
         # What copies the model copies the module before this, or meets it again: the copy's mark is of the copy.
@@ -69,14 +71,19 @@ _COPIED = (
 _marks: WeakKeyDictionary[nn.Module, ref[Mark]] = WeakKeyDictionary()
 
 
+def mark_of(module: nn.Module) -> Mark | None:
+    """What a module's forward is bound to, if that is a mark, its own or a copy's."""
+    instead = bound_to(module.__dict__.get("forward"))
+    return instead if isinstance(instead, Mark) else None
+
+
 def mark(module: nn.Module) -> None:
     """Rule out the graphs that were compiled of the module as it is; it computes what it did."""
-    own = module.__dict__.get("forward")
-    if isinstance(own, Mark):  # of a monitor that was removed while another's forward was over it
-        own.take_off(module)
-        own = own.covered
-    module.forward = Mark(module, own, needed=True)
-    _marks[module] = ref(module.forward)
+    if (old := mark_of(module)) is not None:  # of a monitor that was removed while another's forward was over it
+        old.take_off(module)
+    new = Mark(module, module.__dict__.get("forward"), needed=True)
+    module.forward = new.method
+    _marks[module] = ref(new)
 
 
 def unmark(module: nn.Module) -> None:
@@ -85,7 +92,7 @@ def unmark(module: nn.Module) -> None:
     if its is None:
         return
     its.needed = False
-    if module.__dict__.get("forward") is its:
+    if mark_of(module) is its:
         its.take_off(module)
 
 
@@ -95,6 +102,6 @@ def refuse_copy(module: nn.Module) -> None:
     Raises:
         RuntimeError: if it is a shallow copy of the module that was marked.
     """
-    own = module.__dict__.get("forward")
-    if isinstance(own, Mark) and own.module() is not module:
+    mark = mark_of(module)
+    if mark is not None and mark.module() is not module:
         raise RuntimeError(_COPIED)

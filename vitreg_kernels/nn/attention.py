@@ -17,7 +17,7 @@ from ..ops.attention.features import DROPOUT
 from ..ops.attention.types import unpack_qkv
 from ..ops.attention.validation import validated
 from ..ops.catalogue import backend_by_op, check_serves
-from .hooks import untouched
+from .hooks import does_nothing, only_drops
 from .inputs import check_meets
 from .tracing import as_leaf, traced
 
@@ -158,8 +158,8 @@ class RegisterAttention(nn.Module):
                 "column-wise layers around functional.register_attention"
             ) from error
         drop = parts["attn_drop"]
-        fused = type(drop) is nn.Dropout and untouched(drop)
-        explicit = not (fused or _nothing(drop))
+        fused = only_drops(drop)
+        explicit = not (fused or does_nothing(drop))
         options = {
             "num_prefix_tokens": prefix,
             "attn_mask": attn_mask,
@@ -167,7 +167,7 @@ class RegisterAttention(nn.Module):
             "rope": rope,
             "outputs": outputs,
         }
-        if explicit or not (_nothing(parts["q_norm"]) and _nothing(parts["k_norm"])):
+        if explicit or not (does_nothing(parts["q_norm"]) and does_nothing(parts["k_norm"])):
             query, key, value = unpack_qkv(qkv)
             # A norm may answer in another dtype than its input's, as under autocast.
             query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
@@ -197,8 +197,3 @@ class RegisterAttention(nn.Module):
             f"{self.dim}, num_heads={self.num_heads}, num_registers={self.layout.num_registers}, "
             f"num_cls_tokens={self.layout.num_cls_tokens}, backend={self.backend!r}"
         )
-
-
-def _nothing(module: nn.Module) -> bool:
-    """Whether calling a module does nothing that anybody would notice."""
-    return type(module) is nn.Identity and untouched(module)

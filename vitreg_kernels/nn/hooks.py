@@ -17,6 +17,8 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from .instance_method import bound_to
+
 _warned_of: WeakSet[nn.Module] = WeakSet()
 
 
@@ -25,7 +27,7 @@ class Watcher:
 
 
 class Transparent:
-    """A ``forward`` that an instance has and that does what its class's does, unless it covers another.
+    """What a ``forward`` of an instance is bound to that does what its class's does, unless it covers another.
 
     Attributes:
         covered: the ``forward`` that the instance had before, or ``None``.
@@ -56,7 +58,21 @@ def untouched(module: nn.Module) -> bool:
     ):
         return True  # nearly always, and quickly told
     own = state.get("forward")
-    return (own is None or (isinstance(own, Transparent) and own.covered is None)) and not hooked(module)
+    instead = bound_to(own)
+    return (own is None or (isinstance(instead, Transparent) and instead.covered is None)) and not hooked(module)
+
+
+def does_nothing(module: nn.Module) -> bool:
+    """Whether calling a module does nothing that anybody would notice: an ``Identity`` that is ``untouched``."""
+    return type(module) is nn.Identity and untouched(module)
+
+
+def only_drops(dropout: nn.Module) -> bool:
+    """Whether a module between the softmax and the values is a dropout that is ``untouched``.
+
+    Anything else there is to see the probabilities, N x N, or to change them.
+    """
+    return type(dropout) is nn.Dropout and untouched(dropout)
 
 
 def hooked_for_tracing(module: nn.Module) -> bool:

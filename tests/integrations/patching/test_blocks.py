@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.integrations.patching import small_vit
 from tests.integrations.patching.judge import (
     DTYPES,
     assert_close,
@@ -93,8 +94,7 @@ def hugging_face(name: str, **options) -> nn.Module:
 
 
 def vit(**options) -> nn.Module:
-    sizes = {"img_size": 56, "depth": 2, "embed_dim": DIM, "num_heads": HEADS, "init_values": 1.0}
-    return scrambled(timm.create_model("vit_small_patch14_reg4_dinov2", **{**sizes, **options})).eval()
+    return scrambled(small_vit.vit(**{"depth": 2, "embed_dim": DIM, "num_heads": HEADS, **options})).eval()
 
 
 def tokens() -> Tensor:

@@ -8,10 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.integrations.patching.judge import instances
+from tests.integrations.patching.small_vit import images, vit
 from vitreg_kernels import RegisterViT, ViTConfig, capture, patch
 from vitreg_kernels.integrations.patching.method import fused_method
 from vitreg_kernels.measure.accuracy import same_bits
@@ -23,12 +24,11 @@ LAYERS = ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
 
 
 def timms(depth: int = 3) -> nn.Module:
-    options = {"img_size": 56, "depth": depth, "embed_dim": 64, "num_heads": 2, "init_values": 1.0}
-    model = timm.create_model("vit_small_patch14_reg4_dinov2", **options)
+    model = vit(depth=depth)
     with torch.no_grad():
         for block in model.blocks:
             block.attn.qkv.weight.normal_(std=0.3)
-    return model.eval()
+    return model
 
 
 def ours(depth: int = 3) -> nn.Module:
@@ -39,10 +39,6 @@ def captured(model: nn.Module) -> nn.Module:
     if not isinstance(model, RegisterViT):
         patch(model)
     return model
-
-
-def images() -> Tensor:
-    return torch.randn(2, 3, 56, 56)
 
 
 def test_it_is_what_the_formula_gives():

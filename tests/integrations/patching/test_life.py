@@ -6,12 +6,16 @@ import copy
 import inspect
 import itertools
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vitreg_kernels import TokenNormMonitor, capture, patch, patched, unpatch
+from tests.integrations.patching.small_vit import images, vit
+from vitreg_kernels import RegisterViT, TokenNormMonitor, ViTConfig, capture, patch, patched, unpatch
 from vitreg_kernels.integrations.patching.method import fused_method
 from vitreg_kernels.measure.accuracy import same_bits
 
@@ -19,30 +23,45 @@ timm = pytest.importorskip("timm")
 from timm.layers.attention import Attention  # noqa: E402  (importable only where timm is)
 
 
-def vit(**options) -> nn.Module:
-    torch.manual_seed(0)
-    options = {"img_size": 56, "depth": 3, "embed_dim": 64, "num_heads": 2, "init_values": 1.0, **options}
-    return timm.create_model("vit_small_patch14_reg4_dinov2", **options).eval()
+def ours(depth: int) -> nn.Module:
+    return RegisterViT(ViTConfig(image_size=56, patch_size=14, dim=64, depth=depth, num_heads=2)).eval()
 
 
-def images() -> Tensor:
-    return torch.randn(2, 3, 56, 56)
+WAYS: dict[str, Callable[[nn.Module], AbstractContextManager]] = {
+    "patched": patched,
+    "patched by blocks": partial(patched, level="block"),
+    "captured": partial(capture, output="lse"),
+    "monitored": TokenNormMonitor,
+}
 
 
-@pytest.mark.parametrize("level", ["attention", "block"])
-def test_one_graph_for_blocks_that_are_compiled_one_by_one(level, dynamo):
-    model, x, graphs = vit(depth=12), images(), []
+@pytest.mark.parametrize(
+    ("make", "ways"),
+    [
+        (vit, ["patched"]),
+        (vit, ["patched by blocks"]),
+        (vit, ["patched", "captured"]),
+        (vit, ["patched by blocks", "monitored"]),
+        (vit, ["monitored", "patched by blocks"]),
+        (ours, ["captured"]),
+        (ours, ["monitored"]),
+    ],
+)
+def test_blocks_that_are_compiled_one_by_one_share_their_graph(make, ways, dynamo):
+    model, x, graphs = make(depth=12), images(), []
 
     def backend(graph: torch.fx.GraphModule, _: list) -> object:
         graphs.append(graph)
         return graph.forward
 
-    patch(model, level=level)
-    expected = model(x)
-    for block in model.blocks:
-        block.compile(fullgraph=True, backend=backend)
-    torch.testing.assert_close(model(x), expected)
-    assert len(graphs) == 1
+    with ExitStack() as stack, torch.no_grad():
+        for way in ways:
+            stack.enter_context(WAYS[way](model))
+        expected = model(x)
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend=backend)
+        torch.testing.assert_close(model(x), expected)
+    assert len(graphs) <= 2  # the first block is called with what the embedding gives
 
 
 def test_a_replica_computes_with_its_own_weights():

@@ -13,23 +13,13 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from tests.integrations.patching.judge import assert_close, instances, results, state
+from tests.integrations.patching.small_vit import images, vit
 from vitreg_kernels import TokenNormMonitor, UnsupportedError, patch, patched, unpatch
 from vitreg_kernels.integrations.patching.method import fused_method
 from vitreg_kernels.measure.accuracy import same_bits
 
 timm = pytest.importorskip("timm")
 from timm.layers.attention import Attention  # noqa: E402  (importable only where timm is)
-
-
-def vit(**options) -> nn.Module:
-    """A small ViT with four registers; LayerScale of 1, since DINOv2's 1e-5 would hide the attention."""
-    torch.manual_seed(0)
-    options = {"img_size": 56, "depth": 3, "embed_dim": 64, "num_heads": 2, "init_values": 1.0, **options}
-    return timm.create_model("vit_small_patch14_reg4_dinov2", **options).eval()
-
-
-def images() -> Tensor:
-    return torch.randn(2, 3, 56, 56)
 
 
 def test_nothing_but_the_computation_changes_and_all_of_it_comes_back(calls):

@@ -6,8 +6,6 @@ Two processes are started once for all of it, since that takes longer than what 
 from __future__ import annotations
 
 import copy
-import datetime
-import os
 import sys
 from pathlib import Path
 
@@ -21,20 +19,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.timm_vits import import_timm
 from tests.integrations.patching.judge import assert_close, op_calls, results, scrambled
+from tests.integrations.patching.small_vit import vit
+from tests.two_processes import PROCESSES, member
 from vitreg_kernels import patch, unpatch
 
 pytest.importorskip("timm")
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-
-PROCESSES = 2
-
-
-def vit() -> nn.Module:
-    torch.manual_seed(0)
-    options = {"img_size": 56, "depth": 2, "embed_dim": 64, "num_heads": 2, "init_values": 1.0}
-    return import_timm().create_model("vit_small_patch14_reg4_dinov2", **options)
 
 
 def hugging_face(name: str, **options: int) -> nn.Module:
@@ -78,11 +69,11 @@ def data_parallel(rank: int, folder: str) -> None:
     """The gradients of one process, and the checkpoint that it would save, whatever comes first."""
     torch.manual_seed(1)
     x = torch.randn(4, 3, 56, 56)
-    mine, expected, weights = x.chunk(PROCESSES)[rank], gradients(vit(), x), whole(vit().state_dict())
+    mine, expected, weights = x.chunk(PROCESSES)[rank], gradients(vit(depth=2), x), whole(vit(depth=2).state_dict())
     for name, wrap in (("DDP", DistributedDataParallel), ("FSDP2", sharded)):
         for first, level in (("patched", "attention"), ("wrapped", "attention"), ("patched", "block")):
             case = f"{name}, {first} first, {level}"
-            model = vit()
+            model = vit(depth=2)
             if first == "patched":
                 patch(model, level=level)
             model = wrap(model)
@@ -157,23 +148,16 @@ CHECKS = {check.__name__: check for check in (pickled, data_parallel, tensor_par
 
 
 def work(rank: int, folder: str, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    for name in names:
-        failure = ""
-        try:
-            CHECKS[name](rank, folder)
-        except Exception as error:  # told by the test of that name; the other process may wait for this one until then
-            failure = f"{type(error).__name__}: {error}"
-        Path(folder, f"{name} {rank}.txt").write_text(failure)
-    dist.destroy_process_group()
-    os._exit(0)  # at once: gloo's threads may outlast what an orderly exit takes down, and abort the process
+    with member(rank, folder):
+        for name in names:
+            failure = ""
+            try:
+                CHECKS[name](rank, folder)
+            except (
+                Exception
+            ) as error:  # told by the test of that name; the other process may wait for this one until then
+                failure = f"{type(error).__name__}: {error}"
+            Path(folder, f"{name} {rank}.txt").write_text(failure)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import functional
-from ...nn.hooks import untouched
 from ...ops.attention.types import AttentionOutputs, Rope
 
 Taker = tuple[str, Callable[[Tensor | None], None]]
@@ -73,14 +72,6 @@ def hand_over(statistics: AttentionOutputs, takers: Sequence[Taker]) -> None:
     """Give the statistics of a call to who takes them."""
     for name, take in takers:
         take(getattr(statistics, name))
-
-
-def only_drops(dropout: nn.Module) -> bool:
-    """Whether a module between the softmax and the values is a dropout that nobody watches.
-
-    Anything else there is to see the probabilities, N x N, or to change them.
-    """
-    return type(dropout) is nn.Dropout and untouched(dropout)
 
 
 def rope_on_patches(cos: Tensor, sin: Tensor, patches: int, *, interleaved: bool = False) -> Rope | None:

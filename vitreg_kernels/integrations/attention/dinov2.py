@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...nn.hooks import only_drops
 from ..kind import Heads, Kind
-from .attend import Attend, only_drops
+from .attend import Attend
 
 
 def memory_efficient_attention(module: nn.Module, attend: Attend, x: Tensor, attn_bias: object = None) -> Tensor:

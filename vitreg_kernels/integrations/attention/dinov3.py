@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ...ops.attention.types import unpack_qkv
 from ..kind import Kind
 from .attend import Attend, rope_on_patches
 from .dinov2 import PARTS, difference, heads
@@ -49,7 +50,7 @@ def compute_attention(
     options = {"num_prefix_tokens": tokens - patches, "rope": rope_on_patches(cos, sin, patches)}
     if options["rope"] is not None:
         return attend.packed(qkv, **options)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = unpack_qkv(qkv)
     query, key = module.apply_rope(query, key, rope)
     return attend.heads(query, key, value, **options).transpose(1, 2).flatten(2)
 

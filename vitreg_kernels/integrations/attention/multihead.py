@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kind import Heads, Kind
+from ..kind import Kind, heads_of
 from .attend import Attend
 
 
@@ -96,15 +96,11 @@ def _refuses(module: nn.MultiheadAttention) -> str:
     return ""
 
 
-def _heads(module: nn.MultiheadAttention) -> Heads:
-    return Heads(module.num_heads, module.head_dim)
-
-
 KIND = Kind(
     ("MultiheadAttention",),
     "torch",
     self_attention,
-    _heads,
+    heads_of,
     ("in_proj_weight", "in_proj_bias", "bias_k", "add_zero_attn", "dropout", "batch_first", "out_proj"),
     refuses=_refuses,
     in_blocks=True,

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kind import Heads, Kind
-from ..modules import does_nothing
-from .attend import Attend, only_drops
+from ...nn.hooks import does_nothing, only_drops
+from ...ops.attention.types import unpack_qkv
+from ..kind import Kind, heads_of
+from .attend import Attend
 
 
 def attention(
@@ -46,7 +47,7 @@ def _self_attention(module: nn.Module, attend: Attend, x: Tensor, attn_mask: Ten
     if module.head_scale is None and does_nothing(module.ln_q) and does_nothing(module.ln_k):
         attended = attend.packed(qkv, **options)
     else:
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = unpack_qkv(qkv)
         attended = attend.heads(module.ln_q(query), module.ln_k(key), value, **options)
         if module.head_scale is not None:
             attended = attended * module.head_scale
@@ -62,10 +63,6 @@ def _refuses(module: nn.Module) -> str:
     return ""
 
 
-def _heads(module: nn.Module) -> Heads:
-    return Heads(module.num_heads, module.head_dim)
-
-
 # fmt: off
 _PARTS = (
     "num_heads", "head_dim", "in_proj_weight", "in_proj_bias", "ln_q", "ln_k", "logit_scale", "attn_drop", "head_scale",
@@ -78,7 +75,7 @@ KINDS = (
         ("Attention",),
         "open_clip",
         earlier_attention,
-        _heads,
+        heads_of,
         _PARTS,
         refuses=_refuses,
         tells=lambda module: hasattr(module, "use_fsdpa"),
@@ -90,7 +87,7 @@ KINDS = (
         ("Attention",),
         "open_clip",
         attention,
-        _heads,
+        heads_of,
         _PARTS,
         refuses=_refuses,
         in_blocks=True,

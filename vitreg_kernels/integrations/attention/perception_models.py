@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...ops.attention.types import Rope
-from ..kind import Heads, Kind
+from ...ops.attention.types import Rope, unpack_qkv
+from ..kind import Kind, heads_of
 from .attend import Attend, rope_on_patches
 
 
@@ -17,7 +17,7 @@ def self_attention(module: nn.Module, attend: Attend, x: Tensor, attn_mask: Tens
     if rope is not None:
         attended = attend.packed(qkv, scale=module.scale, rope=rope, num_prefix_tokens=prefix)
     elif module.rope:
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = unpack_qkv(qkv)
         attended = attend.heads(*module.rope(query, key), value, scale=module.scale).transpose(1, 2).flatten(2)
     else:
         attended = attend.packed(qkv, scale=module.scale)
@@ -39,15 +39,11 @@ def _rope(module: nn.Module, tokens: int) -> tuple[int, Rope | None]:
     return prefix, rope_on_patches(angles.cos(), angles.sin(), tokens - prefix, interleaved=True)
 
 
-def _heads(module: nn.Module) -> Heads:
-    return Heads(module.num_heads, module.head_dim)
-
-
 KIND = Kind(
     ("SelfAttention",),
     "core",  # what perception_models imports as
     self_attention,
-    _heads,
+    heads_of,
     ("num_heads", "head_dim", "in_proj_weight", "in_proj_bias", "out_proj", "rope", "scale"),
     serves="the rotation of the patches with it",
     leaves="a mask, which the class ignores too",

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kind import Heads, Kind
-from ..modules import does_nothing
-from .attend import Attend, only_drops, rope_on_patches
+from ...nn.hooks import does_nothing, only_drops
+from ...ops.attention.types import unpack_qkv
+from ..kind import Kind, heads_of
+from .attend import Attend, rope_on_patches
 
 
 def attention(
@@ -57,7 +58,7 @@ def _attention(
     if qkv is not None and not outside and does_nothing(module.q_norm) and does_nothing(module.k_norm):
         attended = attend.packed(qkv, **options)
     else:
-        query, key, value = _separate_projections(module, x) if qkv is None else qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = _separate_projections(module, x) if qkv is None else unpack_qkv(qkv)
         query, key = module.q_norm(query), module.k_norm(key)
         if outside:
             query, key = (_rotated(part, rope, prefix, half).type_as(value) for part in (query, key))
@@ -100,10 +101,6 @@ def _rotated(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
     return torch.cat((x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)), dim=2)
 
 
-def _heads(module: nn.Module) -> Heads:
-    return Heads(module.num_heads, module.head_dim)
-
-
 def naflex_embeds(
     module: nn.Module,
     attend: None,
@@ -135,7 +132,7 @@ KINDS = (
         ("Attention",),
         "timm",
         attention,
-        _heads,
+        heads_of,
         _PARTS,
         serves="masks, dropout, norms and gate beside it; padding of NaFlexVit as a key mask",
         leaves="causal calls; with fused_attn off, calls with a hook on attn_drop, or another module in its place",
@@ -144,7 +141,7 @@ KINDS = (
         ("AttentionRope", "EvaAttention"),
         "timm",
         attention_with_rope,
-        _heads,
+        heads_of,
         (*_PARTS, "num_prefix_tokens"),
         serves="the same, and the rotation of the patches, by image too",
         leaves="the same; rotated before the op: by head, or learnt; repeated before it: grouped keys and values",

@@ -12,6 +12,7 @@ from ...errors import UnsupportedError
 from ...nn.attention import RegisterAttention
 from ...ops.catalogue import backend_by_op
 from ..libraries import LIBRARIES
+from ..modules import check_is_module
 from ..residual_stream import unwrapped
 from .method import fused_method, give_back, replace
 from .plan import planned
@@ -59,7 +60,7 @@ def patch(
         UnsupportedError: if ``strict`` and a module would be left alone, or the backend cannot serve one. Nothing is
             changed then.
     """
-    _check_is_module(model)
+    check_is_module(model)
     if num_prefix_tokens is not None and (type(num_prefix_tokens) is not int or num_prefix_tokens < 0):
         raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {num_prefix_tokens!r}")
     if not isinstance(level, str) or level not in _OPS:
@@ -85,11 +86,9 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         TypeError: if it is no module.
     """
-    _check_is_module(model)
-    for module in model.modules():
-        # RegisterAttention is not patched but captured, maybe, by whoever ends that.
-        if fused_method(module) is not None and not isinstance(module, RegisterAttention):
-            give_back(module)
+    check_is_module(model)
+    for module in _patched(model):
+        give_back(module)
 
 
 @contextmanager
@@ -102,7 +101,8 @@ def patched(
     strict: bool = False,
 ) -> Iterator[PatchReport]:
     """``patch`` for the length of a ``with``; gives the report. What was patched before is so again after it."""
-    before = [(module, method) for module in model.modules() if (method := fused_method(module)) is not None]
+    check_is_module(model)
+    before = [(module, fused_method(module)) for module in _patched(model)]
     report = patch(model, level=level, num_prefix_tokens=num_prefix_tokens, backend=backend, strict=strict)
     try:
         yield report
@@ -112,6 +112,6 @@ def patched(
             replace(module, method.name, method.compute, method.op)
 
 
-def _check_is_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+def _patched(model: nn.Module) -> list[nn.Module]:
+    """The patched modules. A RegisterAttention is none, only captured, maybe, by whoever ends that."""
+    return [m for m in model.modules() if fused_method(m) is not None and not isinstance(m, RegisterAttention)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 from torch import Tensor, nn
 
@@ -12,8 +11,19 @@ from ...nn.attention import RegisterAttention
 from ...ops.attention.types import OUTPUT_NAMES
 from ..attention import ours
 from ..attention.attend import Attend
+from ..modules import check_is_module
 from ..residual_stream import unwrapped
 from .method import fused_method, give_back, replace
+
+
+class Latest:
+    """The statistic of a layer's latest call. It knows no name, so that layers compiled one by one share a graph."""
+
+    statistic: Tensor | None = None
+
+    def take(self, statistic: Tensor | None) -> None:
+        """Keep a statistic in the place of the one before; None when a call begins."""
+        self.statistic = statistic
 
 
 class Captured(Mapping[str, Tensor]):
@@ -25,31 +35,26 @@ class Captured(Mapping[str, Tensor]):
         layers: the names of all that are captured, called or not.
     """
 
-    def __init__(self, layers: Sequence[str]) -> None:
-        self.layers = tuple(layers)
-        self._latest: dict[str, Tensor] = {}
+    def __init__(self, latest: Mapping[str, Latest]) -> None:
+        self.layers = tuple(latest)
+        self._latest = latest
 
     def __getitem__(self, layer: str) -> Tensor:
-        if layer in self.layers and layer not in self._latest:
+        statistic = self._latest[layer].statistic
+        if statistic is None:
             raise KeyError(f"{layer} has not run on this library's kernels since it is captured")
-        return self._latest[layer]
+        return statistic
 
     def __iter__(self) -> Iterator[str]:
-        return (layer for layer in self.layers if layer in self._latest)
+        return (layer for layer, latest in self._latest.items() if latest.statistic is not None)
 
     def __len__(self) -> int:
-        return len(self._latest)
-
-    def take(self, layer: str, statistic: Tensor | None) -> None:
-        """Keep a layer's statistic in the place of that of its call before; None when a call of it begins."""
-        if statistic is None:
-            self._latest.pop(layer, None)
-        else:
-            self._latest[layer] = statistic
+        return sum(1 for _ in self)
 
     def clear(self) -> None:
         """Let go of the tensors."""
-        self._latest.clear()
+        for latest in self._latest.values():
+            latest.take(None)
 
 
 @contextmanager
@@ -77,8 +82,7 @@ def capture(model: nn.Module, output: str, *, layers: Sequence[int | str] | None
             and the model has none, or it is not known how long it is.
         KeyError, IndexError: if there is no such layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    check_is_module(model)
     if isinstance(layers, str) or not isinstance(layers, Sequence | None):
         raise TypeError(f"layers must be a sequence of names and numbers such as [-1], not {layers!r}")
     if output not in OUTPUT_NAMES:
@@ -90,16 +94,15 @@ def capture(model: nn.Module, output: str, *, layers: Sequence[int | str] | None
     if output == "prefix_attention":
         for name, module in modules.items():
             _check_prefix(name, _attend_of(module).num_prefix_tokens)
-    captured = Captured(modules)
-    takers = {name: (output, partial(captured.take, name)) for name in modules}
+    latest = {name: Latest() for name in modules}
     attends = {name: _attend_while_captured(module) for name, module in modules.items()}
     for name, attend in attends.items():
-        attend.takers.append(takers[name])
+        attend.takers.append((output, latest[name].take))
     try:
-        yield captured
+        yield Captured(latest)
     finally:
         for name, attend in attends.items():
-            attend.takers.remove(takers[name])
+            attend.takers.remove((output, latest[name].take))
             if isinstance(modules[name], RegisterAttention) and not attend.takers:
                 give_back(modules[name])
 

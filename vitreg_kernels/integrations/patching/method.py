@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
+from ...nn.instance_method import bound, bound_to
 from ...nn.tracing import as_leaf, traced
 from ..attention.attend import Attend
 from ..blocks.add_norm import AddNorm
@@ -62,9 +62,9 @@ class FusedMethod:
         if not self.active:
             return self.replaced(module)(*args, **options)
         if any(map(traced, (*args, *options.values()))):
-            return (
-                as_leaf(module, *args, **options) if self.name == "forward" else self.replaced(module)(*args, **options)
-            )
+            if self.name == "forward":
+                return as_leaf(module, *args, **options)
+            return self.replaced(module)(*args, **options)
         if isinstance(self.op, Attend):
             self.op.begin()
         return self.compute(module, self.op, *args, **options)
@@ -75,8 +75,8 @@ class FusedMethod:
 
     @property
     def method(self) -> MethodType:
-        """What stands in the instance: a method, because the compiler has one graph for all blocks of such alone."""
-        return MethodType(_disguised(getattr(type(self._module()), self.name)), self)
+        """What stands in the instance."""
+        return bound(self, getattr(type(self._module()), self.name))
 
     def replicate(self) -> nn.Module:
         """What ``DataParallel`` calls in the place of the module's own: a replica that computes by itself."""
@@ -89,21 +89,6 @@ class FusedMethod:
         return FusedMethod, (self._module(), self.name, self.compute, self.op, self.covered, self.active)
 
 
-@cache
-def _disguised(original: Callable[..., Any]) -> FunctionType:
-    """A function that calls the ``FusedMethod`` it is bound to, with the signature and the source of a class's method.
-
-    TorchScript compiles what it finds there, in the globals that it finds there.
-    """
-
-    def method(fused: FusedMethod, *args: Any, **options: Any) -> Any:
-        return fused(*args, **options)
-
-    disguised = FunctionType(method.__code__, original.__globals__, "method")
-    disguised.__wrapped__ = original
-    return disguised
-
-
 # By module, because what stands over a method need not say what it covers.
 _methods: WeakKeyDictionary[nn.Module, ref[FusedMethod]] = WeakKeyDictionary()
 _REPLICATE = "_replicate_for_data_parallel"
@@ -114,17 +99,11 @@ def fused_method(module: nn.Module) -> FusedMethod | None:
     return _methods.get(module, lambda: None)()
 
 
-def within(method: object) -> FusedMethod | None:
-    """The ``FusedMethod`` that a bound method is of; None of any other."""
-    bound = getattr(method, "__self__", None) if isinstance(method, MethodType) else None
-    return bound if isinstance(bound, FusedMethod) else None
-
-
 def replace(module: nn.Module, name: str, compute: Callable[..., Any], op: Attend | AddNorm | None) -> None:
     """Put a ``FusedMethod`` in the place of a method, and of one that was taken off under another's."""
     own = vars(module).get(name)
-    left = within(own)
-    install(FusedMethod(module, name, compute, op, own if left is None else left.covered), module)
+    left = bound_to(own)
+    install(FusedMethod(module, name, compute, op, left.covered if isinstance(left, FusedMethod) else own), module)
 
 
 def install(fused: FusedMethod, module: nn.Module) -> None:
@@ -139,7 +118,7 @@ def give_back(module: nn.Module) -> None:
     del _methods[module]
     fused.active = False
     delattr(module, _REPLICATE)
-    if within(vars(module).get(fused.name)) is not fused:
+    if bound_to(vars(module).get(fused.name)) is not fused:
         return
     if fused.covered is None:
         delattr(module, fused.name)

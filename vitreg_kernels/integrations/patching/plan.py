@@ -12,6 +12,7 @@ from ...dispatch import explain
 from ...errors import UnsupportedError
 from ...nn.attention import RegisterAttention
 from ...nn.hooks import Transparent
+from ...nn.instance_method import bound_to
 from ...nn.vit import RegisterViT
 from ...ops._shared.arguments import DTYPES
 from ...ops.attention.api import explain as explain_attention
@@ -23,7 +24,7 @@ from ..blocks.add_norm import AddNorm
 from ..kind import Heads, Kind
 from ..libraries import LIBRARIES
 from ..residual_stream import modules_in_blocks, streams_of
-from .method import fused_method, within
+from .method import FusedMethod, fused_method
 from .report import Patched, PatchReport
 
 _ATTENTION = tuple(kind for library in LIBRARIES for kind in library.attention)
@@ -106,7 +107,7 @@ def _attends(module: nn.Module) -> bool:
 
 def _replaced_by_another(module: nn.Module, kind: Kind) -> str:
     own = vars(module).get(kind.method)
-    known = own is None or isinstance(own, Transparent) or within(own) is not None
+    known = own is None or isinstance(bound_to(own), Transparent | FusedMethod)
     return "" if known else f"its {kind.method} was replaced on the instance by another"
 
 
