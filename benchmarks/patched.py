@@ -2,7 +2,7 @@
 
 Each model has random weights in which attention matters. It is timed as it is, with its attention patched, and with its
 blocks patched, in turns: forward, and a training step, which is forward and backward. The features of the first and the
-last image are held against the model's own in fp64. Rows are printed, and written to a file, as they come.
+last image are held against the model's own in fp64. Rows are written as they come, and a cut run is gone on with.
 """
 
 from __future__ import annotations
@@ -10,27 +10,51 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
-import time
+import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine
-from benchmarks.timm_vits import first_and_last, import_timm
+from benchmarks import machine, results
+from benchmarks.machine import Machine
+from benchmarks.report import number
+from benchmarks.results import Errors, Row, Writer
+from benchmarks.shapes import DTYPES, DType
+from benchmarks.timm_vits import first_and_last, import_timm, sharpened
 from vitreg_kernels import patch
 from vitreg_kernels.measure import timing
 from vitreg_kernels.measure.accuracy import compare
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-UNPATCHED = "unpatched"
-LEVELS = ("attention", "block")
+Mode = Literal["forward", "step"]
+Way = Literal["unpatched", "attention", "block"]
 _BATCH = 8
-_COLUMNS = "{:<34} {:<5} {:<8} {:<15} {:>9} {:>15} {:>6}  {}"
+_COLUMNS = "{:<34} {:<5} {:<8} {:<15} {:>9} {:>13} {:>6}  {}"
+
+
+class PatchedRow(results.HostTime):
+    """One model in one way."""
+
+    kind: Literal["patched"]
+    model: str
+    way: Way  # "unpatched", or the level it is patched at
+    backend: str  # of what was patched; empty of the unpatched one
+    dtype: DType  # of weights and images
+    mode: Mode  # a step is forward and backward
+    batch: int  # images
+    tokens: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    samples: int
+    speedup: float  # the unpatched model's median / this one
+    errors: dict[str, Errors]  # "features", all tokens of the first and the last image
+    machine: Machine
+
+
+results.ROW_TYPES["patched"] = PatchedRow
 
 
 class Model(NamedTuple):
@@ -75,30 +99,11 @@ MODELS = (
 )
 
 
-def built(model: Model, dtype: torch.dtype) -> nn.Module:
-    """The model with queries and keys of normal size and LayerScale of 1, or errors of attention would not be seen."""
-    torch.manual_seed(0)
-    module = model.build()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith(("qkv.weight", "q_proj.weight", "k_proj.weight", "query.weight", "key.weight")):
-                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
-            elif name.endswith(("gamma", "gamma_1", "gamma_2", "lambda1")):
-                parameter.fill_(1.0)
-    return module.to(dtype).eval()
-
-
 def features(module: nn.Module, images: Tensor) -> Tensor:
     """``[B, N, C]``."""
     if hasattr(module, "forward_features"):
         return module.forward_features(images)
     return module(images).last_hidden_state
-
-
-@torch.inference_mode()
-def forward(module: nn.Module, images: Tensor) -> None:
-    """Features alone, without anything kept for a backward."""
-    features(module, images)
 
 
 def step(module: nn.Module, images: Tensor) -> None:
@@ -107,74 +112,79 @@ def step(module: nn.Module, images: Tensor) -> None:
     features(module, images).float().square().mean().backward()
 
 
-def race(model: Model, dtype: str, mode: str, budget_s: float) -> list[dict[str, Any]]:
-    """A row for the unpatched model, and one for each level it is patched at."""
-    own = built(model, DTYPES[dtype])
+_CALLS: dict[Mode, Callable[[nn.Module, Tensor], object]] = {"forward": torch.inference_mode()(features), "step": step}
+
+
+def race(model: Model, dtype: DType, mode: Mode, budget_s: float) -> list[Row]:
+    """A row for the unpatched model, and one for each level it is patched at; without their ``machine``."""
+    torch.manual_seed(0)
+    own = sharpened(model.build()).to(DTYPES[dtype]).eval()
     images = torch.randn(_BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
     few = first_and_last(images)
     with torch.inference_mode():
         exact, eager = features(copy.deepcopy(own).double(), few.double()), features(own, few)
-    ways, backends = {UNPATCHED: own}, {UNPATCHED: ""}
-    for level in LEVELS:
+    ways: dict[Way, nn.Module] = {"unpatched": own}
+    backends: dict[Way, str] = {"unpatched": ""}
+    for level in ("attention", "block"):
         ways[level] = copy.deepcopy(own, {id(p): p for p in own.parameters()})
         report = patch(ways[level], level=level, strict=True)
         backends[level] = report.patched[-1].backend.partition(" (")[0]
-    call = {"forward": forward, "step": step}[mode]
     for module in ways.values():
         module.train(mode == "step")
     timings = timing.interleave(
-        {name: timing.Variant(partial(call, module)) for name, module in ways.items()},
+        {way: timing.Variant(partial(_CALLS[mode], module)) for way, module in ways.items()},
         [images],  # no copies: every call reads all the weights, which are larger than a cache
         device=images.device,
         budget_s=budget_s,
     )
     rows = []
-    for name, module in ways.items():
+    for way, module in ways.items():
         with torch.inference_mode():
-            accuracy = compare(features(module.eval(), few), exact, eager, terms=model.terms)
-        timed = timings[name]
+            found = compare(features(module.eval(), few), exact, eager, terms=model.terms)
         rows.append(
             {
+                "kind": "patched",
                 "model": model.name,
+                "way": way,
+                "backend": backends[way],
                 "dtype": dtype,
                 "mode": mode,
-                "way": name,
-                "backend": backends[name],
                 "batch": _BATCH,
                 "tokens": exact.shape[1],
-                **{field: getattr(timed, field) for field in ("median_ms", "p20_ms", "p80_ms", "samples")},
-                "speedup": timings[UNPATCHED].median_ms / timed.median_ms,
-                "error": accuracy.max_error,
-                "eager_error": accuracy.eager_max_error,
-                "passed": accuracy.passed,
+                **results.timed(timings[way]),
+                "speedup": timings["unpatched"].median_ms / timings[way].median_ms,
+                "errors": {"features": results.errors(found)},
             }
         )
     return rows
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """A row as text."""
     way = f"{row['way']}{row['backend'] and ', ' + row['backend']}"
-    spread = f"{row['p20_ms']:.1f}-{row['p80_ms']:.1f}"
-    error = f"{row['error']:.1e} ({row['eager_error']:.1e}){'' if row['passed'] else '  FAIL'}"
-    times = f"{row['median_ms']:.1f} ms", spread, f"x {row['speedup']:.2f}"
-    return _COLUMNS.format(row["model"], row["dtype"], row["mode"], way, *times, error)
+    times = f"{number(row['median_ms'])} ms", f"{number(row['p20_ms'])}-{number(row['p80_ms'])}"
+    error = row["errors"]["features"]
+    errors = f"{error['max']:.1e} ({error['eager_max']:.1e}){'' if error['passed'] else '  FAIL'}"
+    return _COLUMNS.format(row["model"], row["dtype"], row["mode"], way, *times, f"x {row['speedup']:.2f}", errors)
 
 
 def main() -> int:
     """Race all; the exit status is 1 if a patched model breaks the accuracy rule."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.patched", description=__doc__.partition("\n")[0])
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds of timing a race")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/patched.json"))
-    arguments = parser.parse_args()
-    about = {"machine": machine.describe(), "date": time.strftime("%Y-%m-%d"), "rows": []}
+    parser.add_argument("--budget", type=float, default=20.0, metavar="SECONDS", help="of timing a race")
+    parser.add_argument("--fresh", action="store_true", help="begin a new file, do not go on from a cut run")
+    asked = parser.parse_args()
+    here = machine.describe(torch.device("cpu"))
+    run = {"command": "patched", "budget": str(asked.budget)}
+    writer = Writer(results.default_path(here, "-patched"), run, here, fresh=asked.fresh)
     print(_COLUMNS.format("model", "dtype", "mode", "way", "median", "p20-p80", "", "error (own error)"))
-    for model, dtype, mode in itertools.product(MODELS, DTYPES, ("forward", "step")):
-        for row in race(model, dtype, mode, arguments.budget):
-            about["rows"].append(row)
+    for model, dtype, mode in itertools.product(MODELS, ("bf16", "fp32"), _CALLS):
+        done = writer.find(kind="patched", model=model.name, dtype=dtype, mode=mode)
+        for row in done or writer.extend(race(model, dtype, mode, asked.budget)):
             print(line(row), flush=True)
-        arguments.output.write_text(json.dumps(about, indent=1) + "\n")
-    return 0 if all(row["passed"] for row in about["rows"]) else 1
+    writer.finish()
+    print(os.path.relpath(writer.path))
+    return 0 if all(row["errors"]["features"]["passed"] for row in writer.rows) else 1
 
 
 if __name__ == "__main__":

@@ -50,13 +50,18 @@ def build(model: Model, device: torch.device, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     with device:
         module = timm.create_model(model.name, pretrained=False, **model.options)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith("attn.qkv.weight"):
-                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
-            elif name.endswith("gamma"):
-                parameter.fill_(1.0)
-    return module.to(device, dtype)
+    return sharpened(module).to(device, dtype)
+
+
+@torch.no_grad()
+def sharpened(module: nn.Module) -> nn.Module:
+    """A ViT of timm's or transformers' with its attention brought to matter: see above."""
+    for name, parameter in module.named_parameters():
+        if name.endswith(("qkv.weight", "q_proj.weight", "k_proj.weight", "query.weight", "key.weight")):
+            parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+        elif name.endswith(("gamma", "gamma_1", "gamma_2", "lambda1")):
+            parameter.fill_(1.0)
+    return module
 
 
 def with_attention(module: nn.Module, place: Callable[[nn.Module], nn.Module]) -> nn.Module:
