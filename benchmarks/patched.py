@@ -178,7 +178,7 @@ def main() -> int:
     run = {"command": "patched", "budget": str(asked.budget)}
     writer = Writer(results.default_path(here, "-patched"), run, here, fresh=asked.fresh)
     print(_COLUMNS.format("model", "dtype", "mode", "way", "median", "p20-p80", "", "error (own error)"))
-    for model, dtype, mode in itertools.product(MODELS, ("bf16", "fp32"), _CALLS):
+    for dtype, model, mode in itertools.product(("fp32", "bf16"), MODELS, _CALLS):
         done = writer.find(kind="patched", model=model.name, dtype=dtype, mode=mode)
         for row in done or writer.extend(race(model, dtype, mode, asked.budget)):
             print(line(row), flush=True)
