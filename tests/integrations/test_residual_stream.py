@@ -110,6 +110,7 @@ class DinoVisionTransformer(nn.Module):
     def __init__(self, blocks, **attributes):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+        self.patch_embed, self.norm = nn.Identity(), nn.Identity()
         for name, value in attributes.items():
             setattr(self, name, value)
 
@@ -117,19 +118,19 @@ class DinoVisionTransformer(nn.Module):
 def test_dinov2():
     blocks = [nn.Linear(2, 2) for _ in range(4)]
     plain = DinoVisionTransformer(blocks, chunked_blocks=False, num_register_tokens=4)
-    assert residual_stream(plain) == (
+    assert residual_stream(plain)[:2] == (
         [(f"blocks.{i}", block) for i, block in enumerate(blocks)],
         TokenLayout(num_registers=4),
     )
     chunks = [BlockChunk(blocks[:2]), BlockChunk([nn.Identity(), nn.Identity(), *blocks[2:]])]
     chunked = DinoVisionTransformer(chunks, chunked_blocks=True, num_register_tokens=0)
     expected = zip(("blocks.0.0", "blocks.0.1", "blocks.1.2", "blocks.1.3"), blocks, strict=True)
-    assert residual_stream(chunked) == (list(expected), TokenLayout(num_registers=0))
+    assert residual_stream(chunked)[:2] == (list(expected), TokenLayout(num_registers=0))
 
 
 def test_dinov3():
     model = DinoVisionTransformer([nn.Linear(2, 2)], chunked_blocks=False, n_storage_tokens=4)
-    assert residual_stream(model) == ([("blocks.0", model.blocks[0])], TokenLayout(num_registers=4))
+    assert residual_stream(model)[:2] == ([("blocks.0", model.blocks[0])], TokenLayout(num_registers=4))
 
 
 @torch.no_grad()

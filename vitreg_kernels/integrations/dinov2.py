@@ -70,7 +70,8 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
             for name, block in named(path, chunk)
             if not isinstance(block, nn.Identity)
         ]
-    return ResidualStream(layers, TokenLayout(num_registers=model.num_register_tokens))
+    layout = TokenLayout(num_registers=model.num_register_tokens)
+    return ResidualStream.of_blocks(layout, layers, patch_embed=model.patch_embed, norm=model.norm)
 
 
 LIBRARY = Library("dinov2", residual_stream, convert, attention=attention.KINDS, prefix_tokens=prefix_tokens)

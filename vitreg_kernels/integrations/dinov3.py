@@ -85,7 +85,8 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     """
     if not _is_ours(model):
         return None
-    return ResidualStream(named("blocks", model.blocks), TokenLayout(num_registers=model.n_storage_tokens))
+    layout, blocks = TokenLayout(num_registers=model.n_storage_tokens), named("blocks", model.blocks)
+    return ResidualStream.of_blocks(layout, blocks, patch_embed=model.patch_embed, norm=model.norm)
 
 
 LIBRARY = Library("dinov3", residual_stream, convert, attention=attention.KINDS, prefix_tokens=prefix_tokens)

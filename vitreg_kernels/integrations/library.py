@@ -9,20 +9,51 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from .kind import Kind
+from .modules import first_of
 
 
 class ResidualStream(NamedTuple):
-    """Where a Vision Transformer's tokens pass on their way from the embedding to the final norm.
+    """Where a Vision Transformer's tokens pass on their way from the pixels to the features.
 
     Attributes:
         layers: name and module of each place, first to last. What the module gives is the stream: ``[B, N, C]`` tokens,
             a tuple that begins with them, or a list of such tensors, one for each size of crop. A ``RegisterViT`` never
             has the stream between two blocks in memory; its modules give the norms of the tokens, ``[B, N]``.
         layout: the order of the tokens.
+        blocks: name and module of each block, which is called with the stream before it and gives that after it.
+        patch_embed: what the pixels are given to, and what gives the patches without positions: ``[B, M, C]``, or a
+            map of the grid with C in the second or the last place.
+        neurons: of each block the last linear layer of its MLP, which is called with the neurons ``[B, N, hidden]``
+            after their activation, of a gated MLP after their gate; ``None`` of a block whose MLP is not known.
+        norm: the final norm, which is called with the stream, or in open_clip and perception_models with what is
+            pooled of it; where the norm stands behind the pooling in timm, the Identity in its place.
     """
 
     layers: list[tuple[str, nn.Module]]
     layout: TokenLayout
+    blocks: list[tuple[str, nn.Module]]
+    patch_embed: nn.Module
+    neurons: list[nn.Module | None]
+    norm: nn.Module
+
+    @classmethod
+    def of_blocks(
+        cls,
+        layout: TokenLayout,
+        blocks: list[tuple[str, nn.Module]],
+        *,
+        patch_embed: nn.Module,
+        norm: nn.Module,
+        neurons: tuple[str, ...] = ("mlp.fc2", "mlp.w3"),
+    ) -> ResidualStream:
+        """The stream of a model whose blocks give it.
+
+        Args:
+            layout, blocks, patch_embed, norm: as the attributes.
+            neurons: where in a block the last linear layer of its MLP may be, the first that is there.
+        """
+        last = [first_of(block, *neurons) for _, block in blocks]
+        return cls(blocks, layout, blocks, patch_embed, last, norm)
 
 
 class Converted(NamedTuple):

@@ -20,6 +20,12 @@ def named(path: str, modules: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{path}.{name}", module) for name, module in modules.named_children()]
 
 
+def first_of(module: nn.Module, *paths: str) -> nn.Module | None:
+    """The first module that is there of several paths, which versions and variants of a class name differently."""
+    modules = dict(module.named_modules())
+    return next((modules[path] for path in paths if path in modules), None)
+
+
 def check_is_module(model: object) -> None:
     """Raises: TypeError: if it is none."""
     if not isinstance(model, nn.Module):

@@ -15,7 +15,13 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     """The blocks of a ``VisionTransformer``; None of anything else."""
     if not derives_from(model, "open_clip", "VisionTransformer"):
         return None
-    return ResidualStream(named("transformer.resblocks", model.transformer.resblocks), TokenLayout(num_registers=0))
+    return ResidualStream.of_blocks(
+        TokenLayout(num_registers=0),
+        named("transformer.resblocks", model.transformer.resblocks),
+        patch_embed=model.conv1,
+        norm=model.ln_post,
+        neurons=("mlp.c_proj",),
+    )
 
 
 def prefix_tokens(model: nn.Module) -> int | None:

@@ -15,8 +15,13 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     prefix = prefix_tokens(model)
     if prefix is None:
         return None
-    layout = TokenLayout(num_registers=0, num_cls_tokens=prefix)
-    return ResidualStream(named("transformer.resblocks", model.transformer.resblocks), layout)
+    return ResidualStream.of_blocks(
+        TokenLayout(num_registers=0, num_cls_tokens=prefix),
+        named("transformer.resblocks", model.transformer.resblocks),
+        patch_embed=model.conv1,
+        norm=model.ln_post,
+        neurons=("mlp.c_proj",),
+    )
 
 
 def prefix_tokens(model: nn.Module) -> int | None:

@@ -7,6 +7,7 @@ from torch import nn
 from ..nn.vit import RegisterViT
 from .libraries import LIBRARIES
 from .library import ResidualStream
+from .modules import named
 
 __all__ = ["ResidualStream", "residual_stream", "unwrapped"]
 
@@ -46,8 +47,7 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
         names = ", ".join(name for name, _ in found)
         raise ValueError(f"{type(model).__name__} holds several Vision Transformers, {names}: give one of them")
     for prefix, stream in found:
-        layers = [(f"{prefix}.{name}" if prefix else name, layer) for name, layer in stream.layers]
-        return ResidualStream(layers, stream.layout)
+        return stream._replace(layers=_within(prefix, stream.layers), blocks=_within(prefix, stream.blocks))
     return None
 
 
@@ -61,9 +61,15 @@ def modules_in_blocks(model: nn.Module) -> set[nn.Module]:
     return {part for stream in streams_of(model) for _, block in stream.layers for part in block.modules()}
 
 
+def _within(prefix: str, modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    return [(f"{prefix}.{name}" if prefix else name, module) for name, module in modules]
+
+
 def _stream_of(module: nn.Module) -> ResidualStream | None:
     if isinstance(module, RegisterViT):
         taps = [*(block.residual_norms for block in module.blocks), module.residual_norms]
         names = ["embedding", *(f"blocks.{i}" for i in range(len(module.blocks)))]
-        return ResidualStream(list(zip(names, taps, strict=True)), module.layout)
+        blocks = named("blocks", module.blocks)
+        of_blocks = ResidualStream.of_blocks(module.layout, blocks, patch_embed=module.patch_embed, norm=module.norm)
+        return of_blocks._replace(layers=list(zip(names, taps, strict=True)))
     return next(filter(None, (library.residual_stream(module) for library in LIBRARIES)), None)

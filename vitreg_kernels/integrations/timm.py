@@ -184,7 +184,8 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
         return None
     registers = 0 if model.reg_token is None else model.reg_token.shape[1]
     layout = TokenLayout(num_registers=registers, num_cls_tokens=model.num_prefix_tokens - registers)
-    return ResidualStream(named("blocks", model.blocks), layout)
+    blocks = named("blocks", model.blocks)
+    return ResidualStream.of_blocks(layout, blocks, patch_embed=model.patch_embed, norm=model.norm)
 
 
 LIBRARY = Library("timm", residual_stream, convert, describe, attention.KINDS, blocks.KINDS, prefix_tokens)

@@ -14,7 +14,13 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     """The blocks of a ``VisionTransformer``; None of anything else."""
     if not derives_from(model, "torchvision", "VisionTransformer"):
         return None
-    return ResidualStream(named("encoder.layers", model.encoder.layers), TokenLayout(num_registers=0))
+    return ResidualStream.of_blocks(
+        TokenLayout(num_registers=0),
+        named("encoder.layers", model.encoder.layers),
+        patch_embed=model.conv_proj,
+        norm=model.encoder.ln,
+        neurons=("mlp.3",),
+    )
 
 
 def prefix_tokens(model: nn.Module) -> int | None:

@@ -12,7 +12,7 @@ from .attention import transformers as attention
 from .attention.transformers_prefix import prefix_tokens
 from .blocks import transformers as blocks
 from .library import Converted, Library, ResidualStream
-from .modules import derives_from, named
+from .modules import derives_from, first_of, named
 from .state_dict import HUGGING_FACE_PATCH_EMBED, backbone, converted, renamed
 
 _RULES = (
@@ -155,7 +155,13 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     modules = dict(model.named_modules())
     # As of version 5 or 4: encoder.layer is kept or is layers, layer is model.layer.
     path = next(path for path in ("layers", "encoder.layer", "model.layer", "layer") if path in modules)
-    return ResidualStream(named(path, modules[path]), layout)
+    return ResidualStream.of_blocks(
+        layout,
+        named(path, modules[path]),
+        patch_embed=model.embeddings.patch_embeddings,
+        norm=first_of(model, "layernorm", "norm"),
+        neurons=("mlp.fc2", "mlp.weights_out", "mlp.down_proj", "output.dense"),
+    )
 
 
 LIBRARY = Library("transformers", residual_stream, convert, describe, attention.KINDS, blocks.KINDS, prefix_tokens)

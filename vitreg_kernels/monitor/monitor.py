@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import functional
-from ..integrations.library import ResidualStream
 from ..integrations.residual_stream import residual_stream, unwrapped
 from ..layout import TokenLayout
 from ..nn.block import Residual
@@ -78,16 +77,15 @@ class TokenNormMonitor:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch module, got a {type(model).__name__}")
-        stream = _stream_of(model, layers, layout)
+        found, self.layout = _found(model, layers, layout)
         device = next((p.device for p in model.parameters()), None)
         if device is None:
             raise ValueError("the model has no parameters, which would say on which device to count")
         if device.type == "meta":  # which holds no counts; the first forward brings them to its device
             device = torch.device("cpu")
-        self.layers = tuple(name for name, _ in stream.layers)
-        self.layout = stream.layout
-        self._taps = [_Tap(self.layout, NormDistribution.zeros((len(GROUPS),), device)) for _ in stream.layers]
-        self._modules = [module for _, module in stream.layers]
+        self.layers = tuple(name for name, _ in found)
+        self._taps = [_Tap(self.layout, NormDistribution.zeros((len(GROUPS),), device)) for _ in found]
+        self._modules = [module for _, module in found]
         unmarked = {id(module): module for module in self._modules if not _taps_on(module)}
         self._handles = [m.register_forward_hook(tap) for m, tap in zip(self._modules, self._taps, strict=True)]
         for module in unmarked.values():
@@ -215,9 +213,10 @@ def _taps_on(module: nn.Module) -> list[_Tap]:
     return [hook for hook in module._forward_hooks.values() if isinstance(hook, _Tap)]
 
 
-def _stream_of(
+def _found(
     model: nn.Module, layers: Sequence[tuple[str, nn.Module]] | None, layout: TokenLayout | None
-) -> ResidualStream:
+) -> tuple[list[tuple[str, nn.Module]], TokenLayout]:
+    """The layers to watch, and the order of their tokens."""
     if layers is None or layout is None:
         known = residual_stream(model)
         if known is None:
@@ -235,7 +234,7 @@ def _stream_of(
             raise TypeError(f"the layer {name} must be a torch module, got a {type(module).__name__}")
     if not isinstance(layout, TokenLayout):
         raise TypeError(f"layout must be a TokenLayout, not {layout!r}")
-    return ResidualStream(list(layers), layout)
+    return list(layers), layout
 
 
 def _over_ranks(counted: NormDistribution, process_group: dist.ProcessGroup | None) -> NormDistribution:
