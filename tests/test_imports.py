@@ -31,7 +31,7 @@ OPTIONAL = {
 }
 
 # What only ``analysis`` uses, where it may stand at the top of a file.
-ANALYSIS = {"scipy", "sklearn", "jinja2", "PIL", "tqdm"}
+ANALYSIS = {"scipy", "sklearn", "jinja2", "PIL"}  # and tqdm, which torch loads itself
 
 OPS = sorted(path.parent.name for path in (PACKAGE / "ops").glob("*/api.py"))
 BACKENDS = {
