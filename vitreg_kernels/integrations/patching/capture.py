@@ -15,7 +15,6 @@ from ..modules import check_is_module
 from ..residual_stream import unwrapped
 from .method import fused_method, give_back, replace
 
-
 NAMES = (*OUTPUT_NAMES, *OPERANDS)
 
 
