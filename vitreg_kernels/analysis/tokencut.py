@@ -24,8 +24,8 @@ def tokencut(
     (D - A) x = λ D x. It is split at its mean; the seed is the patch where it is largest in magnitude, the first of
     several, and its side is the foreground. The box is around the part of it that is connected with the seed.
 
-    There is no box if another cut is as good, as when all patches resemble each other: x is then any vector, and the
-    foreground is left empty.
+    There is no box if another cut is as good, as when the cosines of all patches are above ``tau``: x is then any
+    vector, so the foreground is left empty, and the seed is the first patch.
 
     The eigenproblem is dense, M x M in fp64, and its cost grows with the cube of M.
 
@@ -54,14 +54,16 @@ def _cut(features: Tensor, valid: Tensor, grid: tuple[int, int], tau: float, eps
     kept = features[valid]
     weights = torch.where(kept @ kept.T > tau, 1.0, eps).double().numpy(force=True)
     values, vector = second_eigenvector(weights)
+    positions = valid.nonzero().flatten()
+    mask = torch.zeros_like(valid)
+    if values[1] - values[0] <= _SAME:
+        return Found(None, int(positions[0]), mask, None)
+
     magnitude = np.abs(vector)
     own = int(np.flatnonzero(magnitude >= magnitude.max() * (1 - _SAME))[0])  # rounding does not break ties
     vector = vector * np.sign(vector[own])
-    one_cut = values[1] - values[0] > _SAME
-
-    mask = torch.zeros_like(valid)
-    mask[valid] = torch.from_numpy((vector > vector.mean()) & one_cut).to(mask.device)
-    seed = int(valid.nonzero()[own])
+    mask[positions] = torch.from_numpy(vector > vector.mean()).to(mask.device)
+    seed = int(positions[own])
     return Found(box_around(seed, mask, grid), seed, mask, None)
 
 
