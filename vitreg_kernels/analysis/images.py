@@ -175,8 +175,9 @@ class ImageFolder:
             else [(name, _checked(name, array)) for name, array in root]
         )
         if not self._sources:
-            kinds = ", ".join(sorted(SUFFIXES))
-            of_folder = f"there are no images in {root}: their names would end in {kinds}"
+            why = [f"{path}: {why}" for path, why in self.skipped.items()]
+            kinds = f"their names would end in {', '.join(sorted(SUFFIXES))}"
+            of_folder = f"there are no images in {root}: {(why or [kinds])[0]}"
             raise ValueError(of_folder if isinstance(root, str | Path) else "no images were given")
 
     @property
@@ -307,4 +308,4 @@ def _reason(source: Path | np.ndarray, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         empty = isinstance(source, Path) and not source.stat().st_size
         return "it is empty" if empty else f"it is no image of a format known, of {', '.join(_FORMATS)}"
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+import itertools
 import json
 import pickle
 import warnings
@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..integrations import ResidualStream, files, load_vit, residual_stream
 from ..nn import RegisterViT, ViTConfig
@@ -31,7 +31,7 @@ class Subject(NamedTuple):
     """A model to analyse.
 
     Attributes:
-        name: what it was asked for as, a path by its last part.
+        name: what it was asked for as, if that has slashes then the last part; see ``names`` for those of several.
         title: in words; of a planted model it says "planted".
         model: in eval mode, fp32, without gradients, on the CPU.
         mean, std: of the channels of RGB in [0, 1], which it was trained to see as 0 and 1. Where they were assumed,
@@ -126,19 +126,18 @@ def subject(spec: str, **changes: Any) -> Subject:
 
 
 def names(specs: Sequence[str]) -> list[str]:
-    """Short names of models, all different: of paths as many of the last parts as tell them apart.
+    """Short names of models, all different: as many of the last parts, between slashes, as tell them apart.
 
     Raises:
         ValueError: if a model is given twice.
     """
-    if twice := [spec for i, spec in enumerate(specs) if spec in specs[:i]]:
+    paths = [PurePath(spec) for spec in specs]
+    if twice := [spec for i, spec in enumerate(specs) if paths[i] in paths[:i]]:
         raise ValueError(f"the model {twice[0]!r} is given twice")
-    parts = [PurePath(spec).parts if spec.partition(":")[0] not in _LIBRARIES else (spec,) for spec in specs]
-    for count in range(1, max(map(len, parts), default=0) + 1):
-        short = ["/".join(part[-count:]) for part in parts]
+    for count in itertools.count(1):
+        short = [str(PurePath(*path.parts[-count:])) for path in paths]
         if len(set(short)) == len(short):
             return short
-    return list(specs)
 
 
 def from_timm(name: str) -> nn.Module:
@@ -189,7 +188,7 @@ def _planted() -> _Found:
 def _timm(name: str) -> _Found:
     model = from_timm(name)
     cfg = model.pretrained_cfg
-    return _Found(f"{name} of timm", model, _whence(name, "timm"), cfg["input_size"][1:], **_told(cfg, "timm's"))
+    return _Found(f"{_last(name)} of timm", model, _whence(name, "timm"), cfg["input_size"][1:], **_told(cfg, "timm's"))
 
 
 def _hf(name: str) -> _Found:
@@ -199,7 +198,7 @@ def _hf(name: str) -> _Found:
         raise _missing(f"hf:{name}", "transformers", error) from error
     local = Path(name).is_dir()
     try:
-        model = transformers.AutoModel.from_pretrained(name)
+        model = transformers.AutoModel.from_pretrained(name, trust_remote_code=False)  # None may ask at the terminal
     except OSError as error:
         raise _unreachable(f"hf:{name}", error, local=local) from error
     except (RuntimeError, ValueError, KeyError, ImportError) as error:
@@ -214,8 +213,13 @@ def _hf(name: str) -> _Found:
             lambda _, args, kwargs: (args, {"interpolate_pos_encoding": True, **kwargs}), with_kwargs=True
         )
     size = getattr(model.config, "image_size", 224)
-    title = f"{name} of Hugging Face"
-    return _Found(title, model, _whence(name, "Hugging Face"), size, **_told(processor, "its image processor's"))
+    return _Found(
+        f"{_last(name)} of Hugging Face",
+        model,
+        _whence(name, "Hugging Face"),
+        size,
+        **_told(processor, "its image processor's"),
+    )
 
 
 def _hub(name: str) -> _Found:
@@ -234,7 +238,7 @@ def _hub(name: str) -> _Found:
     if not isinstance(model, nn.Module):
         raise ValueError(f"'hub:{name}' gives a {type(model).__name__}, and no torch.nn.Module")
     learnt_on = getattr(getattr(model, "patch_embed", model), "img_size", getattr(model, "image_size", 224))
-    return _Found(f"{entry} of {repo}", model, _whence(repo, "torch.hub"), learnt_on)
+    return _Found(f"{entry} of {_last(repo)}", model, _whence(repo, "torch.hub"), learnt_on)
 
 
 _LIBRARIES: dict[str, Callable[[str], _Found]] = {"timm": _timm, "hf": _hf, "hub": _hub}
@@ -251,57 +255,56 @@ def _path(path: Path, changes: dict[str, Any]) -> _Found:
 
 
 def _checkpoint(path: Path, changes: dict[str, Any]) -> _Found:
-    if path.is_dir():
-        model = load_vit(path, **changes)
-        return _Found(f"{path.name}, as a RegisterViT", model, str(path), model.config.image_size, **_beside(path))
-    content, _ = files.read(path)
-    if isinstance(content, Mapping):
-        if isinstance(content.get("run"), Mapping) and not changes:
-            return _training(path, content)
-        if isinstance(content.get("config"), Mapping) and not changes:
-            model = _register_vit(path, content["config"], content.get("model"))
-            return _Found(f"the RegisterViT of {path.name}", model, str(path), model.config.image_size)
-        if "register_tokens" in content and "mask_token" not in content:
+    content: Any = path
+    if not path.is_dir():
+        content, _ = files.read(path)
+        keys = content.keys() if isinstance(content, Mapping) else set()
+        if keys >= {"run", "model"} or keys >= {"config", "model"}:
+            if changes:
+                raise TypeError(f"{path} tells all of its model's configuration: leave out {', '.join(changes)}")
+            return _training(path, content) if "run" in keys else _register_vit(path, content)
+        if "register_tokens" in keys and "mask_token" not in keys:
             raise ValueError(
                 f"{path} has the weights of a RegisterViT without its configuration: save both, "
                 'torch.save({"config": dataclasses.asdict(vit.config), "model": vit.state_dict()}, path)'
             )
     model = load_vit(content, **changes)
-    return _Found(f"{path.name}, as a RegisterViT", model, str(path), model.config.image_size)
+    told = _beside(path) if path.is_dir() else {}
+    return _Found(f"{path.name}, as a RegisterViT", model, str(path), model.config.image_size, **told)
 
 
 def _training(path: Path, content: Mapping[str, Any]) -> _Found:
     """A checkpoint of ``examples/train.py``: ``run`` says which model of timm's it is of, and on which data."""
-    run, weights = content["run"], content["model"]
     try:
         import timm
     except ModuleNotFoundError as error:
         raise _missing(str(path), "timm", error) from error
-    classes = weights["head.bias"].numel() if "head.bias" in weights else 0
-    options = {"num_classes": classes, "img_size": run["img_size"], "dynamic_img_size": True, **run["model_kwargs"]}
     try:
-        model = timm.create_model(run["model"], **options)
+        run, weights, step = content["run"], content["model"], content["step"]
+        classes = weights["head.bias"].numel() if "head.bias" in weights else 0
+        options = {"num_classes": classes, "img_size": run["img_size"], "dynamic_img_size": True}
+        model = timm.create_model(run["model"], **options | run["model_kwargs"])
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold the {run['model']} that its run names: {_line(error)}") from error
-    # Without images of its own that script trains on digits between -1 and 1.
-    digits = {} if run.get("data") else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    whence = "of examples/train.py"
-    title = f"{run['model']} of {path.name}, step {content['step']}"
-    return _Found(title, model, f"{path}, step {content['step']}", run["img_size"], **digits, normalization=whence)
-
-
-def _register_vit(path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor] | None) -> RegisterViT:
-    try:
-        model = RegisterViT(ViTConfig(**config))
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, ValueError) as error:
-        fields = ", ".join(field.name for field in dataclasses.fields(ViTConfig))
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} must hold under config the fields of a ViTConfig, {fields}, and under model the weights: "
-            f"{_line(error)}"
+            f"{path} has a run as examples/train.py writes it, but not its model: {_line(error)}"
         ) from error
-    return model
+    # Without images of one's own that script trains on digits between -1 and 1.
+    digits = {} if run.get("data") else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    title, weights = f"{run['model']} of {path.name}, step {step}", f"{path}, step {step}"
+    return _Found(title, model, weights, run["img_size"], **digits, normalization="of examples/train.py")
+
+
+def _register_vit(path: Path, content: Mapping[str, Any]) -> _Found:
+    """A ``RegisterViT``'s ``config`` as a dict, and under ``model`` its weights."""
+    try:
+        model = RegisterViT(ViTConfig(**content["config"]))
+        model.load_state_dict(content["model"])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} must have the fields of a ViTConfig under config and its weights under model: {_line(error)}"
+        ) from error
+    return _Found(f"the RegisterViT of {path.name}", model, str(path), model.config.image_size)
 
 
 def _beside(folder: Path) -> dict[str, Any]:
@@ -339,6 +342,10 @@ def _heads(stream: ResidualStream) -> str:
     named = ("num_heads", "num_attention_heads")
     found = [getattr(module, name, None) for module in stream.blocks[0][1].modules() for name in named]
     return str(next((heads for heads in found if isinstance(heads, int)), "unknown"))
+
+
+def _last(name: str) -> str:
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def _whence(name: str, library: str) -> str:
