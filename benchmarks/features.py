@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import photographs, results
+from benchmarks import results
 from benchmarks.attention import Progress
 from benchmarks.machine import Machine, default_device
 from benchmarks.pretrained import Pretrained
 from benchmarks.results import Errors, Row, Writer
 from benchmarks.shapes import DTYPES, DType, Size
 from vitreg_kernels import RegisterViT, explain
+from vitreg_kernels.analysis import photographs
+from vitreg_kernels.analysis.images import normalize
 from vitreg_kernels.functional import token_norms
 from vitreg_kernels.measure import timing
 from vitreg_kernels.measure.accuracy import compare
@@ -163,7 +165,7 @@ def attention_maps(pretrained: Pretrained, names: tuple[str, ...], side: int = 2
     """Attention maps of the CLS token and the registers on the named photographs, by the default backend."""
     vit = with_any_registers(pretrained)
     images = photographs.load(names, side)
-    attention = _features(vit, photographs.normalize(images)).prefix_attention.mean(1)
+    attention = _features(vit, normalize(images)).prefix_attention.mean(1)
     patches = attention[..., vit.layout.patches] * attention.shape[-1]
     rows = side // vit.config.patch_size
     given = "" if pretrained.has_registers else f", given {NUM_REGISTERS} here"
@@ -182,7 +184,7 @@ def _jobs(size: Size, pretrained: Pretrained, device: torch.device) -> Iterator[
     model = with_any_registers(pretrained)
     for side, count in _IMAGES[size].items():
         names = photographs.NAMES[:count]
-        images = photographs.normalize(photographs.load(names, side)).to(device)
+        images = normalize(photographs.load(names, side)).to(device)
         key = {"model": pretrained.name, "image_size": side}
         if not pretrained.has_registers:
             rows = partial(_registers_rows, pretrained, images)

@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import photographs, pretrained, training
+from benchmarks import pretrained, training
 from vitreg_kernels import TokenNormMonitor
+from vitreg_kernels.analysis import photographs
+from vitreg_kernels.analysis.images import normalize
 from vitreg_kernels.functional import token_norms
 from vitreg_kernels.monitor import read_csv
 
@@ -30,7 +32,7 @@ def vit():
 
 @pytest.fixture(scope="module")
 def images():
-    return photographs.normalize(photographs.load(("astronaut", "cat", "coffee", "motorcycle")))
+    return normalize(photographs.load(("astronaut", "cat", "coffee", "motorcycle")))
 
 
 def plant(block, inputs, stream):

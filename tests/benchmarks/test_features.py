@@ -144,7 +144,7 @@ def test_maps_are_the_prefix_rows_over_the_patch_grid():
     vit = model.vit(num_registers=4)
     seen = []
     vit.blocks[-1].attn.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    vit(features.photographs.normalize(maps.images))
+    vit(features.normalize(maps.images))
     query, key, _ = seen[0].unflatten(2, (3, 2, 64)).permute(2, 0, 3, 1, 4)
     probabilities = (query[:, :, :5] @ key.transpose(-1, -2) / 8).softmax(-1).mean(1)
     torch.testing.assert_close(maps.attention.flatten(2), probabilities[:, :, 5:] * 21)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import photographs
+from vitreg_kernels.analysis import photographs
+from vitreg_kernels.analysis.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, normalize
 
 pytest.importorskip("skimage", reason="the photographs come inside scikit-image")
 pytest.importorskip("sklearn", reason="the photographs come inside scikit-learn")
@@ -46,7 +48,22 @@ def test_the_centre_is_cropped_and_nothing_is_stretched():
 
 
 def test_normalize_is_imagenets():
-    mean, std = torch.tensor(photographs.IMAGENET_MEAN), torch.tensor(photographs.IMAGENET_STD)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     images = torch.stack((mean, mean + std)).view(2, 3, 1, 1)
     expected = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-    torch.testing.assert_close(photographs.normalize(images), expected)
+    torch.testing.assert_close(normalize(images), expected)
+
+
+def test_they_are_there_as_shipped(images):
+    """Uncropped, as ``ImageFolder`` takes them, which crops them as ``load`` does."""
+    read = photographs.read()
+    assert [name for name, _ in read] == list(photographs.NAMES)
+    assert dict(read)["cat"].shape == (300, 451, 3)
+    folder = ImageFolder(read, size=56, patch=14)
+    assert torch.equal(torch.stack([image.pixels for image in folder]), images)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(ModuleNotFoundError, match=r"skimage is not installed: run `pip install 'vitreg_kernels\["):
+        photographs.read(("cat",))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from .images import Placement, placed
 
 
 def _scikit_image(name: str) -> np.ndarray:
@@ -40,26 +39,30 @@ _READERS: dict[str, Callable[[], np.ndarray]] = {
 NAMES: tuple[str, ...] = tuple(_READERS)
 
 
-def load(names: tuple[str, ...] = NAMES, size: int = 224) -> Tensor:
+def read(names: Sequence[str] = NAMES) -> list[tuple[str, np.ndarray]]:
+    """The named photographs as they are shipped, ``[height, width, 3]`` uint8, each with its name; ``ImageFolder``
+    takes them.
+
+    Raises:
+        ModuleNotFoundError: if scikit-image or scikit-learn is not installed.
+    """
+    try:
+        return [(name, _READERS[name]()) for name in names]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the photographs come inside scikit-image and scikit-learn, and {error.name} is not installed: run "
+            "`pip install 'vitreg_kernels[analysis,demo]'`, or give images of your own"
+        ) from error
+
+
+def load(names: Sequence[str] = NAMES, size: int = 224) -> Tensor:
     """The named photographs, cropped to their central square and resized.
 
     Returns:
         ``[len(names), 3, size, size]`` fp32, RGB in [0, 1].
+
+    Raises:
+        ModuleNotFoundError: if scikit-image or scikit-learn is not installed.
     """
-    return torch.cat([_square(_READERS[name](), size) for name in names])
-
-
-def normalize(images: Tensor) -> Tensor:
-    """RGB in [0, 1] ``[B, 3, height, width]`` to what ViTs are trained on: ImageNet's mean 0 and deviation 1."""
-    mean, std = (images.new_tensor(x).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / std
-
-
-def _square(pixels: np.ndarray, size: int) -> Tensor:
-    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).unsqueeze(0).float() / 255
-    height, width = image.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    image = image[..., top : top + side, left : left + side]
-    resized = F.interpolate(image, (size, size), mode="bicubic", antialias=True, align_corners=False)
-    return resized.clamp(0, 1)  # bicubic overshoots at edges
+    images = [Image.fromarray(pixels) for _, pixels in read(names)]
+    return torch.stack([placed(x, Placement.of(*x.size, size=size, fit="crop", patch=1)) for x in images])
