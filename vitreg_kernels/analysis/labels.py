@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def _by_folder(relative: Sequence[Path]) -> list[str | None]:
 def _by_table(table: Path, relative: Sequence[Path], root: Path) -> list[str | None]:
     by_name: dict[str, list[int]] = defaultdict(list)
     for index, path in enumerate(relative):
-        for name in {path.as_posix(), path.name, path.stem, (root / path).as_posix()}:
+        for name in {path.as_posix(), path.name, path.stem, (root / path).absolute().as_posix()}:
             by_name[name].append(index)
     by_path = {path.as_posix(): index for index, path in enumerate(relative)}
 
@@ -53,7 +54,7 @@ def _by_table(table: Path, relative: Sequence[Path], root: Path) -> list[str | N
         if len(found) > 1:
             some = ", ".join(relative[index].as_posix() for index in found[:3])
             raise ValueError(
-                f"{table}, line {line}: {name!r} means {len(found)} images ({some}); give their paths relative to {root}"
+                f"{table}, line {line}: {name!r} means {len(found)} images ({some}); give their paths below {root}"
             )
         for index in found:
             if labels[index] not in (None, label):
@@ -73,7 +74,7 @@ def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{table} is not a CSV file in UTF-8: {error.reason} at byte {error.start}") from None
     first = text.partition("\n")[0]
-    reader = csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count))
+    reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
     columns = None
     for fields in reader:
         fields = [field.strip() for field in fields]

@@ -32,6 +32,8 @@ PIXEL_PENALTIES = np.logspace(6, -6, 7)
 # Of the splits inside a training set that choose between them.
 INNER_FOLDS = 3
 
+KINDS = ("normal", "outlier")
+
 Split = tuple[np.ndarray, np.ndarray]
 
 
@@ -99,9 +101,9 @@ def position(patches: PatchTokens, *, folds: int = 5, seed: int = 0) -> list[Pro
         seed: of the splits.
 
     Returns:
-        Top-1 and mean distance of ``"normal"``, then of ``"outlier"``. Chance is the best constant guess: always the
-        position that most tokens of the kind have, and the one that is nearest to them on average. A map that learnt
-        nothing guesses at random instead, which is farther: .52 against .38 of the side of a square grid.
+        Top-1 and mean distance of ``"normal"``, then of ``"outlier"``. Chance is the best constant guess that the
+        training images offer: the position that most of their tokens of the kind have, and the one nearest to these on
+        average. A map that learnt nothing guesses at random, which is farther: .52 against .38 of a square's side.
 
     Raises:
         ValueError: if there are too few folds, or tokens are not finite.
@@ -111,35 +113,49 @@ def position(patches: PatchTokens, *, folds: int = 5, seed: int = 0) -> list[Pro
     (rows, columns) = Counter(patches.grids).most_common(1)[0][0] if patches.grids else (0, 0)
     kept = np.array([grid == (rows, columns) for grid in patches.grids], dtype=bool)[images]
     images, target = images[kept], (patches.row * columns + patches.column).numpy()[kept]
-    kinds = _kinds(patches.outlier.numpy()[kept])
+    outlier = patches.outlier.numpy()[kept]
     tokens = _finite(patches.tokens, torch.float32)[kept]
     splits = list(_splits(images, folds, seed))
     if not splits or any(len(set(target[train])) < 2 for train, _ in splits):
         why = f"too few images: needs {folds} of one grid, and 2 positions in all training sets, got {len(set(images))}"
-        return [_not_measured("position", kind, metric, why) for kind in kinds for metric in ("top-1", "mean distance")]
+        return [_not_measured("position", kind, metric, why) for kind in KINDS for metric in ("top-1", "mean distance")]
 
-    guess = np.empty_like(target)
+    places = np.stack(np.divmod(np.arange(rows * columns), columns), axis=1)
+    apart = np.linalg.norm(places[:, None] - places[None], axis=2)
+    guess, likeliest, nearest = (np.empty_like(target) for _ in range(3))
     for train, test in splits:
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         guess[test] = probe.fit(tokens[train], target[train]).predict(tokens[test])
+        for reference, judged in _by_kind(train, test, outlier):
+            counts = np.bincount(target[reference], minlength=len(places))
+            likeliest[judged], nearest[judged] = counts.argmax(), (counts @ apart).argmin()
 
-    every = np.stack(np.divmod(np.arange(rows * columns), columns), axis=1)
-    apart = np.linalg.norm(every[:, None] - every[None], axis=2)
     others = len(patches.grids) - Counter(patches.grids)[rows, columns]
     elsewhere = f"; {others} images of other grids are left out" if others else ""
     found = []
-    for kind, of_kind in kinds.items():
-        if not of_kind.any():
-            found += [_not_measured("position", kind, m, "no such patch") for m in ("top-1", "mean distance")]
-            continue
-        true, guessed, image = target[of_kind], guess[of_kind], images[of_kind]
+    for kind, of_kind in zip(KINDS, (~outlier, outlier), strict=True):
         for metric, each, chance, which in (
-            ("top-1", true == guessed, np.bincount(true).max() / len(true), "the most frequent position"),
-            ("mean distance", apart[true, guessed], apart[true].mean(0).min(), "the best single position"),
+            ("top-1", target == guess, target == likeliest, "the most frequent position"),
+            ("mean distance", apart[target, guess], apart[target, nearest], "the best single position"),
         ):
-            score, standard_error = _ratio(each, np.ones(len(true)), image)
+            if not of_kind.any():
+                found.append(_not_measured("position", kind, metric, "no such patch"))
+                continue
+            score, standard_error = _mean(each[of_kind], images[of_kind])
             note = f"chance: always {which}{elsewhere}"
-            found.append(Probe("position", kind, metric, score, None, float(chance), len(true), note, standard_error))
+            found.append(
+                Probe(
+                    "position",
+                    kind,
+                    metric,
+                    score,
+                    None,
+                    float(chance[of_kind].mean()),
+                    int(of_kind.sum()),
+                    note,
+                    standard_error,
+                )
+            )
     return found
 
 
@@ -156,20 +172,21 @@ def pixels(patches: PatchTokens, *, folds: int = 5, seed: int = 0) -> list[Probe
 
     Returns:
         L2 error, the mean over tokens of the L2 norm of what is wrong with the patch, and R², the share of the pixels'
-        variance that is told; of ``"normal"``, then of ``"outlier"``. Chance is the mean patch of the kind.
+        variance that is told; of ``"normal"``, then of ``"outlier"``. Chance is the mean patch of the kind in the
+        training images, also of R², which is below 0 where the map is worse.
 
     Raises:
         ValueError: if there are too few folds, or tokens or pixels are not finite.
     """
     _check_folds(folds)
-    images, kinds = patches.image.numpy(), _kinds(patches.outlier.numpy())
+    images, outlier = patches.image.numpy(), patches.outlier.numpy()
     tokens, target = _finite(patches.tokens, torch.float64), _finite(patches.pixels, torch.float64)
     splits = list(_splits(images, folds, seed))
     if not splits:
         why = f"too few images: needs {folds}, got {len(set(images))}"
-        return [_not_measured("pixels", kind, metric, why) for kind in kinds for metric in ("L2 error", "R2")]
+        return [_not_measured("pixels", kind, metric, why) for kind in KINDS for metric in ("L2 error", "R2")]
 
-    guess = np.empty_like(target)
+    wrong, spread = np.empty(len(target)), np.empty(len(target))
     for train, test in splits:
         inner = list(_splits(images[train], min(INNER_FOLDS, len(set(images[train]))), seed))
         probe = GridSearchCV(
@@ -178,23 +195,24 @@ def pixels(patches: PatchTokens, *, folds: int = 5, seed: int = 0) -> list[Probe
             scoring="neg_mean_squared_error",
             cv=inner,
         )
-        guess[test] = probe.fit(tokens[train], target[train]).predict(tokens[test])
+        guess = probe.fit(tokens[train], target[train]).predict(tokens[test])
+        wrong[test] = np.linalg.norm(target[test] - guess, axis=1)
+        for reference, judged in _by_kind(train, test, outlier):
+            spread[judged] = np.linalg.norm(target[judged] - target[reference].mean(0), axis=1)
 
-    found = []
-    for kind, of_kind in kinds.items():
-        true, image, count = target[of_kind], images[of_kind], int(of_kind.sum())
+    found, note = [], "chance: the mean patch of the kind"
+    for kind, of_kind in zip(KINDS, (~outlier, outlier), strict=True):
+        image, count = images[of_kind], int(of_kind.sum())
         if not count:
             found += [_not_measured("pixels", kind, metric, "no such patch") for metric in ("L2 error", "R2")]
             continue
-        wrong = np.linalg.norm(true - guess[of_kind], axis=1)
-        spread = np.linalg.norm(true - true.mean(0), axis=1)
-        note = "chance: the mean patch of the kind"
-        score, standard_error = _ratio(wrong, np.ones(count), image)
-        found.append(Probe("pixels", kind, "L2 error", score, None, float(spread.mean()), count, note, standard_error))
-        if not spread.any():
+        score, standard_error = _mean(wrong[of_kind], image)
+        chance = float(spread[of_kind].mean())
+        found.append(Probe("pixels", kind, "L2 error", score, None, chance, count, note, standard_error))
+        if not np.ptp(target[of_kind], axis=0).any():
             found.append(_not_measured("pixels", kind, "R2", "the patches do not differ"))
             continue
-        unexplained, standard_error = _ratio(wrong**2, spread**2, image)
+        unexplained, standard_error = _ratio(wrong[of_kind] ** 2, spread[of_kind] ** 2, image)
         found.append(Probe("pixels", kind, "R2", 1 - unexplained, None, 0.0, count, note, standard_error))
     return found
 
@@ -213,7 +231,7 @@ def _classified(drawn: Drawn, names: np.ndarray, kept: np.ndarray, folds: int, s
             )
             right[repeat, test] = probe.fit(draw[train], target[train]).predict(draw[test]) == target[test]
     # One observation an image, whatever the repeats: they are of the same images.
-    score, standard_error = _ratio(right.mean(0), np.ones(len(target)), np.arange(len(target)))
+    score, standard_error = _mean(right.mean(0), np.arange(len(target)))
     classes = np.bincount(target)
     note = f"chance: always the most frequent of {len(classes)} classes"
     if not kept.all():
@@ -236,6 +254,10 @@ def _splits(images: np.ndarray, folds: int, seed: int) -> Iterator[Split]:
         yield np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def _mean(values: np.ndarray, images: np.ndarray) -> tuple[float, float | None]:
+    return _ratio(values, np.ones(len(values)), images)
+
+
 def _ratio(numerators: np.ndarray, denominators: np.ndarray, images: np.ndarray) -> tuple[float, float | None]:
     """Sum over sum, and the standard error of it over images: a ratio estimator of clusters, linearised.
 
@@ -254,8 +276,11 @@ def _large_classes(names: np.ndarray, folds: int) -> list[str]:
     return [name for name, images in Counter(names).items() if images >= folds]
 
 
-def _kinds(outlier: np.ndarray) -> dict[str, np.ndarray]:
-    return {"normal": ~outlier, "outlier": outlier}
+def _by_kind(train: np.ndarray, test: np.ndarray, outlier: np.ndarray) -> Iterator[Split]:
+    """Of a split, normal tokens and then outliers; all the training tokens where it has none of the kind."""
+    for of_kind in (~outlier, outlier):
+        reference = train[of_kind[train]]
+        yield reference if len(reference) else train, test[of_kind[test]]
 
 
 def _not_measured(task: str, kind: str, metric: str, why: str) -> Probe:
@@ -264,10 +289,10 @@ def _not_measured(task: str, kind: str, metric: str, why: str) -> Probe:
 
 def _finite(values: Tensor, dtype: torch.dtype) -> np.ndarray:
     array = values.detach().to(dtype).numpy()
-    if not np.isfinite(array).all():
+    bad = int((~np.isfinite(array)).sum())
+    if bad:
         raise ValueError(
-            f"{int((~np.isfinite(array)).sum())} of {array.size} values are NaN or infinite; a probe needs finite ones, "
-            f"so leave these images out"
+            f"{bad} of {array.size} values are NaN or infinite; a probe needs finite ones, so leave these images out"
         )
     return array
 
