@@ -88,12 +88,13 @@ class Probe:
     Attributes:
         task: ``"classification"``, ``"position"`` or ``"pixels"``.
         tokens: ``"cls"``, ``"register i"``, ``"normal"`` or ``"outlier"``.
-        metric: of ``score``, as ``"accuracy"``, ``"top-1"``, ``"mean distance"``, ``"L2 error"``.
+        metric: of ``score``, as ``"accuracy"``, ``"top-1"``, ``"mean distance"``, ``"L2 error"``, ``"R2"``.
         score: what was reached, on tokens that it was not fitted to.
-        error: its standard deviation over the repeats.
+        error: its standard deviation over the repeats; None where nothing was repeated.
         chance: what no information gives: of guessing, or of the mean patch.
-        count: tokens that it was judged on.
-        note: what a reader must know, such as why it was not measured; then ``score`` is None.
+        count: tokens that it was judged on, in each repeat.
+        note: what a reader must know, such as what chance is, or why it was not measured; then ``score`` is None.
+        standard_error: of the score, for other images of the same sort; None if there is no more than one image.
     """
 
     task: str
@@ -104,6 +105,7 @@ class Probe:
     chance: float | None
     count: int
     note: str = ""
+    standard_error: float | None = None
 
 
 @dataclass
