@@ -172,16 +172,23 @@ class RegisterAttention(nn.Module):
             # A norm may answer in another dtype than its input's, as under autocast.
             query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
             if explicit:
-                result = self._by_formula(query, key, value, **options)
+                result = self._attend(self._by_formula, query, key, value, **options)
             else:
-                result = functional.register_attention(query, key, value, **options, backend=self.backend)
+                op = functional.register_attention
+                result = self._attend(op, query, key, value, **options, backend=self.backend)
             attended, statistics = result if outputs else (result, None)
             attended = attended.transpose(1, 2).flatten(2)
         else:
-            result = functional.register_attention_qkv(qkv, **options, backend=self.backend)
+            result = self._attend(functional.register_attention_qkv, qkv, **options, backend=self.backend)
             attended, statistics = result if outputs else (result, None)
         attended = parts["proj_drop"](parts["proj"](attended))
         return (attended, statistics) if outputs else attended
+
+    def _attend(
+        self, op: Callable[..., Any], *tensors: Tensor, **options: Any
+    ) -> Tensor | tuple[Tensor, AttentionOutputs]:
+        """The one way into the op. ``capture`` puts another in its place, which sees what goes in and comes out."""
+        return op(*tensors, **options)
 
     def _by_formula(
         self, query: Tensor, key: Tensor, value: Tensor, **options: Any

@@ -1,4 +1,4 @@
-"""The one way from another library's attention module into the op."""
+"""The one way from an attention module into the op, and what is taken of a call on that way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ... import functional
-from ...ops.attention.types import AttentionOutputs, Rope
+from ...ops.attention.types import AttentionOutputs, Rope, unpack_qkv
+
+OPERANDS = ("query", "key", "value")
 
 Taker = tuple[str, Callable[[Tensor | None], None]]
 
@@ -22,8 +24,8 @@ class Attend:
     Attributes:
         num_prefix_tokens: P of the model; ``None`` if it is not known.
         backend: the backend asked for.
-        takers: statistics that are taken of every call, each a name and what to do with it, or with None when a call
-            begins. A copy of the module has none: they belong to the module that is captured.
+        takers: what is taken of every call, each the name of a statistic or an operand and what to do with it, or with
+            None when a call begins. A copy of the module has none: they belong to the module that is captured.
     """
 
     num_prefix_tokens: int | None = None
@@ -50,28 +52,39 @@ class Attend:
         return self._call(functional.register_attention_qkv, qkv, **options)
 
     def _call(self, op: Callable[..., Any], *tensors: Tensor, **options: Any) -> Tensor:
+        if self.takers and self.num_prefix_tokens is not None:
+            options.setdefault("num_prefix_tokens", self.num_prefix_tokens)
+        return self.call(op, *tensors, **options, backend=self.backend)
+
+    def call(
+        self, op: Callable[..., Any], *tensors: Tensor, outputs: Sequence[str] = (), **options: Any
+    ) -> Tensor | tuple[Tensor, AttentionOutputs]:
+        """``op(*tensors, outputs=outputs, **options)``, asked for what is taken besides ``outputs``.
+
+        Args:
+            op: ``register_attention``, ``register_attention_qkv`` or what takes and gives the same.
+            tensors: query, key and value ``[B, H, N, D]``, or all in one ``[B, N, 3, H, D]``.
+            outputs, options: its own.
+        """
         takers = tuple(self.takers)  # another thread may begin or end a capture meanwhile
         if not takers:
-            return op(*tensors, **options, backend=self.backend)
-        if self.num_prefix_tokens is not None:
-            options.setdefault("num_prefix_tokens", self.num_prefix_tokens)
-        output, statistics = op(*tensors, **options, outputs=wanted_by(takers), backend=self.backend)
-        hand_over(statistics, takers)
-        return output
+            return op(*tensors, outputs=outputs, **options)
+        wanted = tuple(dict.fromkeys((*outputs, *(name for name, _ in takers if name not in OPERANDS))))
+        result = op(*tensors, outputs=wanted, **options)
+        output, statistics = result if wanted else (result, None)
+        for name, take in takers:
+            take(_operand(name, tensors) if name in OPERANDS else getattr(statistics, name))
+        asked = {name: getattr(statistics, name) for name in outputs}
+        return (output, AttentionOutputs(**asked)) if outputs else output
 
     def __getstate__(self) -> dict[str, Any]:
         return {"num_prefix_tokens": self.num_prefix_tokens, "backend": self.backend, "takers": []}
 
 
-def wanted_by(takers: Sequence[Taker]) -> tuple[str, ...]:
-    """The statistics that somebody takes."""
-    return tuple(dict.fromkeys(name for name, _ in takers))
-
-
-def hand_over(statistics: AttentionOutputs, takers: Sequence[Taker]) -> None:
-    """Give the statistics of a call to who takes them."""
-    for name, take in takers:
-        take(getattr(statistics, name))
+def _operand(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """A copy of the query, key or value of a call: a view would keep the whole of a packed qkv."""
+    heads = unpack_qkv(*tensors) if len(tensors) == 1 else tensors
+    return heads[OPERANDS.index(name)].detach().clone(memory_format=torch.contiguous_format)
 
 
 def rope_on_patches(cos: Tensor, sin: Tensor, patches: int, *, interleaved: bool = False) -> Rope | None:
