@@ -368,9 +368,8 @@ def _plain(value: Any, where: str) -> Any:
         return {key: _plain(x, f"{where}[{key!r}]") for key, x in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(x, f"{where}[{i}]") for i, x in enumerate(value)]
-    # Subclasses, as numpy's float64, would come back as another type.
-    if value is not None and type(value) not in (bool, int, float, str):
-        raise TypeError(f"{where} is a {type(value).__name__}: expected a plain bool, int, float, str or None")
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise TypeError(f"{where} is a {type(value).__name__}: expected a bool, int, float, str or None")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value}: expected a finite number, or None where there is none")
     return value
