@@ -1,8 +1,21 @@
-"""What was found of one model: all that the page and the files show of it, as plain numbers that JSON holds."""
+"""What was found of one model: all that the page and the files show of it, as plain numbers that JSON and CSV hold.
+
+``to_json`` and ``from_json`` are each other's inverse, exactly. JSON has no NaN and no infinity: a number that is not
+finite is refused, by the name of its field, and ``None`` stands where there is no number.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import csv
+import io
+import json
+import math
+import types
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+# Of what to_json writes; a change that an older from_json would misread gets the next number.
+FORMAT = 1
 
 
 @dataclass
@@ -30,16 +43,14 @@ class Norms:
 
 @dataclass
 class Histogram:
-    """How many tokens of each kind have which norm, at one layer, over log-spaced bins.
+    """How many tokens of each kind have which norm, at ``Findings.layer``, over log-spaced bins.
 
     Attributes:
-        layer: the block.
         edges: of the bins, one more than there are bins.
         counts: by kind of token, as in ``Norms``.
         threshold: above which a patch is an outlier.
     """
 
-    layer: int
     edges: list[float]
     counts: dict[str, list[int]]
     threshold: float
@@ -183,6 +194,20 @@ class Box:
 
 
 @dataclass
+class History:
+    """How the norms grew while the model was trained, of a run's log.
+
+    Attributes:
+        steps: of training.
+        largest_ratio: by the layer's name, the largest patch norm / the median one at each step; None where the log
+            has none.
+    """
+
+    steps: list[int]
+    largest_ratio: dict[str, list[float | None]]
+
+
+@dataclass
 class Image:
     """One image shown on the page; its maps stand in the model's ``.npz`` under ``{index}/{name}``.
 
@@ -219,10 +244,13 @@ class Findings:
         first_layer: the first block after which there are outliers; None if there are none.
         images_with_outliers, images: how many.
         grid: rows and columns of patches of most images.
+        layer: the block, from 0, whose outliers the histogram, the frequency map, the cosines, the attention and the
+            probes are about.
         prefix: names of the CLS and register tokens, in order.
         layers: how many blocks.
-        frequency: ``[rows][columns]``, at each position the share of images that have an outlier there.
-        history: of a training run's log, steps and by layer the largest patch norm / median; empty without one.
+        frequency: ``[rows][columns]``, at each position the share of images that have an outlier there; empty if not
+            asked for.
+        history: of a training run's log; None without one.
     """
 
     name: str
@@ -236,6 +264,7 @@ class Findings:
     images_with_outliers: int
     images: int
     grid: tuple[int, int]
+    layer: int
     prefix: list[str]
     layers: int
     norms: list[Norms] = field(default_factory=list)
@@ -248,7 +277,28 @@ class Findings:
     neurons: list[Neuron] = field(default_factory=list)
     repairs: list[Repair] = field(default_factory=list)
     shown: list[Image] = field(default_factory=list)
-    history: dict[str, list[float]] = field(default_factory=dict)
+    history: History | None = None
+
+
+@dataclass
+class Published:
+    """One number of a paper, to be read beside a run.
+
+    Attributes:
+        model: as the paper names it, such as ``"DINOv2-L"``.
+        quantity: what, on what, in which unit, such as ``"LOST CorLoc on VOC07, %"``.
+        setting: ``"without registers"``, ``"trained registers"``, ``"test-time register"``, or another.
+        value: the number.
+        source: such as ``"arXiv 2309.16588, table 3"``.
+        measured: the same quantity of the same model in this run; None if it was not measured.
+    """
+
+    model: str
+    quantity: str
+    setting: str
+    value: float
+    source: str
+    measured: float | None = None
 
 
 @dataclass
@@ -261,6 +311,7 @@ class Report:
         versions: of this library and what it used, and the machine.
         skipped: files that were no images, and why.
         notes: what a reader must know, such as analyses that were left out, and why.
+        published: the papers' numbers, to be shown beside.
     """
 
     findings: list[Findings]
@@ -268,3 +319,85 @@ class Report:
     versions: dict[str, str]
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    published: list[Published] = field(default_factory=list)
+
+
+def to_json(report: Report) -> str:
+    """The report as JSON text.
+
+    Raises:
+        ValueError: if a number is not finite.
+        TypeError: if a value is none of JSON's, such as a tensor.
+    """
+    return json.dumps({"format": FORMAT, **_plain(report, "report")}, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def from_json(text: str) -> Report:
+    """The report that ``to_json`` wrote.
+
+    Raises:
+        ValueError: if the text is not JSON, or no report of this format.
+    """
+    document = json.loads(text)
+    found = document.pop("format", None) if isinstance(document, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"expected a report of format {FORMAT}, got format {found!r}: analyze the images again")
+    return _typed(Report, document, "report")
+
+
+def tables(report: Report) -> dict[str, str]:
+    """Flat tables as CSV text, by name: a row an entry, the model's name first; those without rows are absent."""
+    found = {}
+    for name in ("norms", "attention", "probes", "discovery", "neurons", "repairs"):
+        rows = [(findings.name, entry) for findings in report.findings for entry in getattr(findings, name)]
+        if rows:
+            columns = [column.name for column in fields(rows[0][1])]
+            file = io.StringIO()
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["model", *columns])
+            writer.writerows([model, *(getattr(entry, column) for column in columns)] for model, entry in rows)
+            found[name] = file.getvalue()
+    return found
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Dataclasses as dicts and tuples as lists; what JSON cannot give back is refused by its place in the report."""
+    if is_dataclass(value):
+        return {x.name: _plain(getattr(value, x.name), f"{where}.{x.name}") for x in fields(value)}
+    if isinstance(value, dict):
+        if wrong := [key for key in value if type(key) is not str]:
+            raise TypeError(f"{where} has the key {wrong[0]!r}: expected a str")
+        return {key: _plain(x, f"{where}[{key!r}]") for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(x, f"{where}[{i}]") for i, x in enumerate(value)]
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise TypeError(f"{where} is a {type(value).__name__}: expected a bool, int, float, str or None")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}: expected a finite number, or None where there is none")
+    return value
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """What ``_plain`` made of a value of this type, as that type again."""
+    refused = ValueError(f"{where} is {value!r:.60}: expected {getattr(kind, '__name__', kind)}")
+    origin, of = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _typed(of[0], value, where)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(value, dict) or value.keys() != hints.keys():
+            raise refused
+        return kind(**{name: _typed(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise refused
+        return {key: _typed(of[1], x, f"{where}[{key!r}]") for key, x in value.items()}
+    if origin in (list, tuple):
+        if not isinstance(value, list) or (origin is tuple and len(value) != len(of)):
+            raise refused
+        kinds = of * len(value) if origin is list else of
+        return origin(_typed(kinds[i], x, f"{where}[{i}]") for i, x in enumerate(value))
+    # A float that is a whole number may stand in the file without a point.
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise refused
+    return kind(value)
