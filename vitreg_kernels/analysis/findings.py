@@ -282,23 +282,23 @@ class Findings:
 
 @dataclass
 class Published:
-    """One number of a paper, to be read beside a run.
+    """One quantity of a paper, to be read beside a run.
 
     Attributes:
         model: as the paper names it, such as ``"DINOv2-L"``.
         quantity: what, on what, in which unit, such as ``"LOST CorLoc on VOC07, %"``.
-        setting: ``"without registers"``, ``"trained registers"``, ``"test-time register"``, or another.
-        value: the number.
+        numbers: as they are printed there, by setting, such as ``"without registers"``.
         source: such as ``"arXiv 2309.16588, table 3"``.
-        measured: the same quantity of the same model in this run; None if it was not measured.
+        note: what a reader must know before comparing.
+        measured: the same quantity of the same model in this run, by setting; empty if it was not measured.
     """
 
     model: str
     quantity: str
-    setting: str
-    value: float
+    numbers: dict[str, str]
     source: str
-    measured: float | None = None
+    note: str = ""
+    measured: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

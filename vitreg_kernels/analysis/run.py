@@ -32,6 +32,7 @@ from .labels import read_labels
 from .models import Subject, subject
 from .options import Options
 from .page import write_page
+from .published import PUBLISHED
 from .registers import TestTimeRegisters, find_register_neurons
 from .study import Study, probed
 from .survey import Survey
@@ -98,7 +99,7 @@ def analyze(options: Options, *, say: Say = lambda line: None, progress: bool = 
         raise ValueError("no model could be analysed: " + "; ".join(f"{spec}: {why}" for spec, why in failed.items()))
     found[0].history = history
     notes += [f"{spec} was left out: {why}" for spec, why in failed.items()]
-    report = Report(found, options.in_words(), _versions(), skipped, list(dict.fromkeys(notes)), _published())
+    report = Report(found, options.in_words(), _versions(), skipped, list(dict.fromkeys(notes)), _published(options))
     return Done(report, _written(report, options.output, data), failed)
 
 
@@ -242,8 +243,15 @@ def _history(path: Path) -> History:
     return History(steps, ratios)
 
 
-def _published() -> list[Published]:
-    raise NotImplementedError
+def _published(options: Options) -> list[Published]:
+    """The papers' numbers of what was analysed; none of it was measured here."""
+    topics = {"outliers": True, "register norms": True, "discovery": bool(options.methods)}
+    topics |= dict.fromkeys(("local information", "classification"), options.asks_for("probes"))
+    return [
+        Published(row.model, row.quantity, dict(row.values), f"{row.source}, {row.place}", row.note)
+        for row in PUBLISHED
+        if topics.get(row.topic)
+    ]
 
 
 def _versions() -> dict[str, str]:
