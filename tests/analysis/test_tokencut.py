@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from vitreg_kernels.analysis.tokencut import second_eigenvector, tokencut
 
@@ -32,6 +33,33 @@ def test_the_eigenvector_is_that_of_the_random_walk(index):
     np.testing.assert_allclose(own_values, 1 - values.real[order[1:3]], atol=1e-9)
     cosine = own @ expected / np.linalg.norm(own) / np.linalg.norm(expected)
     assert abs(cosine) == pytest.approx(1, abs=1e-9)
+
+
+def literal(features, tau, eps):
+    """One image's ``[M, C]``: seed and foreground, by the random walk's eigenvector, whose sign does not matter."""
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    weights = np.where(unit @ unit.T > tau, 1.0, eps)
+    values, vectors = np.linalg.eig(weights / weights.sum(1, keepdims=True))
+    vector = vectors[:, np.argsort(-values.real)[1]].real
+    seed = int(np.argmax(np.abs(vector)))
+    above = vector > vector.mean()
+    return seed, above if above[seed] else ~above
+
+
+def test_plain_numpy_gives_the_same():
+    """Of patches that change slowly over the image, so that most are in no clear part."""
+    sides = []
+    for index in range(30):
+        draw = np.random.default_rng(index)
+        features = ndimage.gaussian_filter(draw.normal(size=(7, 9, 5)), (1.5, 1.5, 0)).reshape(63, 5)
+        tau, eps = ((0.2, 1e-5), (0.6, 1e-3))[index % 2]
+        seed, foreground = literal(features, tau, eps)
+        (found,) = tokencut(torch.from_numpy(features)[None], (7, 9), tau=tau, eps=eps)
+        assert found.seed == seed, index
+        assert found.mask.tolist() == foreground.tolist(), index
+        sides.append(foreground.mean())
+    assert min(sides) < 0.3
+    assert max(sides) > 0.5
 
 
 @pytest.mark.parametrize("grid", [(6, 9), (9, 6)])

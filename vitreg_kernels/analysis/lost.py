@@ -124,29 +124,24 @@ def lost(
     """
     features, valid = checked(features, grid, valid, at_least=1)
     if options.center:
-        mean = features.sum(1, keepdim=True) / valid.sum(1)[:, None, None]
-        features = (features - mean).masked_fill(~valid[..., None], 0)
+        features = features - features.sum(1, keepdim=True) / valid.sum(1)[:, None, None]
     if options.normalize:
         features = F.normalize(features, dim=2)
-    return _lost(features, grid, valid, options.bias, options.potentials)
 
-
-def _lost(features: Tensor, grid: tuple[int, int], valid: Tensor, bias: float, potentials: int) -> list[Found]:
-    """The same of features as they are to be compared, which are 0 where they are not valid."""
-    positive, itself = _positive_entries(features, valid, bias)
+    positive, itself = _positive_entries(features, valid, options.bias)
     degree = positive - itself.long()
     num_patches = features.shape[1]
-    lowest = torch.argsort(degree.masked_fill(~valid, num_patches), dim=1, stable=True)[:, :potentials]
+    lowest = torch.argsort(degree.masked_fill(~valid, num_patches), dim=1, stable=True)[:, : options.potentials]
     seed = lowest[:, :1]
 
     def of(index: Tensor) -> Tensor:  # [B, K] -> [B, K, C]
         return features.gather(1, index[..., None].expand(-1, -1, features.shape[2]))
 
-    with_seed = (of(lowest) @ of(seed).mT).squeeze(2) + bias
+    with_seed = (of(lowest) @ of(seed).mT).squeeze(2) + options.bias
     similar = (with_seed > 0) & valid.gather(1, lowest)
     # The sum of the similars' rows of A, which is linear in the features.
     total = (of(lowest) * similar[..., None]).sum(1, keepdim=True)
-    foreground = (features @ total.mT).squeeze(2) + bias * similar.sum(1, keepdim=True) > 0
+    foreground = (features @ total.mT).squeeze(2) + options.bias * similar.sum(1, keepdim=True) > 0
     foreground &= valid
 
     shares = positive.sum(1).double() / valid.sum(1).double() ** 2
