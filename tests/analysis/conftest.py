@@ -7,7 +7,9 @@ import importlib.util
 import pytest
 import torch
 
-from benchmarks import photographs, pretrained
+from benchmarks import pretrained
+from vitreg_kernels.analysis import photographs
+from vitreg_kernels.analysis.images import normalize
 from vitreg_kernels.analysis.planted import planted
 
 
@@ -24,7 +26,7 @@ def photos() -> torch.Tensor:
     """8 photographs, ``[8, 3, 224, 224]``, normalized."""
     if any(importlib.util.find_spec(package) is None for package in ("skimage", "sklearn")):
         pytest.skip("the photographs need scikit-image and scikit-learn")
-    return photographs.normalize(photographs.load())
+    return normalize(photographs.load())
 
 
 @pytest.fixture(scope="session")

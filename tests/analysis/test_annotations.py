@@ -161,7 +161,7 @@ def test_annotations_are_never_guessed(annotations, paths, message):
 
 def test_the_boxes_on_the_photographs_lie_on_them():
     pytest.importorskip("skimage", reason="the photographs come inside scikit-image")
-    from benchmarks import photographs
+    from vitreg_kernels.analysis import photographs
 
     drawn = read_annotations(PHOTOGRAPHS)
     for name, boxes in drawn.items():

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import photographs, pretrained
+from benchmarks import pretrained
+from vitreg_kernels.analysis import photographs
+from vitreg_kernels.analysis.images import normalize
 from vitreg_kernels.analysis.outliers import Rule, frequency, outliers, thresholds, verdict
 from vitreg_kernels.analysis.record import Patches, Recording, patches_of, record
 
@@ -383,7 +385,7 @@ class Clean(NamedTuple):
 def clean(vit):
     """Eight photographs, and four images that are none."""
     torch.manual_seed(0)
-    images, entering = photographs.normalize(torch.cat((photographs.load(), plain_images(224)))), []
+    images, entering = normalize(torch.cat((photographs.load(), plain_images(224)))), []
     hooks = [
         block.mlp.fc1.register_forward_pre_hook(lambda _, args: entering.append(args[0][0, 1:])) for block in vit.blocks
     ]

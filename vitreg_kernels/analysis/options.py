@@ -93,4 +93,8 @@ class Options:
 def _words(value: object) -> str:
     if isinstance(value, tuple | frozenset):
         return ", ".join(sorted(value) if isinstance(value, frozenset) else value) or "nothing"
-    return {None: "not given", True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool | None) else str(value)
+    return (
+        {None: "not given", True: "yes", False: "no"}.get(value, str(value))
+        if isinstance(value, bool | None)
+        else str(value)
+    )

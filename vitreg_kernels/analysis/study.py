@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +67,9 @@ class Study(NamedTuple):
         prefix = torch.cat([torch.from_numpy(part.norms[:, :, : len(names)]) for part in self.parts], dim=1)
         for layer, patches in enumerate(self.patches.norms):
             found.append(
-                _norms(layer, "patches", patches, finite_or_none(limits[layer]), float(self.mask[layer].double().mean()))
+                _norms(
+                    layer, "patches", patches, finite_or_none(limits[layer]), float(self.mask[layer].double().mean())
+                )
             )
             found += [_norms(layer, name, prefix[layer, :, i]) for i, name in enumerate(names)]
         return [each for each in found if each is not None]
@@ -109,7 +111,10 @@ class Study(NamedTuple):
             total = shares(rows, self.layout, outlier, layer=len(self.mask) - 1)
             for each in total:
                 on_prefix, on_outliers = sums.setdefault(each.tokens, [0.0, 0.0])
-                sums[each.tokens] = [on_prefix + count * each.on_prefix, on_outliers + count * (each.on_outliers or 0.0)]
+                sums[each.tokens] = [
+                    on_prefix + count * each.on_prefix,
+                    on_outliers + count * (each.on_outliers or 0.0),
+                ]
             images, outlying = images + count, outlying + float(outlier.sum())
             patches += float(part.valid.sum())
         some = outlying > 0

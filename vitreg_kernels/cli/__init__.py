@@ -12,7 +12,7 @@ import torch
 
 from .._version import __version__
 from ..ops.catalogue import OPS
-from . import calibrate
+from . import analyze, calibrate
 from .check import check
 from .info import info
 from .support import support
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checking.add_argument("--backend", action="append", help="check this one only (may be repeated)")
     checking.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     calibrate.add_to(commands)
+    analyze.add_to(commands)
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         print(info())
@@ -39,4 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.command == "calibrate":
         return calibrate.run(arguments)
+    if arguments.command == "analyze":
+        return analyze.run(arguments)
     return check(arguments.op, arguments.backend, arguments.device)

@@ -1,0 +1,249 @@
+"""A whole run on a small model: what it writes, that it goes on where it was cut, and what it says of bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.vit_cases import lively
+from vitreg_kernels import RegisterViT, TokenNormMonitor, ViTConfig
+from vitreg_kernels.analysis.findings import from_json
+from vitreg_kernels.analysis.images import ImageFolder
+from vitreg_kernels.analysis.options import Options
+from vitreg_kernels.analysis.planted import planted
+from vitreg_kernels.analysis.run import analyze
+from vitreg_kernels.analysis.survey import Survey
+from vitreg_kernels.cli import main
+from vitreg_kernels.monitor import CsvWriter
+
+PATCH, SIZE = 8, 32
+WRITTEN = ("findings.json", "index.html", "norms.csv", "discovery.csv", "attention.csv")
+
+
+def vit(seed: int = 0, **changes) -> RegisterViT:
+    fields = {"image_size": SIZE, "patch_size": PATCH, "dim": 32, "depth": 3, "num_heads": 2, "num_registers": 2}
+    return lively(RegisterViT(ViTConfig(**{**fields, **changes})).eval(), seed)
+
+
+def with_artifacts(folder: Path) -> RegisterViT:
+    """A register neuron planted in block 1, on where these images are flat."""
+    (batch,) = ImageFolder(folder, size=SIZE, patch=PATCH).batches(99)
+    return planted(vit(), batch.pixels, layer=1, neuron=5)
+
+
+def saved(model: RegisterViT, path: Path) -> str:
+    torch.save({"config": dataclasses.asdict(model.config), "model": model.state_dict()}, path)
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Seven images of several shapes, in folders of two classes, and one that is none."""
+    root = tmp_path / "images"
+    noise = np.random.default_rng(0)
+    for i in range(7):
+        of_class = root / ("ab"[i % 2])
+        of_class.mkdir(parents=True, exist_ok=True)
+        pixels = noise.integers(0, 255, (40 + 8 * (i % 3), 56, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(of_class / f"{i}.png")
+    (root / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    return root
+
+
+def options(tmp_path: Path, folder: Path, *models: str, **changes) -> Options:
+    given = {"images": folder, "output": tmp_path / "report", "batch": 2, "shown": 2, "size": SIZE}
+    return Options(models=models, **{**given, **changes})
+
+
+def test_what_is_written(tmp_path, folder):
+    path = saved(vit(), tmp_path / "small.pt")
+    lines = []
+    done = analyze(options(tmp_path, folder, path), say=lines.append)
+    (found,) = done.report.findings
+    assert lines == [f"small.pt: {found.verdict}"]
+    assert found.images == 7
+    assert found.prefix == ["cls", "register 0", "register 1"]
+    assert found.grid == (4, 4)
+    assert {row.layer for row in found.norms} == {0, 1, 2}
+    assert {row.tokens for row in found.norms} == {"patches", *found.prefix}
+    assert [image.path for image in found.shown] == [str(folder / "a" / "0.png"), str(folder / "a" / "2.png")]
+    assert [row.method for row in found.discovery] == ["LOST", "LOST", "TokenCut"]
+    assert list(done.report.skipped) == [str(folder / "a" / "broken.png")]
+    for name in WRITTEN:
+        assert (tmp_path / "report" / name).stat().st_size > 0
+    assert from_json((tmp_path / "report" / "findings.json").read_text()) == done.report
+
+
+def test_norms_are_those_of_the_stream(tmp_path, folder):
+    """Against one forward of each image alone."""
+    model = vit()
+    done = analyze(options(tmp_path, folder, saved(model, tmp_path / "small.pt"), skip=frozenset({"boxes", "pca"})))
+    (found,) = done.report.findings
+    images = ImageFolder(folder, size=SIZE, patch=PATCH)
+    tokens = [model.intermediate_layers(batch.pixels, 3, norm=False) for batch in images.batches(1)]
+    for layer in range(3):
+        norms = torch.cat([each[layer].patches.norm(dim=-1).flatten() for each in tokens])
+        (row,) = (row for row in found.norms if row.layer == layer and row.tokens == "patches")
+        assert row.count == 7 * 16
+        assert row.largest == pytest.approx(norms.max().item(), rel=1e-4)
+        assert row.median == pytest.approx(norms.double().quantile(0.5).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("fit", ["resize", "pad"])
+def test_images_that_are_no_squares(tmp_path, folder, fit):
+    done = analyze(options(tmp_path, folder, saved(vit(), tmp_path / "small.pt"), fit=fit, shown=7))
+    (found,) = done.report.findings
+    patches = next(row.count for row in found.norms if row.tokens == "patches")
+    assert found.images == 7
+    if fit == "resize":  # three shapes: 5, 4.67 and 4 patches high for 32 pixels of the shorter side
+        assert patches > 7 * 16
+        shapes = {
+            image: np.load(done.page.parent / "data/small.pt/pictures.npz")[f"{image}/norms"].shape
+            for image in range(7)
+        }
+        assert len({*shapes.values()}) > 1
+    else:  # the whole image in part of the square
+        assert patches < 7 * 16
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_files(tmp_path, folder, monkeypatch):
+    path = saved(vit(), tmp_path / "small.pt")
+    whole = analyze(options(tmp_path, folder, path, output=tmp_path / "whole"))
+    made, own = [], Survey._part
+
+    def part(self, batch, first):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(first)
+        return own(self, batch, first)
+
+    monkeypatch.setattr(Survey, "_part", part)
+    with pytest.raises(KeyboardInterrupt):
+        analyze(options(tmp_path, folder, path))
+    made.clear()
+    monkeypatch.setattr(Survey, "_part", lambda self, batch, first: made.append(first) or own(self, batch, first))
+    again = analyze(options(tmp_path, folder, path, resume=True))
+    assert made == [4, 6]
+    for name in WRITTEN:
+        assert (again.page.parent / name).read_bytes() == (whole.page.parent / name).read_bytes(), name
+
+
+def test_parts_of_other_weights_or_options_are_not_taken(tmp_path, folder):
+    path = tmp_path / "small.pt"
+    analyze(options(tmp_path, folder, saved(vit(0), path)))
+    other = analyze(options(tmp_path, folder, saved(vit(1), path), resume=True))
+    fresh = analyze(options(tmp_path, folder, str(path), output=tmp_path / "fresh"))
+    assert other.report.findings == fresh.report.findings
+    larger = analyze(options(tmp_path, folder, str(path), resume=True, size=2 * SIZE))
+    assert larger.report.findings[0].grid == (8, 8)
+
+
+@pytest.fixture
+def flat_in_places(tmp_path: Path) -> Path:
+    """Twelve images of noise of which one patch each is grey, somewhere else in each."""
+    root = tmp_path / "flat"
+    root.mkdir()
+    noise = np.random.default_rng(1)
+    for i in range(12):
+        pixels = noise.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
+        row, column = (PATCH * place for place in divmod(i, 4))
+        pixels[row : row + PATCH, column : column + PATCH] = 128
+        Image.fromarray(pixels).save(root / f"{i:02}.png")
+    return root
+
+
+def test_artifacts_and_a_test_time_register(tmp_path, flat_in_places):
+    path = saved(with_artifacts(flat_in_places), tmp_path / "small.pt")
+    asked = options(tmp_path, flat_in_places, path, test_time_registers=True)
+    plain, repaired = analyze(asked).report.findings
+    assert plain.word == "artifacts"
+    assert plain.first_layer == 1
+    assert plain.images_with_outliers >= 4  # a neuron that is on at 2% of the patches
+    flat = [[float(4 * row + column < 12) for column in range(4)] for row in range(4)]
+    assert all(
+        found <= 1 / 12 + 1e-6 and found <= is_flat
+        for row in zip(plain.frequency, flat, strict=True)
+        for found, is_flat in zip(*row, strict=True)
+    )
+    assert (plain.neurons[0].layer, plain.neurons[0].index) == (1, 5)
+    assert {row.name: row.outliers > 0 for row in plain.repairs} == {
+        "as it is": True,
+        "empty token": True,
+        "test-time register": False,
+        "random neurons moved": True,
+        "neurons zeroed, empty token": False,
+    }
+    assert repaired.name == "small.pt + test-time register"
+    assert repaired.word == "clean"
+    assert repaired.prefix == [*plain.prefix, "register 2"]
+
+
+def test_several_models_and_one_that_cannot_be_read(tmp_path, folder):
+    first, second = saved(vit(0), tmp_path / "a.pt"), saved(vit(1), tmp_path / "b.pt")
+    done = analyze(options(tmp_path, folder, first, str(tmp_path / "none.pt"), second))
+    assert [found.name for found in done.report.findings] == ["a.pt", "b.pt"]
+    assert list(done.failed) == [str(tmp_path / "none.pt")]
+    assert any("none.pt was left out: there is no model, file or folder" in note for note in done.report.notes)
+
+
+def test_probes_of_labels(tmp_path, folder):
+    done = analyze(options(tmp_path, folder, saved(vit(), tmp_path / "small.pt"), labels="folders"))
+    probes = {probe.tokens: probe for probe in done.report.findings[0].probes}
+    assert probes.keys() == {"cls", "register 0", "register 1", "normal", "outlier"}
+    assert "too few images" in probes["outlier"].note
+
+
+def test_the_history_of_a_run(tmp_path, folder):
+    model = vit()
+    history = CsvWriter(tmp_path / "norms.csv")
+    with TokenNormMonitor(model) as monitor, torch.no_grad():
+        for step in (1, 2):
+            model(torch.randn(2, 3, SIZE, SIZE))
+            history.write(step, monitor.compute())
+            monitor.reset()
+    done = analyze(options(tmp_path, folder, saved(model, tmp_path / "small.pt"), history=tmp_path / "norms.csv"))
+    shown = done.report.findings[0].history
+    assert shown.steps == [1, 2]
+    assert list(shown.largest_ratio) == ["embedding", "blocks.0", "blocks.1", "blocks.2"]
+    assert all(ratio >= 1.0 for ratios in shown.largest_ratio.values() for ratio in ratios)
+
+
+def test_annotations(tmp_path, folder):
+    """In pixels on disk, and drawn where the model sees them."""
+    boxes = {"boxes": {"0": [{"box": [8, 0, 48, 40]}]}}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    path = saved(vit(), tmp_path / "small.pt")
+    done = analyze(options(tmp_path, folder, path, annotations=tmp_path / "boxes.json", boxes=("official",)))
+    (found,) = done.report.findings
+    assert found.discovery[0].whole_image_corloc == 1.0  # the box is what the model sees: the central square
+    assert found.shown[0].truths == [(0, 0, SIZE, SIZE)]
+
+
+def test_the_command(tmp_path, folder, capsys):
+    path = saved(vit(), tmp_path / "small.pt")
+    asked = ["analyze", "--model", path, "--images", str(folder), "-o", str(tmp_path / "out"), "--size", str(SIZE)]
+    assert main([*asked, "--skip", "boxes", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0].startswith("small.pt: ")
+    assert printed.out.splitlines()[-1] == f"the page: {tmp_path / 'out' / 'index.html'}"
+    assert "broken.png: " in printed.err
+    assert main([*asked, "--model", "none.pt", "--skip", "boxes"]) == 1
+    for wrong, words in (
+        (["--outliers", "many"], "a rule for outliers is one of"),
+        (["--skip", "norms"], "norms cannot be skipped: expected of similarity"),
+        (["--boxes", "best"], "options of LOST must be"),
+        (["--size", "33"], "size=33 must be a multiple of the patch size 8"),
+        (["--device", "abacus"], "cannot analyze on device 'abacus'"),
+        (["--history", "none.csv"], "none.csv"),
+    ):
+        capsys.readouterr()
+        assert main([*asked, *wrong]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("vitreg analyze: ")
+        assert words in line
