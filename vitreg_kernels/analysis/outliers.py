@@ -129,8 +129,7 @@ def outliers(patches: Patches, rule: Rule, *, per: Literal["dataset", "image"] =
         ValueError: if ``per`` is neither.
     """
     if per == "dataset":
-        # In the dtype of the norms: rounding to it makes the mean of equal norms equal to them.
-        return patches.norms > thresholds(patches, rule).to(patches.norms.dtype)[:, None]
+        return patches.norms > thresholds(patches, rule)[:, None]
     if per != "image":
         raise ValueError(f"per must be 'dataset' or 'image', not {per!r}")
     found = torch.zeros_like(patches.norms, dtype=torch.bool)
