@@ -7,6 +7,8 @@ from functools import partial
 
 import torch
 
+from tests.integrations.patching import dinov2_like, dinov3_like, perception_models_like
+from vitreg_kernels import RegisterViT, ViTConfig
 from vitreg_kernels.measure.accuracy import compare
 
 DIM = 128
@@ -53,6 +55,37 @@ def hugging_face(name, *, kind="Model", **options):
     sizes = {"hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
     config = getattr(transformers, f"{name}Config")(**{**sizes, "intermediate_size": 256, **options})
     return scramble(getattr(transformers, f"{name}{kind}")(config))
+
+
+def torchvision_vit():
+    from torchvision.models import VisionTransformer
+
+    return scramble(VisionTransformer(64, 16, num_layers=2, num_heads=2, hidden_dim=DIM, mlp_dim=2 * DIM))
+
+
+def open_clip_vit(**options):
+    from open_clip.transformer import VisionTransformer
+
+    return scramble(VisionTransformer(64, 16, DIM, 2, 2, 2.0, output_dim=32, **options))
+
+
+def dinov2_vit(**options):
+    blocks = [dinov2_like.NestedTensorBlock(DIM, 2, **options) for _ in range(2)]
+    return scramble(dinov2_like.DinoVisionTransformer(blocks, 3, 16))
+
+
+def dinov3_vit():
+    blocks = [dinov3_like.SelfAttentionBlock(DIM, 2) for _ in range(2)]
+    return scramble(dinov3_like.DinoVisionTransformer(blocks, 3, 16))
+
+
+def perception_vit(**options):
+    return scramble(perception_models_like.VisionTransformer(16, DIM, 2, 2, **options))
+
+
+def register_vit(**changes):
+    sizes = {"image_size": 64, "patch_size": 16, "dim": DIM, "depth": 2, "num_heads": 2}
+    return scramble(RegisterViT(ViTConfig(**sizes, **changes)))
 
 
 def features(model, images):

@@ -25,8 +25,9 @@ class ResidualStream(NamedTuple):
             map of the grid with C in the second or the last place.
         neurons: of each block the last linear layer of its MLP, which is called with the neurons ``[B, N, hidden]``
             after their activation, of a gated MLP after their gate; ``None`` of a block whose MLP is not known.
-        norm: the final norm, which is called with the stream, or in open_clip and perception_models with what is
-            pooled of it; where the norm stands behind the pooling in timm, the Identity in its place.
+        norm: the final norm, which is called with the stream: of DINOv3 models that untie the norms with its parts, one
+            after another, and in CLIP's vision model, and open_clip's towers that pool before it, with what is pooled.
+            Where the norm stands behind the pooling in timm, the Identity in its place.
     """
 
     layers: list[tuple[str, nn.Module]]

@@ -1,4 +1,6 @@
-"""Hugging Face transformers. Checkpoints and residual streams of Dinov2, Dinov2WithRegisters, DINOv3ViT and ViT."""
+"""Hugging Face transformers. Checkpoints and residual streams of Dinov2, Dinov2WithRegisters, DINOv3ViT and ViT, and
+the residual streams of DeiT and of CLIP's and SigLIP's vision models.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,17 @@ _GATED_RULES = (
     (r"\.mlp\.gate_proj\.(\w+)$", r".mlp.fc1.\1#0"),
     (r"\.mlp\.up_proj\.(\w+)$", r".mlp.fc1.\1#1"),
 )
-_CLASSES = tuple(
-    f"{model}{kind}"
-    for model in ("Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "ViT")
-    for kind in ("Model", "Backbone")
+_CLASSES = (
+    *(
+        f"{model}{kind}"
+        for model in ("Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "ViT")
+        for kind in ("Model", "Backbone")
+    ),
+    "DeiTModel",
+    # The first releases of version 5 have the second of each pair within the first.
+    *("CLIPVisionModel", "CLIPVisionTransformer", "SiglipVisionModel", "SiglipVisionTransformer"),
 )
-
+_CLS_TOKENS = ("cls_token", "distillation_token", "class_embedding")
 
 # Keys of config.json and the fields of ``ViTConfig`` that they are; of sizes those that transformers needs to agree.
 _KEYS = {
@@ -148,18 +155,23 @@ def _kinds(found: Converted) -> tuple[str, ...]:
 
 def residual_stream(model: nn.Module) -> ResidualStream | None:
     """The layers of one of the models, or of its ``Backbone``; None of anything else."""
-    if not derives_from(model, "transformers", *_CLASSES):
+    if not derives_from(model, "transformers", *_CLASSES) or not hasattr(model, "embeddings"):
         return None
-    registers = getattr(model.embeddings, "register_tokens", None)
-    layout = TokenLayout(num_registers=0 if registers is None else registers.shape[1])
+    embeddings = model.embeddings
+    registers = getattr(embeddings, "register_tokens", None)
+    layout = TokenLayout(
+        num_registers=0 if registers is None else registers.shape[1],
+        num_cls_tokens=sum(hasattr(embeddings, name) for name in _CLS_TOKENS),
+    )
     modules = dict(model.named_modules())
     # As of version 5 or 4: encoder.layer is kept or is layers, layer is model.layer.
-    path = next(path for path in ("layers", "encoder.layer", "model.layer", "layer") if path in modules)
+    paths = ("layers", "encoder.layer", "encoder.layers", "model.layer", "layer")
+    path = next(path for path in paths if path in modules)
     return ResidualStream.of_blocks(
         layout,
         named(path, modules[path]),
-        patch_embed=model.embeddings.patch_embeddings,
-        norm=first_of(model, "layernorm", "norm"),
+        patch_embed=first_of(embeddings, "patch_embeddings", "patch_embedding"),
+        norm=first_of(model, "layernorm", "norm", "post_layernorm"),
         neurons=("mlp.fc2", "mlp.weights_out", "mlp.down_proj", "output.dense"),
     )
 

@@ -1,5 +1,5 @@
 """Modules with the interface of DINOv2's, which is no installable package, written anew: names, attributes, parameters
-and what is computed are those of facebookresearch/dinov2, ``layers/attention.py`` and ``layers/block.py``, and of
+and what is computed are those of facebookresearch/dinov2, its layers and ``models/vision_transformer.py``, and of
 xformers' ``BlockDiagonalMask``. Attention is the plain formula, the accuracy rule's eager one.
 """
 
@@ -70,15 +70,34 @@ class BlockDiagonalCausalMask(BlockDiagonalMask):
         return super().materialize(tokens).tril()
 
 
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+class SwiGLUFFN(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.w12, self.w3 = nn.Linear(dim, 2 * hidden_dim), nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(nn.functional.silu(gate) * value)
+
+
 class NestedTensorBlock(nn.Module):
     """Takes a batch, or a list of batches; while it trains, each branch is computed for a part of the images."""
 
-    def __init__(self, dim, num_heads, drop_path=0.0, attn_class=MemEffAttention, **options):
+    def __init__(self, dim, num_heads, drop_path=0.0, attn_class=MemEffAttention, ffn_layer=Mlp, **options):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn_class(dim, num_heads, **options)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.mlp = ffn_layer(dim, 2 * dim)
         self.sample_drop_ratio = drop_path
 
     def forward(self, x_or_x_list):
@@ -107,9 +126,43 @@ class NestedTensorBlock(nn.Module):
         ]
 
 
-class DinoVisionTransformer(nn.Module):
-    def __init__(self, blocks, num_register_tokens):
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, dim):
         super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).mT
+
+
+class DinoVisionTransformer(nn.Module):
+    """For images of ``side`` x ``side`` patches, and others, whose positions are resampled."""
+
+    def __init__(self, blocks, num_register_tokens, patch_size=14, side=4):
+        super().__init__()
+        dim = blocks[0].norm1.weight.shape[0]
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, dim)) if num_register_tokens else None
         self.blocks = nn.ModuleList(blocks)
-        self.num_register_tokens = num_register_tokens
+        self.norm = nn.LayerNorm(dim)
+        self.num_register_tokens, self.patch_size = num_register_tokens, patch_size
         self.chunked_blocks = False
+
+    def prepare_tokens_with_masks(self, x):
+        grid = [n // self.patch_size for n in x.shape[2:]]
+        x = self.patch_embed(x)
+        cls, patches = self.pos_embed.split([1, self.pos_embed.shape[1] - 1], dim=1)
+        side = round(patches.shape[1] ** 0.5)
+        patches = nn.functional.interpolate(patches.mT.unflatten(2, (side, side)), grid, mode="bicubic").flatten(2).mT
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + torch.cat((cls, patches), dim=1)
+        if self.register_tokens is None:
+            return x
+        return torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.prepare_tokens_with_masks(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)[:, 0]

@@ -1,5 +1,5 @@
 """Modules with the interface of DINOv3's, which is no installable package, written anew: names, attributes, parameters
-and what is computed are those of facebookresearch/dinov3, ``layers/attention.py`` and ``layers/block.py``. Attention is
+and what is computed are those of facebookresearch/dinov3, its layers and ``models/vision_transformer.py``. Attention is
 the plain formula, the accuracy rule's eager one.
 """
 
@@ -87,13 +87,25 @@ class CausalSelfAttention(nn.Module):
         raise NotImplementedError
 
 
+class SwiGLUFFN(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.w1, self.w2 = nn.Linear(dim, hidden_dim), nn.Linear(dim, hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(nn.functional.silu(self.w1(x)) * self.w2(x))
+
+
 class SelfAttentionBlock(nn.Module):
-    """Takes a batch, or a list of batches; while it trains, the branch is computed for a part of the images."""
+    """Takes a batch, or a list of batches; while it trains, each branch is computed for a part of the images."""
 
     def __init__(self, dim, num_heads, drop_path=0.0, **options):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim, num_heads, **options)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = SwiGLUFFN(dim, 2 * dim)
         self.sample_drop_ratio = drop_path
 
     def forward(self, x_or_x_list, rope_or_rope_list=None):
@@ -101,23 +113,73 @@ class SelfAttentionBlock(nn.Module):
             return self([x_or_x_list], [rope_or_rope_list])[0]
         if not (self.training and self.sample_drop_ratio):
             pairs = zip(x_or_x_list, rope_or_rope_list, strict=True)
-            return [x + self.attn(self.norm1(x), rope=rope) for x, rope in pairs]
-        share = 1 - self.sample_drop_ratio
-        kept = [torch.randperm(len(x))[: max(int(len(x) * share), 1)] for x in x_or_x_list]
-        parts = [self.norm1(x[rows]) for x, rows in zip(x_or_x_list, kept, strict=True)]
+            attended = [x + self.attn(self.norm1(x), rope=rope) for x, rope in pairs]
+            return [x + self.mlp(self.norm2(x)) for x in attended]
+        kept = self._drawn(x_or_x_list)
         ropes = [
             tuple(part[rows] if part.ndim == 4 else part for part in rope)
             for rope, rows in zip(rope_or_rope_list, kept, strict=True)
         ]
+        parts = [self.norm1(x[rows]) for x, rows in zip(x_or_x_list, kept, strict=True)]
+        x_list = self._added(x_or_x_list, kept, self.attn.forward_list(parts, rope_list=ropes))
+        kept = self._drawn(x_list)
+        parts = [self.norm2(x[rows]) for x, rows in zip(x_list, kept, strict=True)]
+        return self._added(x_list, kept, [self.mlp(part) for part in parts])
+
+    def _drawn(self, x_list):
+        share = 1 - self.sample_drop_ratio
+        return [torch.randperm(len(x))[: max(int(len(x) * share), 1)] for x in x_list]
+
+    def _added(self, x_list, kept, residuals):
         return [
             x.index_add(0, rows, residual, alpha=len(x) / len(rows))
-            for x, rows, residual in zip(x_or_x_list, kept, self.attn.forward_list(parts, rope_list=ropes), strict=True)
+            for x, rows, residual in zip(x_list, kept, residuals, strict=True)
         ]
 
 
-class DinoVisionTransformer(nn.Module):
-    def __init__(self, blocks, n_storage_tokens):
+class PatchEmbed(nn.Module):
+    """Gives a map of the grid, C last."""
+
+    def __init__(self, patch_size, dim):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+class RopePositionEmbedding(nn.Module):
+    """Sines and cosines of the patches' places, ``[M, D]``."""
+
+    def __init__(self, head_dim):
+        super().__init__()
+        self.register_buffer("periods", 100.0 ** (torch.arange(head_dim // 4) * 4 / head_dim))
+
+    def forward(self, *, H: int, W: int) -> tuple[Tensor, Tensor]:
+        axes = [(torch.arange(n, dtype=self.periods.dtype) + 0.5) / n * 2 - 1 for n in (H, W)]
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+        angles = (2 * math.pi * places[:, :, None] / self.periods).flatten(1).tile(2)
+        return angles.sin(), angles.cos()
+
+
+class DinoVisionTransformer(nn.Module):
+    def __init__(self, blocks, n_storage_tokens, patch_size=14):
+        super().__init__()
+        dim, heads = blocks[0].norm1.weight.shape[0], blocks[0].attn.num_heads
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.n_storage_tokens = n_storage_tokens
+        if n_storage_tokens:
+            self.storage_tokens = nn.Parameter(torch.zeros(1, n_storage_tokens, dim))
+        self.rope_embed = RopePositionEmbedding(dim // heads)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(dim)
         self.chunked_blocks = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patch_embed(x)
+        prefix = [self.cls_token, self.storage_tokens] if self.n_storage_tokens else [self.cls_token]
+        x = [torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), patches.flatten(1, 2)], dim=1)]
+        for block in self.blocks:
+            x = block(x, [self.rope_embed(H=patches.shape[1], W=patches.shape[2])])
+        return self.norm(x[0])[:, 0]

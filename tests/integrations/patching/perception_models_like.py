@@ -5,6 +5,8 @@ parameters and what is computed are those of facebookresearch/perception_models,
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -62,10 +64,14 @@ class ResidualAttentionBlock(nn.Module):
 
     def __init__(self, dim, heads, rope):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(dim), SelfAttention(dim, heads, rope)
+        self.attn = SelfAttention(dim, heads, rope)
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        mlp = {"c_fc": nn.Linear(dim, 2 * dim), "gelu": nn.GELU(), "c_proj": nn.Linear(2 * dim, dim)}
+        self.mlp = nn.Sequential(OrderedDict(mlp))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        return x + self.attn(self.ln_1(x), attn_mask=attn_mask)
+        x = x + self.attn(self.ln_1(x), attn_mask=attn_mask)
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
@@ -102,6 +108,7 @@ class VisionTransformer(nn.Module):
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(width)) if use_cls_token else None
         self.rope = Rope2D(width // heads, use_cls_token)
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, self.rope)
         self.attn_pool = AttentionPooling(width, heads)
 
@@ -111,4 +118,4 @@ class VisionTransformer(nn.Module):
         x = patches.flatten(2).mT
         if self.use_cls_token:
             x = torch.cat((self.class_embedding.expand(len(x), 1, -1), x), dim=1)
-        return self.attn_pool(self.transformer(x))
+        return self.attn_pool(self.ln_post(self.transformer(self.ln_pre(x))))

@@ -14,25 +14,25 @@ from torch.utils.checkpoint import checkpoint
 from tests.integrations.patching.judge import instances
 from tests.integrations.patching.small_vit import images, vit
 from vitreg_kernels import RegisterViT, ViTConfig, capture, patch
+from vitreg_kernels.integrations.patching.capture import NAMES
 from vitreg_kernels.integrations.patching.method import fused_method
 from vitreg_kernels.measure.accuracy import same_bits
-from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 
 timm = pytest.importorskip("timm")
 
 LAYERS = ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
 
 
-def timms(depth: int = 3) -> nn.Module:
-    model = vit(depth=depth)
+def timms(depth: int = 3, **options) -> nn.Module:
+    model = vit(depth=depth, **options)
     with torch.no_grad():
         for block in model.blocks:
             block.attn.qkv.weight.normal_(std=0.3)
     return model
 
 
-def ours(depth: int = 3) -> nn.Module:
-    return RegisterViT(ViTConfig(image_size=56, patch_size=14, dim=64, depth=depth, num_heads=2)).eval()
+def ours(depth: int = 3, **changes) -> nn.Module:
+    return RegisterViT(ViTConfig(image_size=56, patch_size=14, dim=64, depth=depth, num_heads=2, **changes)).eval()
 
 
 def captured(model: nn.Module) -> nn.Module:
@@ -64,8 +64,71 @@ def test_it_is_what_the_formula_gives():
         torch.testing.assert_close(received[layer], probabilities[layer].mean(-2), rtol=1e-4, atol=1e-5)
 
 
+def projected(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Query, key and value by the formula, ``[B, H, N, D]`` each, with their norms and not turned."""
+    query, key, value = module.qkv(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+    return module.q_norm(query), module.k_norm(key), value
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        timms,
+        partial(timms, qk_norm=True),
+        ours,
+        partial(ours, qk_norm=True),
+        partial(ours, position="rope"),
+    ],
+)
+def test_operands_are_what_the_projection_gives(make):
+    """With the statistics at the same time, and of the model's own dtype: none is of the other, or turned."""
+    model, expected = captured(make()).bfloat16(), {}
+    for layer in (LAYERS[0], LAYERS[2]):
+        model.get_submodule(layer).register_forward_pre_hook(lambda m, args, i=layer: expected.update({i: args[0]}))
+    with (
+        torch.no_grad(),
+        capture(model, "query", layers=[0, 2]) as query,
+        capture(model, "value", layers=[0, 2]) as value,
+        capture(model, "prefix_attention", layers=[0, 2]) as prefix,
+        capture(model, "key", layers=[0, 2]) as key,
+    ):
+        model(images().bfloat16())
+        for layer, x in expected.items():
+            for got, wanted in zip((query, key, value), projected(model.get_submodule(layer), x), strict=True):
+                assert same_bits(got[layer], wanted)
+    assert set(query) == set(key) == set(value) == set(prefix) == set(expected)
+
+
 @pytest.mark.parametrize("make", [timms, ours])
-@pytest.mark.parametrize("output", OUTPUT_NAMES)
+def test_operands_hold_no_more_memory_than_they_need(make):
+    """A view would keep the packed projection of all three."""
+    model = captured(make())
+    with capture(model, "key", layers=[-1]) as keys:
+        model(images())
+    (kept,) = keys.values()
+    assert kept.is_contiguous()
+    assert kept.untyped_storage().nbytes() == 2 * 2 * 21 * 32 * 4
+
+
+@pytest.mark.parametrize("make", [timms, ours])
+def test_a_call_that_leaves_the_kernels(make):
+    """A hook on ``attn_drop`` asks for N x N. What timm's class then does itself shows nothing, not the call before."""
+    model = captured(make())
+    with capture(model, "key") as keys, capture(model, "lse") as statistics:
+        model(images())
+        before = dict(keys)
+        for block in model.blocks:
+            block.attn.fused_attn = False
+            block.attn.attn_drop.register_forward_hook(lambda *_: None)
+        model(images())
+    assert list(before) == LAYERS
+    seen = LAYERS if isinstance(model, RegisterViT) else []
+    assert list(keys) == list(statistics) == seen
+    assert not any(same_bits(keys[layer], before[layer]) for layer in seen)
+
+
+@pytest.mark.parametrize("make", [timms, ours])
+@pytest.mark.parametrize("output", NAMES)
 def test_outputs_stay_the_same_and_nothing_is_left_behind(make, output):
     model, x = captured(make()), images()
     expected = model(x)
@@ -120,41 +183,58 @@ def test_under_the_compiler(make, dynamo):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         compiled(x)
-        with capture(compiled, "prefix_attention", layers=[-1]) as maps:
+        with capture(compiled, "prefix_attention", layers=[-1]) as maps, capture(compiled, "key", layers=[-1]) as keys:
             compiled(x)
-            (from_graph,) = maps.values()
-            maps.clear()
+            from_graph = [*maps.values(), *keys.values()]
+            maps.clear(), keys.clear()
             model(x)
-            torch.testing.assert_close(from_graph, maps[LAYERS[1]])
-        maps.clear()
+            torch.testing.assert_close(from_graph, [maps[LAYERS[1]], keys[LAYERS[1]]])
+        maps.clear(), keys.clear()
         compiled(x)
     assert not maps
+    assert not keys
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_in_training_with_checkpointing(reentrant):
     model, x = timms().train(), images().requires_grad_()
     patch(model)
-    with capture(model, "prefix_attention") as expected:
+    with capture(model, "prefix_attention") as expected, capture(model, "query") as queries:
         model(x).sum().backward()
     for block in model.blocks:
         block.forward = partial(checkpoint, type(block).forward.__get__(block), use_reentrant=reentrant)
-    with capture(model, "prefix_attention") as maps:
-        output = model(x)
-        before = dict(maps)
-        output.sum().backward()
-    assert list(maps) == LAYERS
-    for layer in LAYERS:
-        assert same_bits(maps[layer], before[layer])
-        assert same_bits(maps[layer], expected[layer])
+    for output, unchecked in (("prefix_attention", expected), ("query", queries)):
+        with capture(model, output) as maps:
+            result = model(x)
+            before = dict(maps)
+            result.sum().backward()
+        assert list(maps) == LAYERS
+        for layer in LAYERS:
+            assert same_bits(maps[layer], before[layer])
+            assert same_bits(maps[layer], unchecked[layer])
 
 
-def test_a_copy_captures_nothing():
-    model = captured(timms())
-    with capture(model, "lse") as statistics:
+def test_in_training_with_our_own_checkpointing():
+    model, x = ours().train(), images()
+    with capture(model, "lse") as statistics, capture(model, "value") as values:
+        model.forward_features(x).sum().backward()
+        expected = [dict(statistics), dict(values)]
+        model.checkpointing = True
+        model.forward_features(x).sum().backward()
+    for found, of in zip((statistics, values), expected, strict=True):
+        assert list(found) == LAYERS
+        assert all(same_bits(found[layer], of[layer]) for layer in LAYERS)
+        assert not any(each.requires_grad for each in found.values())
+
+
+@pytest.mark.parametrize("make", [timms, ours])
+def test_a_copy_captures_nothing(make):
+    model = captured(make())
+    with capture(model, "lse") as statistics, capture(model, "key") as keys:
         twin = copy.deepcopy(model)
         twin(images())
     assert not statistics
+    assert not keys
     assert not fused_method(twin.blocks[0].attn).op.takers
 
 
