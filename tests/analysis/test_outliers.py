@@ -280,7 +280,7 @@ def test_what_does_not_stay_is_neither_clean_nor_an_artifact(norms, layers, fact
     found = verdict(patches_with(norms))
     assert found.word == "unclear"
     assert (found.first_layer, found.images_with_outliers) == (layers[0], 1)
-    blocks = " and ".join(map(str, layers))
+    blocks = ", ".join(map(str, layers))
     assert f"0.26% of patches, in 1 of 8 images, behind {'block' if len(layers) == 1 else 'blocks'} {blocks} of 12" in (
         found.sentence
     )
@@ -298,7 +298,7 @@ def test_an_image_of_larger_norms_has_no_artifacts(norms):
     found = verdict(patches_with(norms))
     assert found.word == "clean"
     assert found.share[0] > 0.1
-    assert "none larger than the rest of its own image" in found.sentence
+    assert "no patch an outlier within its own image" in found.sentence
 
 
 def test_norms_that_are_not_finite_have_an_answer_of_their_own(norms):
