@@ -83,12 +83,13 @@ def test_densities_integrate_to_one(count, scale):
 
 
 @pytest.mark.parametrize(
-    "values", [np.full(50, 0.9), np.full(50, 0.0), np.full(30, 0.1 + 0.2) + 1e-17, np.full(21, 1e6)]
+    "values", [np.full(50, 0.9), np.full(50, 0.0), np.array([0.3, 0.1 + 0.2] * 15), np.full(21, 1e6)]
 )
-def test_equal_values_are_one_bin(values):
+def test_values_that_differ_by_rounding_alone_are_one_bin(values):
+    """Or two, if its edge is between them."""
     points, found = density(values)
     assert trapezoid(found, points) == pytest.approx(1.0, abs=1e-2)
-    assert (found > 0).sum() == 8
+    assert 8 <= (found > 0).sum() <= 16
     inside, half = points[found > 0], 0.501 * (points[1] - points[0])
     assert inside[0] - half <= values[0] <= inside[-1] + half
 
@@ -118,7 +119,7 @@ def test_densities_need_finite_values(values):
 
 
 def test_outliers_and_the_others_share_their_points():
-    values = torch.cat((0.6 + 0.1 * torch.randn(400), 0.92 + 0.02 * torch.randn(30)))
+    values = torch.cat((0.6 + 0.05 * torch.randn(400), 0.92 + 0.02 * torch.randn(30)))
     outlier = torch.arange(430) >= 400
     found = by_kind(values, outlier)
     assert found.counts == {"normal": 400, "outlier": 30}

@@ -129,8 +129,7 @@ def outliers(patches: Patches, rule: Rule, *, per: Literal["dataset", "image"] =
         ValueError: if ``per`` is neither.
     """
     if per == "dataset":
-        # In the dtype of the norms: rounding to it makes the mean of equal norms equal to them.
-        return patches.norms > thresholds(patches, rule).to(patches.norms.dtype)[:, None]
+        return patches.norms > thresholds(patches, rule)[:, None]
     if per != "image":
         raise ValueError(f"per must be 'dataset' or 'image', not {per!r}")
     found = torch.zeros_like(patches.norms, dtype=torch.bool)
@@ -195,39 +194,20 @@ def verdict(patches: Patches, rule: Rule = DEFAULT_RULE) -> Verdict:
             word, f"{word}: {sentence}", share, ratios, first, _images(patches, counted) if some else 0, images
         )
 
-    finite = norms.isfinite()
-    if not finite.all():
-        block = int((~finite).any(1).nonzero()[0])
-        nan, inf = int(norms[block].isnan().sum()), int(norms[block].isinf().sum())
-        return found(
-            "unclear",
-            f"behind block {block} {nan + inf} of {count} patch norms are not finite ({nan} NaN, {inf} infinite): the "
-            "model or its input overflows, and the norms behind it tell nothing",
-        )
-    if count < _FEWEST:
-        return found(
-            "unclear",
-            f"{_count(count, 'patch', 'patches')} in {_count(images, 'image')}: at least {_FEWEST} are needed",
-        )
-    if rule.kind == "percentile":
-        return found(
-            "unclear",
-            f"the rule {rule} finds {100 - rule.value:.3g}% outliers in any model, with artifacts or without; take "
-            f"another, such as {DEFAULT_RULE}",
-        )
-
+    if reason := _undecidable(patches, rule):
+        return found("unclear", reason)
     largest = max(range(layers), key=ratios.__getitem__)
     norm = f" {norms[largest].max().item():.3g}," if rule.kind == "absolute" else ""
     measured = f"largest patch norm{norm} {ratios[largest]:.3g} x the median behind block {largest} (rule {rule})"
     every = "1 block" if layers == 1 else f"all {layers} blocks"
     counted = mask & _outliers_of_own_image(patches, rule, mask)
     if not counted.any():
-        alike = ", none larger than the rest of its own image" if mask.any() else ""
-        return found("clean", f"{measured}{alike}, {every}, {_count(images, 'image')}")
+        within = ", no patch an outlier within its own image" if mask.any() else ""
+        return found("clean", f"{measured}{within}, {every}, {_count(images, 'image')}")
 
     staying, needed = _staying(counted, norms, thresholds(patches, rule))
     if not staying.any():
-        blocks = " and ".join(map(str, counted.any(1).nonzero()[:, 0].tolist()))
+        blocks = ", ".join(map(str, counted.any(1).nonzero()[:, 0].tolist()))
         return found(
             "unclear",
             f"{measured}, but no patch stays above it behind {needed} blocks in a row: {_where(patches, counted)}, "
@@ -264,6 +244,28 @@ def frequency(mask: Tensor, patches: Patches, shape: tuple[int, int] | None = No
         with_outlier += outlier
         shown += valid
     return with_outlier / shown.clamp(min=1.0)
+
+
+def _undecidable(patches: Patches, rule: Rule) -> str | None:
+    """Why these norms and this rule say nothing about the model; None if they do."""
+    norms, count = patches.norms, patches.norms.shape[1]
+    finite = norms.isfinite()
+    if not finite.all():
+        block = int((~finite).any(1).nonzero()[0])
+        nan, inf = int(norms[block].isnan().sum()), int(norms[block].isinf().sum())
+        return (
+            f"behind block {block} {nan + inf} of {count} patch norms are not finite ({nan} NaN, {inf} infinite): the "
+            "model or its input overflows, and the norms behind it tell nothing"
+        )
+    if count < _FEWEST:
+        images = _count(len(patches.grids), "image")
+        return f"{_count(count, 'patch', 'patches')} in {images}: at least {_FEWEST} are needed"
+    if rule.kind == "percentile":
+        return (
+            f"the rule {rule} finds {100 - rule.value:.3g}% outliers in any model, with artifacts or without; take "
+            f"another, such as {DEFAULT_RULE}"
+        )
+    return None
 
 
 def _by_image(patches: Patches) -> tuple[Tensor, ...]:
