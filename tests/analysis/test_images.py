@@ -62,6 +62,8 @@ class TestPlacement:
         image = read(path, size=14 * 48, fit=fit, mean=(0.0,) * 3)
         assert image.size == size
         assert image.placement.to_image(found(image.pixels)) == box
+        assert image.pixels.min() >= 0  # cubics overshoot at edges
+        assert image.pixels.max() <= 1
         for edge, seen in zip(image.placement.to_pixels(box), found(image.pixels), strict=True):
             assert abs(edge - seen) <= 1  # an edge within a pixel leaves it dark or bright
 

@@ -239,12 +239,16 @@ class TestHub:
         with pytest.raises(ValueError, match=sentence):
             subject(f"hub:{repository}:{entry}")
 
-    def test_it_asks_nothing_and_takes_trained_weights(self, monkeypatch):
+    @pytest.mark.parametrize(
+        "error",
+        [urllib.error.URLError("no route"), RuntimeError("there is no internet connection, no route, no cache")],
+    )
+    def test_it_asks_nothing_and_takes_trained_weights(self, monkeypatch, error):
         calls = []
 
         def load(repo, entry, **options):
             calls.append((repo, entry, options))
-            raise urllib.error.URLError("no route")
+            raise error
 
         monkeypatch.setattr(torch.hub, "load", load)
         for spec in ("facebookresearch/dinov2:dinov2_vits14_reg", "pytorch/vision:main:vit_b_16"):

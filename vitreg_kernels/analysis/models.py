@@ -231,9 +231,10 @@ def _hub(name: str) -> _Found:
     options = {"weights": "DEFAULT"} if repo.startswith("pytorch/vision") else {}
     try:
         model = torch.hub.load(repo, entry, source="local" if local else "github", trust_repo=True, **options)
-    except OSError as error:
-        raise _unreachable(f"hub:{name}", error, local=local) from error
     except Exception as error:  # whatever the repository's own code raises
+        # torch.hub says in a RuntimeError that there is no network and nothing in its cache.
+        if isinstance(error, OSError) or "internet connection" in str(error):
+            raise _unreachable(f"hub:{name}", error, local=local) from error
         raise ValueError(f"torch.hub cannot load 'hub:{name}': {_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"'hub:{name}' gives a {type(model).__name__}, and no torch.nn.Module")
@@ -356,7 +357,7 @@ def _missing(spec: str, package: str, error: ModuleNotFoundError) -> ModuleNotFo
     return ModuleNotFoundError(f"{spec!r} needs {package} ({error}): run `pip install 'vitreg_kernels[{package}]'`")
 
 
-def _unreachable(spec: str, error: OSError, *, local: bool) -> Exception:
+def _unreachable(spec: str, error: Exception, *, local: bool) -> Exception:
     if local:
         return ValueError(f"{spec!r} cannot be read: {_line(error)}")
     return ConnectionError(
