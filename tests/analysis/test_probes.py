@@ -348,6 +348,18 @@ def test_outliers_are_judged_against_their_own_mean_patch():
     assert of(found, "L2 error", "outlier").chance < 0.5
 
 
+def test_a_kind_of_a_single_image_is_judged_against_all_patches_of_the_others():
+    outlier = torch.zeros(6, 6, dtype=torch.bool)
+    outlier[2, 5] = True
+    target = torch.full((6, 6, 2), 3.0) + torch.tensor([[1.0], [-1.0]]).repeat(3, 2)
+    patches = on_grid(torch.randn(6, 6, 4), (2, 3), target, outlier)
+    error = of(pixels(patches, folds=6), "L2 error", "outlier")
+    assert error.chance == pytest.approx(math.sqrt(2))
+    assert (error.count, error.standard_error) == (1, None)
+    assert of(pixels(patches, folds=6), "R2", "outlier").note == "not measured: the patches do not differ"
+    assert of(position(patches, folds=6), "mean distance", "outlier").chance == pytest.approx(math.hypot(1, 1))
+
+
 def test_patches_that_do_not_differ_have_no_variance_to_tell():
     found = pixels(on_grid(torch.randn(6, 6, 4), (2, 3), torch.ones(6, 6, 5)), folds=3)
     assert of(found, "L2 error").score == pytest.approx(0, abs=1e-6)
