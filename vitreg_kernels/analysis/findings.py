@@ -174,8 +174,9 @@ class Repair:
         name: which, in words.
         largest_ratio: largest patch norm / median patch norm.
         outliers: share of outlier patches by the rule of the page.
-        register_ratio: norm of the added token / median patch norm; None without one.
-        drift: median over normal patches of the L2 distance to the model as it is, / its norm; None of itself.
+        register_ratio: norm of the added token, averaged over images, / median patch norm; None without one.
+        drift: median over normal patches of the L2 distance to the model as it is, or of a planted model to the one
+            without, / its norm; None of itself.
     """
 
     name: str

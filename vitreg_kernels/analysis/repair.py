@@ -1,0 +1,133 @@
+"""What a test-time register makes of a model's outliers, beside the controls that tell what did it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from .findings import Repair
+from .outliers import Rule
+from .record import Recording, record
+from .registers import TestTimeRegisters, known_stream, neurons_of, zeroed
+
+
+def repairs(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    neurons: Sequence[tuple[int, int]],
+    *,
+    rule: Rule,
+    reference: nn.Module | None = None,
+    seed: int = 0,
+) -> list[Repair]:
+    """Norms behind the last block of the model as it is, with a test-time register, and with the controls.
+
+    The controls are an empty token, since any further token changes the others a little; a test-time register that
+    takes over as many random neurons of the same blocks, which moves no outlier (Jiang et al., arXiv 2506.08010); and
+    the register neurons set to 0 beside an empty token.
+
+    Args:
+        model: as ``TestTimeRegisters`` takes it, in evaluation mode.
+        batches: of pixels, as ``record`` takes them.
+        neurons: layer and index of each register neuron.
+        rule: which patches are outliers, in each of these by a threshold of its own.
+        reference: the model that the drift is measured from, of as many tokens and channels; by default the model as
+            it is. Of a planted model it is the one without, which shows whether the register gives that back.
+        seed: of the random neurons.
+
+    Raises:
+        ValueError: if there are no neurons or no batches, or as ``TestTimeRegisters`` and ``record``.
+    """
+    if not neurons:
+        raise ValueError("without register neurons there is nothing to repair")
+    others = _random_neurons(model, neurons, seed)
+    variants: dict[str, tuple[Sequence[tuple[int, int]] | None, Sequence[tuple[int, int]]]] = {
+        "as it is": (None, ()),
+        "empty token": ((), ()),
+        "test-time register": (neurons, ()),
+        "random neurons moved": (others, ()),
+        "neurons zeroed, empty token": ((), neurons),
+    }
+    seen = {name: _Seen() for name in variants}
+    base = model if reference is None else reference
+    for pixels in batches:
+        start = _recorded(base, pixels, None, ())
+        for name, (moved, silent) in variants.items():
+            seen[name].add(_recorded(model, pixels, moved, silent), start, moved is not None)
+    if not seen["as it is"].norms:
+        raise ValueError("there is no batch of images to repair the model for")
+    norms = torch.cat(seen["as it is"].norms)
+    normal = norms <= rule.threshold(norms)
+    found = [one.repair(name, rule, normal) for name, one in seen.items()]
+    if reference is None:
+        found[0].drift = None
+    return found
+
+
+class _Seen:
+    """Of one variant, over all images.
+
+    Attributes:
+        norms: of patches, ``[T]`` a batch.
+        registers: norms of the added token, ``[B]`` a batch; none without one.
+        drifts: of patches, ``[T]`` a batch.
+    """
+
+    def __init__(self) -> None:
+        self.norms: list[Tensor] = []
+        self.registers: list[Tensor] = []
+        self.drifts: list[Tensor] = []
+
+    def add(self, recording: Recording, start: Recording, register: bool) -> None:
+        """Take in a batch, and the same images as the reference shows them."""
+        layout, tokens = recording.layout, _patches(recording)
+        self.norms.append(recording.norms[-1][:, layout.patches].flatten())
+        if register:
+            self.registers.append(recording.norms[-1][:, layout.num_prefix_tokens - 1])
+        before = _patches(start)
+        self.drifts.append(((tokens - before).norm(dim=-1) / before.norm(dim=-1)).flatten())
+
+    def repair(self, name: str, rule: Rule, normal: Tensor) -> Repair:
+        """The numbers, the drift over the patches ``[T]`` bool that are no outliers of the model as it is."""
+        norms = torch.cat(self.norms)
+        median = norms.median()
+        return Repair(
+            name=name,
+            largest_ratio=(norms.max() / median).item(),
+            outliers=(norms > rule.threshold(norms)).double().mean().item(),
+            register_ratio=(torch.cat(self.registers).mean() / median).item() if self.registers else None,
+            drift=torch.cat(self.drifts)[normal].median().item(),
+        )
+
+
+def _recorded(
+    model: nn.Module,
+    pixels: Tensor,
+    moved: Sequence[tuple[int, int]] | None,
+    silent: Sequence[tuple[int, int]],
+) -> Recording:
+    """With a test-time register that takes over ``moved``, unless that is None, and ``silent`` set to 0."""
+    last = [(-1, "tokens")]
+    register: AbstractContextManager[TestTimeRegisters | None]
+    register = nullcontext() if moved is None else TestTimeRegisters(model, moved)
+    with register as within, zeroed(model, silent):
+        return record(model, pixels, features=last, layout=within.layout if within else None)
+
+
+def _patches(recording: Recording) -> Tensor:
+    """``[B, M, C]`` behind the last block."""
+    return next(iter(recording.features.values()))[:, recording.layout.patches]
+
+
+def _random_neurons(model: nn.Module, neurons: Sequence[tuple[int, int]], seed: int) -> list[tuple[int, int]]:
+    """As many of each block, and none of those."""
+    stream, generator = known_stream(model), torch.Generator().manual_seed(seed)
+    found = []
+    for layer in dict.fromkeys(layer for layer, _ in neurons):
+        own = {index for of, index in neurons if of == layer}
+        drawn = torch.randperm(neurons_of(stream, layer).in_features, generator=generator).tolist()
+        found += [(layer, index) for index in drawn if index not in own][: len(own)]
+    return found
