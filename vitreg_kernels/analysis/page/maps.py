@@ -123,3 +123,8 @@ def short(token: str) -> str:
 def number(x: float) -> str:
     """Three digits, and never an exponent."""
     return f"{x:,.3g}" if abs(x) < 1000 else f"{x:,.0f}"
+
+
+def labelled(found: Findings) -> str:
+    """The model's name where there is nothing but text: a planted one says so."""
+    return f"{found.name} (planted)" if found.planted and "planted" not in found.name else found.name
