@@ -67,7 +67,7 @@ def norm_strip(found: Findings, maps: Mapping[str, np.ndarray], image: int) -> S
     tiles = norm_levels(found, norms, outliers)
     largest, ratio = norms.max((1, 2)), ratios(found, norms).max((1, 2))
     captions = [
-        f"max {number(largest[i])} ({number(ratio[i])}{TIMES})" + (f", {count} outliers" if count else "")
+        f"max {number(largest[i])} ({number(ratio[i])}{TIMES})" + (f"\n{count} outliers" if count else "")
         for i, count in enumerate(outliers.sum((1, 2)))
     ]
     return Strip(palette_uri(np.concatenate(tiles)), len(tiles), norms.shape[1:], captions, "layer")
