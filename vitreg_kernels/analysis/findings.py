@@ -99,12 +99,13 @@ class Probe:
     Attributes:
         task: ``"classification"``, ``"position"`` or ``"pixels"``.
         tokens: ``"cls"``, ``"register i"``, ``"normal"`` or ``"outlier"``.
-        metric: of ``score``, as ``"accuracy"``, ``"top-1"``, ``"mean distance"``, ``"L2 error"``.
+        metric: of ``score``, as ``"accuracy"``, ``"top-1"``, ``"mean distance"``, ``"L2 error"``, ``"R2"``.
         score: what was reached, on tokens that it was not fitted to.
-        error: its standard deviation over the repeats.
+        error: its standard deviation over the repeats; None where nothing was repeated.
         chance: what no information gives: of guessing, or of the mean patch.
-        count: tokens that it was judged on.
-        note: what a reader must know, such as why it was not measured; then ``score`` is None.
+        count: tokens that it was judged on, in each repeat.
+        note: what a reader must know, such as what chance is, or why it was not measured; then ``score`` is None.
+        standard_error: of the score, for other images of the same sort; None if there is no more than one image.
     """
 
     task: str
@@ -115,6 +116,7 @@ class Probe:
     chance: float | None
     count: int
     note: str = ""
+    standard_error: float | None = None
 
 
 @dataclass
@@ -280,23 +282,23 @@ class Findings:
 
 @dataclass
 class Published:
-    """One number of a paper, to be read beside a run.
+    """One quantity of a paper, to be read beside a run.
 
     Attributes:
         model: as the paper names it, such as ``"DINOv2-L"``.
         quantity: what, on what, in which unit, such as ``"LOST CorLoc on VOC07, %"``.
-        setting: ``"without registers"``, ``"trained registers"``, ``"test-time register"``, or another.
-        value: the number.
+        numbers: as they are printed there, by setting, such as ``"without registers"``.
         source: such as ``"arXiv 2309.16588, table 3"``.
-        measured: the same quantity of the same model in this run; None if it was not measured.
+        note: what a reader must know before comparing.
+        measured: the same quantity of the same model in this run, by setting; empty if it was not measured.
     """
 
     model: str
     quantity: str
-    setting: str
-    value: float
+    numbers: dict[str, str]
     source: str
-    measured: float | None = None
+    note: str = ""
+    measured: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

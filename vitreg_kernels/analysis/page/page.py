@@ -84,7 +84,6 @@ def render(report: Report, pictures: Pictures, *, files: Sequence[str] = ()) -> 
         ticks=[(label, 100 * float(ratio_place(ratio))) for ratio, label in RATIO_TICKS.items()],
         warnings=_warnings(report.findings),
         probes=_probes(report.findings),
-        published=_published(report),
         files=files,
     )
 
@@ -295,24 +294,6 @@ def _warnings(models: Sequence[Findings]) -> dict[tuple[str, str], list[Findings
         for row in (row for row in found.discovery if row.warning):
             warned.setdefault((row.method, row.warning), []).append(found)
     return warned
-
-
-class PublishedTable(NamedTuple):
-    """The papers' numbers: a row a model, quantity and source; a column a setting; what was measured here, if any."""
-
-    settings: list[str]
-    rows: list[tuple[str, str, str, dict[str, float], dict[str, float]]]
-
-
-def _published(report: Report) -> PublishedTable:
-    settings = list(dict.fromkeys(number.setting for number in report.published))
-    rows: dict[tuple[str, str, str], tuple[dict[str, float], dict[str, float]]] = {}
-    for number in report.published:
-        values, measured = rows.setdefault((number.model, number.quantity, number.source), ({}, {}))
-        values[number.setting] = number.value
-        if number.measured is not None:
-            measured[number.setting] = number.measured
-    return PublishedTable(settings, [(*key, *numbers) for key, numbers in rows.items()])
 
 
 def _sentence(found: Findings) -> str:
