@@ -57,7 +57,7 @@ def findings(name: str = "toy", *, planted: bool = False, prefix: tuple[str, ...
         ),
         attention=[Attention(LAYERS - 1, kind, 0.25, 0.5, 0.0625) for kind in prefix],
         probes=[
-            Probe("position", "normal", "top-1", 0.417, 0.01, 0.125, 100),
+            Probe("position", "normal", "top-1", 0.417, 0.01, 0.125, 100, standard_error=0.02),
             Probe("position", "outlier", "top-1", None, None, 0.125, 0, "too few outliers"),
         ],
         discovery=[
@@ -108,9 +108,13 @@ def report() -> Report:
         skipped={"notes.txt": "is no image"},
         notes=["classification was left out: there are no labels"],
         published=[
-            Published("DINOv2-L", "LOST CorLoc on VOC07, %", "without registers", 35.3, "arXiv 2309.16588, table 3"),
             Published(
-                "DINOv2-L", "LOST CorLoc on VOC07, %", "trained registers", 55.4, "arXiv 2309.16588, table 3", 55.0
+                "DINOv2-L",
+                "LOST CorLoc on VOC07, %",
+                {"without registers": "35.3", "with registers": "55.4"},
+                "arXiv 2309.16588, table 3",
+                "A bias was added.",
             ),
+            Published("DINOv2-S", "largest norm", {"register 0": "14.1"}, "README", measured={"register 0": "14.2"}),
         ],
     )

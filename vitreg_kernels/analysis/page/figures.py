@@ -15,15 +15,16 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ..findings import Findings, Norms
 from .colours import BLUE, GRID, INK, ORANGE, PALETTE, RATIO_TICKS, RATIOS, kind_colour
-from .maps import norm_levels, short
+from .maps import labelled, norm_levels, short
 
-_WIDTH, _HEIGHT, _FONT = 4.8, 3.1, 9  # inches, inches, points: half a page, and readable on a telephone
+_WIDTH, _HEIGHT, _FONT = 4.0, 3.0, 9  # inches, inches, points: readable on a telephone
 _MAP = 1.5  # inches, of a norm map
 _MAPS_IN_A_ROW = 6
+_LONG_AXIS = 100.0
 _REGISTER_LINES = ("-", "--", "-.", ":")
 
 
@@ -39,7 +40,7 @@ def norms_by_layer(found: Findings, limits: tuple[float, float] | None = None) -
     """
     if not found.norms:
         raise ValueError(f"there are no norms of {found.name}: analyze it with norms")
-    figure, axes = _axes(_heading(found))
+    figure, axes = _axes(labelled(found))
     patches = [row for row in found.norms if row.tokens == "patches"]
     layers = [row.layer for row in patches]
     for quantity, line, width in (("largest", "-", 2.0), ("p99", "--", 1.3), ("median", "-", 1.0)):
@@ -74,6 +75,12 @@ def norm_limits(every: Sequence[Findings]) -> tuple[float, float]:
     return low / 1.3, max((max(row.largest, row.threshold or 0.0) for row in rows), default=1.0) * 1.3
 
 
+def histogram_limits(every: Sequence[Findings]) -> tuple[float, float] | None:
+    """Limits of the axis of norms that hold the histograms of all these models; None if they have none."""
+    ends = [x for found in every if found.histogram for x in (*found.histogram.edges, found.histogram.threshold) if x]
+    return (min(ends), max(ends) * 1.1) if ends else None
+
+
 def norms_by_model(every: Sequence[Findings]) -> Figure:
     """Models or checkpoints beside each other: patch norms as multiples of their median, at the block of each verdict.
 
@@ -84,7 +91,7 @@ def norms_by_model(every: Sequence[Findings]) -> Figure:
     if not rows:
         raise ValueError("there are no norms of any model: analyze them with norms")
     shown = [found for found in every if found.name in rows]
-    figure, axes = _axes("Patch norms by model", height=0.9 + 0.34 * len(shown))
+    figure, axes = _axes("Patch norms by model", height=1.2 + 0.26 * len(shown))
     for place, found in enumerate(shown):
         row = rows[found.name]
         middle = row.median or 1.0
@@ -95,30 +102,33 @@ def norms_by_model(every: Sequence[Findings]) -> Figure:
         if row.threshold is not None:
             label = None if place else "rule"
             axes.plot(row.threshold / middle, place, "|", color=INK, markersize=16, label=label)
-    names = [_plain(f"{found.name}\n(planted)" if found.planted else found.name) for found in shown]
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xscale="log", xlabel="norm / median patch norm", ylim=(len(names) - 0.4, -0.6))
+    axes.set_yticks(range(len(shown)), [_plain(labelled(found)) for found in shown])
+    axes.set(xscale="log", xlabel="norm / median patch norm", ylim=(len(shown) - 0.4, -0.6))
     _plain_log(axes.xaxis)
     _legend(axes)
     return figure
 
 
-def histogram(found: Findings) -> Figure:
+def histogram(found: Findings, limits: tuple[float, float] | None = None) -> Figure:
     """How many tokens of each kind have which norm, and where the rule cuts.
+
+    Args:
+        found: of one model.
+        limits: of the axis of norms, to compare models; those of this one if not given.
 
     Raises:
         ValueError: if it was not recorded.
     """
     if found.histogram is None:
         raise ValueError(f"there is no histogram of {found.name}: analyze it with norms")
-    figure, axes = _axes(f"{_heading(found)}, block {found.layer}")
+    figure, axes = _axes(f"{labelled(found)}, block {found.layer}")
     for tokens, counts in found.histogram.counts.items():
         colour = kind_colour(tokens)
         label = "patches" if tokens == "patches" else short(tokens)
         axes.stairs(counts, found.histogram.edges, fill=tokens == "patches", color=colour, alpha=0.35)
         axes.stairs(counts, found.histogram.edges, color=colour, linewidth=1.3, label=label)
     axes.axvline(found.histogram.threshold, color=INK, linestyle=":", linewidth=1.1, label=f"rule {found.rule}")
-    axes.set(xscale="log", yscale="log", ylim=(0.7, None), xlabel="L2 norm", ylabel="tokens")
+    axes.set(xscale="log", yscale="log", xlim=limits, ylim=(0.7, None), xlabel="L2 norm", ylabel="tokens")
     _plain_log(axes.xaxis)
     _plain_log(axes.yaxis)
     _legend(axes)
@@ -133,7 +143,7 @@ def neighbour_cosines(found: Findings) -> Figure:
     """
     if found.similarity is None:
         raise ValueError(f"there are no cosines of {found.name}: analyze it with similarity")
-    figure, axes = _axes(_heading(found))
+    figure, axes = _axes(labelled(found))
     for kind, colour in (("normal", BLUE), ("outlier", ORANGE)):
         if kind in found.similarity.densities:
             density, points = found.similarity.densities[kind], found.similarity.points
@@ -154,7 +164,7 @@ def history(found: Findings) -> Figure:
     """
     if found.history is None:
         raise ValueError(f"there is no training history of {found.name}: give its log")
-    figure, axes = _axes(_heading(found))
+    figure, axes = _axes(labelled(found))
     lines = found.history.largest_ratio
     # Neither end of viridis is seen on paper of its own brightness.
     colours = colormaps["viridis"](np.linspace(0.2, 0.8, len(lines)))
@@ -203,16 +213,12 @@ def norm_maps(found: Findings, maps: Mapping[str, np.ndarray], image: int = 0) -
     bar = figure.colorbar(scale, ax=grid, label="norm / median patch norm", aspect=12 * rows)
     bar.set_ticks(list(RATIO_TICKS), labels=list(RATIO_TICKS.values()), minor=False)
     bar.minorticks_off()
-    figure.suptitle(_plain(_heading(found)), fontsize=_FONT + 1)
+    figure.suptitle(_plain(labelled(found)), fontsize=_FONT + 1)
     return figure
 
 
 def _patches(found: Findings) -> Norms | None:
     return next((row for row in found.norms if (row.layer, row.tokens) == (found.layer, "patches")), None)
-
-
-def _heading(found: Findings) -> str:
-    return f"{found.name} (planted)" if found.planted else found.name
 
 
 def _plain(text: str) -> str:
@@ -236,10 +242,11 @@ def _axes(title: str, height: float = _HEIGHT) -> tuple[Figure, Axes]:
 
 
 def _plain_log(axis: Axis) -> None:
-    """Ticks at 1, 2, 5, 10, ... as plain numbers, as many as fit."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    """Ticks as plain numbers: at 1, 2, 5, 10 and so on, or of a long axis at the powers of 10."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > _LONG_AXIS * low else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _legend(axes: Axes) -> None:
@@ -247,8 +254,8 @@ def _legend(axes: Axes) -> None:
         loc="outside lower left",
         ncols=3,
         frameon=False,
-        fontsize=_FONT - 1,
+        fontsize=_FONT - 0.5,
         labelcolor=INK,
-        columnspacing=1.2,
+        columnspacing=1.0,
         handlelength=1.6,
     )

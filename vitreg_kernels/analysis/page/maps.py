@@ -67,7 +67,7 @@ def norm_strip(found: Findings, maps: Mapping[str, np.ndarray], image: int) -> S
     tiles = norm_levels(found, norms, outliers)
     largest, ratio = norms.max((1, 2)), ratios(found, norms).max((1, 2))
     captions = [
-        f"max {number(largest[i])} ({number(ratio[i])}{TIMES})" + (f", {count} outliers" if count else "")
+        f"max {number(largest[i])} ({number(ratio[i])}{TIMES})" + (f"\n{count} outliers" if count else "")
         for i, count in enumerate(outliers.sum((1, 2)))
     ]
     return Strip(palette_uri(np.concatenate(tiles)), len(tiles), norms.shape[1:], captions, "layer")
@@ -123,3 +123,8 @@ def short(token: str) -> str:
 def number(x: float) -> str:
     """Three digits, and never an exponent."""
     return f"{x:,.3g}" if abs(x) < 1000 else f"{x:,.0f}"
+
+
+def labelled(found: Findings) -> str:
+    """The model's name where there is nothing but text: a planted one says so."""
+    return f"{found.name} (planted)" if found.planted and "planted" not in found.name else found.name

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from ..findings import Box, Findings, Image, Probe, Report
 from . import figures, maps
 from .colours import CYCLE, RATIO_TICKS, RING, palette_uri, photo_uri, ratio_place
+from .maps import labelled
 from .svg import inline
 
 Pictures = Mapping[str, Mapping[str, np.ndarray]]
@@ -62,6 +63,7 @@ def render(report: Report, pictures: Pictures, *, files: Sequence[str] = ()) -> 
         "percent": _percent,
         "number": _number,
         "score": _score,
+        "labelled": labelled,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
         "quote": quote,
         "sentence": _sentence,
@@ -80,6 +82,7 @@ def render(report: Report, pictures: Pictures, *, files: Sequence[str] = ()) -> 
         frequency={found.name: maps.frequency_strip(found) for found in report.findings if found.frequency},
         scale=palette_uri(np.arange(RING, dtype=np.uint8)[None]),
         ticks=[(label, 100 * float(ratio_place(ratio))) for ratio, label in RATIO_TICKS.items()],
+        warnings=_warnings(report.findings),
         probes=_probes(report.findings),
         files=files,
     )
@@ -99,22 +102,25 @@ class Drawing(NamedTuple):
 
 def _figures(models: Sequence[Findings]) -> dict[str, list[Drawing]]:
     """By section, what is drawn in it."""
-    limits = figures.norm_limits(models)
+    norm_limits, histogram_limits = figures.norm_limits(models), figures.histogram_limits(models)
 
     def each(section: str, shown: Sequence[Findings], draw: Any, alt: str) -> list[Drawing]:
         return [
-            Drawing(found, inline(draw(found), f"{section}{i}", f"{alt}: {_name(found)}. {found.verdict}"))
+            Drawing(found, inline(draw(found), f"{section}{i}", f"{alt}: {labelled(found)}. {found.verdict}"))
             for i, found in enumerate(shown)
         ]
 
     with_norms = [found for found in models if found.norms]
     return {
-        "norms": each("norms", with_norms, lambda x: figures.norms_by_layer(x, limits), "Token norms by block"),
+        "norms": each("norms", with_norms, lambda x: figures.norms_by_layer(x, norm_limits), "Token norms by block"),
         "models": [Drawing(None, inline(figures.norms_by_model(models), "models", "Patch norms of every model"))]
         if len(with_norms) > 1
         else [],
         "histogram": each(
-            "histogram", [x for x in models if x.histogram], figures.histogram, "Histogram of token norms"
+            "histogram",
+            [x for x in models if x.histogram],
+            lambda x: figures.histogram(x, histogram_limits),
+            "Histogram of token norms",
         ),
         "similarity": each(
             "similarity",
@@ -168,7 +174,6 @@ class Gallery(NamedTuple):
     Attributes:
         photos: by id, the data URI, width and height of a photograph.
         images: what is shown of each.
-        headings: of the columns.
         methods: by name of a method that finds boxes, its colour.
         truths: whether any image has annotated boxes.
         layers, heads: how many there are to choose from.
@@ -176,7 +181,6 @@ class Gallery(NamedTuple):
 
     photos: dict[str, tuple[str, int, int]]
     images: list[Shown]
-    headings: list[str]
     methods: dict[str, str]
     truths: bool
     layers: int
@@ -217,8 +221,7 @@ def _gallery(models: Sequence[Findings], pictures: Pictures) -> Gallery:
     strips = [tile.strip for image in images for row in image.rows for tile in row.tiles if tile.strip]
     count = {name: max((x.tiles for x in strips if x.follows == name), default=1) for name in ("layer", "head")}
     truths = any(image.truths for found in models for image in found.shown)
-    shown_headings = [headings[column] for column in sorted(used)]
-    return Gallery(dict(photos.values()), images, shown_headings, methods, truths, count["layer"], count["head"])
+    return Gallery(dict(photos.values()), images, methods, truths, count["layer"], count["head"])
 
 
 def _tiles(
@@ -229,7 +232,7 @@ def _tiles(
     headings: list[str],
     methods: dict[str, str],
 ) -> list[Tile]:
-    what = f"{image.path}, {_name(found)}"
+    what = f"{image.path}, {labelled(found)}"
     tiles = []
     if (strip := maps.norm_strip(found, drawn, index)) is not None:
         beside = maps.prefix_strip(found, drawn, index)
@@ -284,8 +287,13 @@ def _probes(models: Sequence[Findings]) -> list[ProbeTable]:
     return tables
 
 
-def _name(found: Findings) -> str:
-    return f"{found.name} (planted)" if found.planted else found.name
+def _warnings(models: Sequence[Findings]) -> dict[tuple[str, str], list[Findings]]:
+    """By a method that finds boxes and what its warning says, the models that it says that of."""
+    warned: dict[tuple[str, str], list[Findings]] = {}
+    for found in models:
+        for row in (row for row in found.discovery if row.warning):
+            warned.setdefault((row.method, row.warning), []).append(found)
+    return warned
 
 
 def _sentence(found: Findings) -> str:
