@@ -73,10 +73,7 @@ def run(asked: argparse.Namespace) -> int:
         from ..analysis.outliers import Rule
         from ..analysis.run import analyze
     except ModuleNotFoundError as error:
-        print(
-            f"vitreg analyze needs {error.name}, which is not installed: run `pip install 'vitreg_kernels[analysis]'`",
-            file=sys.stderr,
-        )
+        print(f"vitreg analyze: {error}", file=sys.stderr)
         return 2
     try:
         given = {} if asked.boxes is None else {"boxes": tuple(asked.boxes)}
