@@ -238,6 +238,7 @@ def test_the_command(tmp_path, folder, capsys):
         (["--outliers", "many"], "a rule for outliers is one of"),
         (["--skip", "norms"], "norms cannot be skipped: expected of similarity"),
         (["--boxes", "best"], "options of LOST must be"),
+        (["--fit", "pad", "--test-time-registers"], "would take padding for patches"),
         (["--size", "33"], "size=33 must be a multiple of the patch size 8"),
         (["--device", "abacus"], "cannot analyze on device 'abacus'"),
         (["--history", "none.csv"], "none.csv"),

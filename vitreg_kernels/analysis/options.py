@@ -68,6 +68,8 @@ class Options:
             raise ValueError(f"{', '.join(unknown)} cannot be skipped: expected of {', '.join(ANALYSES)}")
         if self.shown < 0:
             raise ValueError(f"shown={self.shown} must be at least 0")
+        if self.test_time_registers and self.fit == "pad":
+            raise ValueError("a test-time register would take padding for patches: give fit 'crop' or 'resize' with it")
         if self.labels is not None and self.images is None:
             raise ValueError("labels are of images of your own: give images, too")
         _ = self.methods
