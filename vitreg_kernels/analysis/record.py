@@ -121,18 +121,21 @@ def record(
     if len(norms) < depth or not patches:
         raise ValueError(f"{type(unwrapped(model)).__name__} ran {len(norms)} of its {depth} blocks for these pixels")
     grid, embeddings = patches["grid"], patches["embeddings"]
+    maps = {layer: x for (layer, output), x in outputs.items() if output == "prefix_attention"}
+    norms = [norms[i] for i in range(depth)]
+    _check_tokens(layout, grid, norms, maps, len(pixels))
     return Recording(
-        norms=_stacked([norms[i] for i in range(depth)], layout, grid, len(pixels)),
+        norms=torch.stack(norms),
         embeddings=embeddings,
         features={
             (layer, kind): tokens[layer] if kind == "tokens" else outputs[layer, kind].transpose(1, 2).flatten(2)
             for layer, kind in features
         },
-        attention={layer: x for (layer, output), x in outputs.items() if output == "prefix_attention"},
+        attention=maps,
         received={layer: x for (layer, output), x in outputs.items() if output == "received_attention"},
         grid=grid,
         layout=layout,
-        valid=_checked(valid, embeddings.shape[:2]),
+        valid=_valid(valid, embeddings.shape[:2]),
     )
 
 
@@ -144,8 +147,7 @@ def concatenated(recordings: Sequence[Recording]) -> Recording:
     """
     if not recordings:
         raise ValueError("there is no recording to concatenate")
-    kinds = {_kind(recording) for recording in recordings}
-    if len(kinds) > 1:
+    if len({_common(recording) for recording in recordings}) > 1:
         raise ValueError("recordings to concatenate must be of one grid, layout, and the same layers and features")
     first = recordings[0]
 
@@ -170,19 +172,16 @@ def patches_of(recordings: Sequence[Recording]) -> Patches:
     """
     if len({len(recording.norms) for recording in recordings}) != 1:
         raise ValueError("patches_of takes at least one recording, and all of as many layers")
-    grids = [recording.grid for recording in recordings for _ in recording.valid]
-    # [images, patches] pairs of each recording, in the order in which a mask picks
-    places = [recording.valid.nonzero().unbind(1) for recording in recordings]
-    images = torch.tensor([len(recording.valid) for recording in recordings])
-    before = (images.cumsum(0) - images).tolist()
-    columns = [recording.grid[1] for recording in recordings]
-    return Patches(
-        norms=torch.cat([r.norms[:, :, r.layout.patches][:, r.valid] for r in recordings], dim=1),
-        image=torch.cat([image + first for (image, _), first in zip(places, before, strict=True)]),
-        row=torch.cat([patch // wide for (_, patch), wide in zip(places, columns, strict=True)]),
-        column=torch.cat([patch % wide for (_, patch), wide in zip(places, columns, strict=True)]),
-        grids=grids,
-    )
+    norms, images, rows, columns = [], [], [], []
+    grids: list[tuple[int, int]] = []
+    for recording in recordings:
+        image, patch = recording.valid.nonzero().unbind(1)  # in the order in which a mask picks
+        norms.append(recording.norms[:, :, recording.layout.patches][:, recording.valid])
+        images.append(image + len(grids))
+        rows.append(patch // recording.grid[1])
+        columns.append(patch % recording.grid[1])
+        grids += [recording.grid] * len(recording.valid)
+    return Patches(torch.cat(norms, dim=1), torch.cat(images), torch.cat(rows), torch.cat(columns), grids)
 
 
 def _stream_of(model: nn.Module) -> ResidualStream:
@@ -281,7 +280,7 @@ def _captured(
             if missing := [blocks[layer][0] for layer, _ in taken if layer not in attends]:
                 raise ValueError(f"the attention of {missing[0]} is not computed by this library:\n{report}")
         found = {}
-        for output in {output for _, output in taken}:
+        for output in dict.fromkeys(output for _, output in taken):
             layers = [attends[layer] for layer, of in taken if of == output]
             found[output] = stack.enter_context(capture(model, output, layers=layers))
         yield lambda: {(layer, output): _taken(found[output], attends[layer]) for layer, output in taken}
@@ -300,25 +299,30 @@ def _taken(maps: Captured, name: str) -> Tensor:
     return _kept(maps[name])
 
 
-def _stacked(norms: list[Tensor], layout: TokenLayout, grid: tuple[int, int], images: int) -> Tensor:
-    """``[L, B, N]``, if all blocks saw the layout's prefix and the grid's patches."""
+def _check_tokens(
+    layout: TokenLayout, grid: tuple[int, int], norms: list[Tensor], attention: dict[int, Tensor], images: int
+) -> None:
+    """Raises ValueError if a block saw others than the layout's prefix and the grid's patches of every image."""
     rows, columns = grid
-    expected = (images, layout.num_prefix_tokens + rows * columns)
+    tokens = layout.num_prefix_tokens + rows * columns
+    expected = f"{layout.num_cls_tokens} CLS and {layout.num_registers} register tokens and {rows} x {columns} patches"
     for i, each in enumerate(norms):
-        if each.shape != expected:
+        if each.shape != (images, tokens):
             raise ValueError(
-                f"block {i} gives {each.shape[1]} tokens of {each.shape[0]} images, where {layout.num_cls_tokens} CLS "
-                f"and {layout.num_registers} register tokens and {rows} x {columns} patches of {images} images are "
-                f"expected: give the layout= of this model's tokens"
+                f"block {i} gives {each.shape[1]} tokens of {each.shape[0]} images, and not the {tokens} of {images} "
+                f"that {expected} make: give the layout= that the model's tokens have"
+            )
+    for i, each in attention.items():
+        if each.shape[2] != layout.num_prefix_tokens:
+            raise ValueError(
+                f"block {i} gives the attention of {each.shape[2]} tokens, and not of the {layout.num_prefix_tokens} "
+                f"that lead {expected}: the model is patched, or made, for another prefix"
             )
     if layout.grid not in (None, grid) or layout.num_patches not in (None, rows * columns):
-        raise ValueError(
-            f"the layout is of another grid than the {rows} x {columns} patches that the model has: {layout}"
-        )
-    return torch.stack(norms)
+        raise ValueError(f"the model gives {expected}, and the layout is of other patches: {layout}")
 
 
-def _checked(valid: Tensor | None, size: torch.Size) -> Tensor:
+def _valid(valid: Tensor | None, size: torch.Size) -> Tensor:
     if valid is None:
         return torch.ones(size, dtype=torch.bool)
     if valid.shape != size or valid.dtype != torch.bool:
@@ -326,7 +330,7 @@ def _checked(valid: Tensor | None, size: torch.Size) -> Tensor:
     return valid.to("cpu", copy=True)
 
 
-def _kind(recording: Recording) -> tuple[Any, ...]:
+def _common(recording: Recording) -> tuple[Any, ...]:
     """What recordings have in common that can be one."""
     keys = (frozenset(part) for part in (recording.features, recording.attention, recording.received))
     return (recording.grid, recording.layout, len(recording.norms), *keys)

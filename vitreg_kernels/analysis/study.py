@@ -149,6 +149,9 @@ class Study(NamedTuple):
             boxes = [_box(box) for part in self.parts for box in part.boxes[i].tolist()]
             positive = np.concatenate([part.positive_share[i] for part in self.parts])
             whole = whole_image_share(boxes, frames)
+            warning = "most boxes are the whole image: they say nothing of what is on it" if whole > 0.5 else ""
+            if not any(boxes):
+                warning = "no box on any image: all patches are alike to it, so that nothing stands out"
             row = Boxes(
                 method="TokenCut" if method is None else "LOST",
                 options="tau=0.2, eps=1e-5, features=key, layer=-1" if method is None else str(method),
@@ -156,7 +159,7 @@ class Study(NamedTuple):
                 whole_image_share=whole,
                 positive_share=None if method is None else float(positive.mean()),
                 missing=boxes.count(None),
-                warning="most boxes are the whole image: they say nothing of what is on it" if whole > 0.5 else "",
+                warning=warning,
             )
             if truths is not None and any(truths):
                 judged = corloc(boxes, truths, frames)

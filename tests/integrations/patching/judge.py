@@ -221,7 +221,7 @@ def op_calls() -> Iterator[list[OpCall]]:
 def state(model: nn.Module) -> list[Any]:
     """All that a user may hold: objects, names, hooks, modes, configurations, random numbers; not how it computes."""
     parts = list(model.named_modules())
-    configs = [part.config for _, part in parts if hasattr(part, "config")]
+    configs = [part.config for _, part in parts if hasattr(getattr(part, "config", None), "to_json_string")]
     return [
         [(name, id(part), type(part), part.training) for name, part in parts],
         [{name: dict(value) for name, value in vars(part).items() if name.endswith("hooks")} for _, part in parts],
