@@ -38,12 +38,12 @@ def test_an_empty_box_agrees_with_nothing():
 def test_a_share_of_images_that_have_objects():
     """Right by its second object; wrong; none found; two images that count for nothing."""
     boxes = [(0, 0, 10, 10), (0, 0, 10, 10), None, (0, 0, 10, 10), (0, 0, 10, 10)]
-    truths = [[(50, 50, 60, 60), (0, 0, 10, 20)], [(50, 50, 60, 60)], [(0, 0, 100, 60)], [], None]
+    truths = [[(50, 50, 60, 60), (0, 0, 10, 20)], [(0, 0, 90, 80)], [(0, 0, 100, 60)], [], None]
     found = corloc(boxes, truths, [FRAME] * 5)
     assert found == CorLoc(
         value=1 / 3,
         standard_error=math.sqrt(1 / 3 * 2 / 3 / 3),
-        whole_image=1 / 3,
+        whole_image=2 / 3,
         whole_image_share=0,
         missing=1,
         images=3,
