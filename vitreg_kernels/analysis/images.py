@@ -62,7 +62,7 @@ class Placement(NamedTuple):
             return cls((left, top, left + shorter, top + shorter), size, size)
         whole = (0, 0, width, height)
         if fit == "pad":
-            placement = cls(whole, *(max(1, round(side * size / longer)) for side in (height, width)))
+            placement = cls(whole, *(round(side * size / longer) for side in (height, width)))
             if 2 * min(placement[1:]) < patch:
                 raise ValueError(f"it is {width} x {height}, at {size} px less than half a patch high or wide")
             return placement
