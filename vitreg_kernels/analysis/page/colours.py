@@ -32,8 +32,8 @@ def kind_colour(tokens: str) -> str:
 
 
 def levels(values: np.ndarray) -> np.ndarray:
-    """Indices into ``PALETTE`` of numbers in [0, 1]; those outside take the nearest end."""
-    return np.round(np.clip(values, 0.0, 1.0) * (RING - 1)).astype(np.uint8)
+    """Indices into ``PALETTE`` of numbers in [0, 1]; those outside take the nearest end, NaN the upper one."""
+    return np.round(np.clip(np.nan_to_num(values, nan=1.0), 0.0, 1.0) * (RING - 1)).astype(np.uint8)
 
 
 def ratio_place(ratios: np.ndarray | float) -> np.ndarray:

@@ -6,6 +6,7 @@ The last line of a notebook's cell shows it; ``figure.savefig(path)`` keeps it.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -24,7 +25,8 @@ from .maps import labelled, norm_levels, short
 _WIDTH, _HEIGHT, _FONT = 4.0, 3.0, 9  # inches, inches, points: readable on a telephone
 _MAP = 1.5  # inches, of a norm map
 _MAPS_IN_A_ROW = 6
-_LONG_AXIS = 100.0
+_LONG_AXIS = 100.0  # from end to end
+_NAME = 18  # letters of a model's name in a line
 _REGISTER_LINES = ("-", "--", "-.", ":")
 
 
@@ -91,7 +93,8 @@ def norms_by_model(every: Sequence[Findings]) -> Figure:
     if not rows:
         raise ValueError("there are no norms of any model: analyze them with norms")
     shown = [found for found in every if found.name in rows]
-    figure, axes = _axes("Patch norms by model", height=1.2 + 0.26 * len(shown))
+    names = [_plain(textwrap.fill(labelled(found), _NAME)) for found in shown]
+    figure, axes = _axes("Patch norms by model", height=1.2 + 0.26 * sum(1 + name.count("\n") / 2 for name in names))
     for place, found in enumerate(shown):
         row = rows[found.name]
         middle = row.median or 1.0
@@ -102,7 +105,7 @@ def norms_by_model(every: Sequence[Findings]) -> Figure:
         if row.threshold is not None:
             label = None if place else "rule"
             axes.plot(row.threshold / middle, place, "|", color=INK, markersize=16, label=label)
-    axes.set_yticks(range(len(shown)), [_plain(labelled(found)) for found in shown])
+    axes.set_yticks(range(len(shown)), names)
     axes.set(xscale="log", xlabel="norm / median patch norm", ylim=(len(shown) - 0.4, -0.6))
     _plain_log(axes.xaxis)
     _legend(axes)
