@@ -87,31 +87,56 @@ class CausalSelfAttention(nn.Module):
         raise NotImplementedError
 
 
-class SelfAttentionBlock(nn.Module):
-    """Takes a batch, or a list of batches; while it trains, the branch is computed for a part of the images."""
+class LayerScale(nn.Module):
+    def __init__(self, dim, init_values):
+        super().__init__()
+        self.inplace = False
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
 
-    def __init__(self, dim, num_heads, drop_path=0.0, **options):
+    def forward(self, x):
+        return x * self.gamma
+
+
+class SelfAttentionBlock(nn.Module):
+    """Takes a batch, or a list of batches; while it trains, each branch is computed for a part of the images."""
+
+    def __init__(self, dim, num_heads, drop_path=0.0, init_values=None, **options):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim, num_heads, **options)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.sample_drop_ratio = drop_path
 
     def forward(self, x_or_x_list, rope_or_rope_list=None):
         if isinstance(x_or_x_list, Tensor):
             return self([x_or_x_list], [rope_or_rope_list])[0]
+        x_list, ropes = x_or_x_list, rope_or_rope_list or [None] * len(x_or_x_list)
         if not (self.training and self.sample_drop_ratio):
-            pairs = zip(x_or_x_list, rope_or_rope_list, strict=True)
-            return [x + self.attn(self.norm1(x), rope=rope) for x, rope in pairs]
-        share = 1 - self.sample_drop_ratio
-        kept = [torch.randperm(len(x))[: max(int(len(x) * share), 1)] for x in x_or_x_list]
-        parts = [self.norm1(x[rows]) for x, rows in zip(x_or_x_list, kept, strict=True)]
+            x_list = [x + self.ls1(self.attn(self.norm1(x), rope=rope)) for x, rope in zip(x_list, ropes, strict=True)]
+            return [x + self.ls2(self.mlp(self.norm2(x))) for x in x_list]
+        kept, parts = self._parts(x_list)
         ropes = [
-            tuple(part[rows] if part.ndim == 4 else part for part in rope)
-            for rope, rows in zip(rope_or_rope_list, kept, strict=True)
+            rope and tuple(part[rows] if part.ndim == 4 else part for part in rope)
+            for rope, rows in zip(ropes, kept, strict=True)
         ]
+        attended = self.attn.forward_list([self.norm1(part) for part in parts], rope_list=ropes)
+        x_list = self._added(x_list, kept, [self.ls1(residual) for residual in attended])
+        kept, parts = self._parts(x_list)
+        return self._added(x_list, kept, [self.ls2(self.mlp(self.norm2(part))) for part in parts])
+
+    def _parts(self, x_list):
+        share = 1 - self.sample_drop_ratio
+        kept = [torch.randperm(len(x))[: max(int(len(x) * share), 1)] for x in x_list]
+        return kept, [x[rows] for x, rows in zip(x_list, kept, strict=True)]
+
+    @staticmethod
+    def _added(x_list, kept, residuals):
         return [
             x.index_add(0, rows, residual, alpha=len(x) / len(rows))
-            for x, rows, residual in zip(x_or_x_list, kept, self.attn.forward_list(parts, rope_list=ropes), strict=True)
+            for x, rows, residual in zip(x_list, kept, residuals, strict=True)
         ]
 
 
