@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from .attention import dinov2 as attention
+from .blocks import dino as blocks
 from .library import Converted, Library, ResidualStream
 from .modules import derives_from, named
 from .state_dict import PATCH_EMBED, backbone, converted, renamed
@@ -74,4 +75,11 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     return ResidualStream.of_blocks(layout, layers, patch_embed=model.patch_embed, norm=model.norm)
 
 
-LIBRARY = Library("dinov2", residual_stream, convert, attention=attention.KINDS, prefix_tokens=prefix_tokens)
+LIBRARY = Library(
+    "dinov2",
+    residual_stream,
+    convert,
+    attention=attention.KINDS,
+    blocks=blocks.DINOV2,
+    prefix_tokens=prefix_tokens,
+)

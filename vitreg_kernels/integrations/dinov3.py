@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from .attention import dinov3 as attention
+from .blocks import dino as blocks
 from .library import Converted, Library, ResidualStream
 from .modules import derives_from, named
 from .state_dict import PATCH_EMBED, backbone, converted, renamed
@@ -89,4 +90,11 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     return ResidualStream.of_blocks(layout, blocks, patch_embed=model.patch_embed, norm=model.norm)
 
 
-LIBRARY = Library("dinov3", residual_stream, convert, attention=attention.KINDS, prefix_tokens=prefix_tokens)
+LIBRARY = Library(
+    "dinov3",
+    residual_stream,
+    convert,
+    attention=attention.KINDS,
+    blocks=blocks.DINOV3,
+    prefix_tokens=prefix_tokens,
+)

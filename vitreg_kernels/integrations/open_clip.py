@@ -7,6 +7,7 @@ from torch import nn
 from ..layout import TokenLayout
 from .attention import multihead
 from .attention import open_clip as attention
+from .blocks import open_clip as blocks
 from .library import Library, ResidualStream
 from .modules import derives_from, named
 
@@ -30,5 +31,9 @@ def prefix_tokens(model: nn.Module) -> int | None:
 
 
 LIBRARY = Library(
-    "open_clip", residual_stream, attention=(multihead.KIND, *attention.KINDS), prefix_tokens=prefix_tokens
+    "open_clip",
+    residual_stream,
+    attention=(multihead.KIND, *attention.KINDS),
+    blocks=(blocks.KIND,),
+    prefix_tokens=prefix_tokens,
 )

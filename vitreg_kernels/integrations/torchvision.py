@@ -6,6 +6,7 @@ from torch import nn
 
 from ..layout import TokenLayout
 from .attention import multihead
+from .blocks import torchvision as blocks
 from .library import Library, ResidualStream
 from .modules import derives_from, named
 
@@ -28,4 +29,10 @@ def prefix_tokens(model: nn.Module) -> int | None:
     return 1 if derives_from(model, "torchvision", "VisionTransformer") else None
 
 
-LIBRARY = Library("torchvision", residual_stream, attention=(multihead.KIND,), prefix_tokens=prefix_tokens)
+LIBRARY = Library(
+    "torchvision",
+    residual_stream,
+    attention=(multihead.KIND,),
+    blocks=(blocks.KIND,),
+    prefix_tokens=prefix_tokens,
+)

@@ -89,23 +89,34 @@ class SwiGLUFFN(nn.Module):
         return self.w3(nn.functional.silu(gate) * value)
 
 
-class NestedTensorBlock(nn.Module):
-    """Takes a batch, or a list of batches; while it trains, each branch is computed for a part of the images."""
+class LayerScale(nn.Module):
+    def __init__(self, dim, init_values):
+        super().__init__()
+        self.inplace = False
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
 
-    def __init__(self, dim, num_heads, drop_path=0.0, attn_class=MemEffAttention, ffn_layer=Mlp, **options):
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Takes a batch; while it trains, each branch is computed for a part of the images."""
+
+    def __init__(
+        self, dim, num_heads, drop_path=0.0, attn_class=MemEffAttention, init_values=None, ffn_layer=Mlp, **options
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn_class(dim, num_heads, **options)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = ffn_layer(dim, 2 * dim)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.sample_drop_ratio = drop_path
 
-    def forward(self, x_or_x_list):
-        if isinstance(x_or_x_list, list):
-            x_list = self._add(x_or_x_list, lambda x, mask: self.attn(self.norm1(x), attn_bias=mask))
-            return self._add(x_list, lambda x, mask: self.mlp(self.norm2(x)))
-        (x,) = self._add([x_or_x_list], lambda x, mask: self.attn(self.norm1(x)), pack=False)
-        (x,) = self._add([x], lambda x, mask: self.mlp(self.norm2(x)), pack=False)
+    def forward(self, x):
+        (x,) = self._add([x], lambda x, mask: self.ls1(self.attn(self.norm1(x))), pack=False)
+        (x,) = self._add([x], lambda x, mask: self.ls2(self.mlp(self.norm2(x))), pack=False)
         return x
 
     def _add(self, x_list, branch, pack=True):
@@ -121,9 +132,19 @@ class NestedTensorBlock(nn.Module):
         else:
             residuals = [branch(parts[0], None)]
         return [
-            x.index_add(0, rows, residual, alpha=len(x) / len(rows))
+            x.index_add(0, rows, residual.to(x.dtype), alpha=len(x) / len(rows))
             for x, rows, residual in zip(x_list, kept, residuals, strict=True)
         ]
+
+
+class NestedTensorBlock(Block):
+    """Takes a list of batches, too."""
+
+    def forward(self, x_or_x_list):
+        if isinstance(x_or_x_list, list):
+            x_list = self._add(x_or_x_list, lambda x, mask: self.ls1(self.attn(self.norm1(x), attn_bias=mask)))
+            return self._add(x_list, lambda x, mask: self.ls2(self.mlp(self.norm2(x))))
+        return super().forward(x_or_x_list)
 
 
 class PatchEmbed(nn.Module):

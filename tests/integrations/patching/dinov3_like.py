@@ -97,40 +97,53 @@ class SwiGLUFFN(nn.Module):
         return self.w3(nn.functional.silu(self.w1(x)) * self.w2(x))
 
 
+class LayerScale(nn.Module):
+    def __init__(self, dim, init_values):
+        super().__init__()
+        self.inplace = False
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
 class SelfAttentionBlock(nn.Module):
     """Takes a batch, or a list of batches; while it trains, each branch is computed for a part of the images."""
 
-    def __init__(self, dim, num_heads, drop_path=0.0, **options):
+    def __init__(self, dim, num_heads, drop_path=0.0, init_values=None, **options):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim, num_heads, **options)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = SwiGLUFFN(dim, 2 * dim)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.sample_drop_ratio = drop_path
 
     def forward(self, x_or_x_list, rope_or_rope_list=None):
         if isinstance(x_or_x_list, Tensor):
             return self([x_or_x_list], [rope_or_rope_list])[0]
+        x_list, ropes = x_or_x_list, rope_or_rope_list or [None] * len(x_or_x_list)
         if not (self.training and self.sample_drop_ratio):
-            pairs = zip(x_or_x_list, rope_or_rope_list, strict=True)
-            attended = [x + self.attn(self.norm1(x), rope=rope) for x, rope in pairs]
-            return [x + self.mlp(self.norm2(x)) for x in attended]
-        kept = self._drawn(x_or_x_list)
+            x_list = [x + self.ls1(self.attn(self.norm1(x), rope=rope)) for x, rope in zip(x_list, ropes, strict=True)]
+            return [x + self.ls2(self.mlp(self.norm2(x))) for x in x_list]
+        kept, parts = self._parts(x_list)
         ropes = [
-            tuple(part[rows] if part.ndim == 4 else part for part in rope)
-            for rope, rows in zip(rope_or_rope_list, kept, strict=True)
+            rope and tuple(part[rows] if part.ndim == 4 else part for part in rope)
+            for rope, rows in zip(ropes, kept, strict=True)
         ]
-        parts = [self.norm1(x[rows]) for x, rows in zip(x_or_x_list, kept, strict=True)]
-        x_list = self._added(x_or_x_list, kept, self.attn.forward_list(parts, rope_list=ropes))
-        kept = self._drawn(x_list)
-        parts = [self.norm2(x[rows]) for x, rows in zip(x_list, kept, strict=True)]
-        return self._added(x_list, kept, [self.mlp(part) for part in parts])
+        attended = self.attn.forward_list([self.norm1(part) for part in parts], rope_list=ropes)
+        x_list = self._added(x_list, kept, [self.ls1(residual) for residual in attended])
+        kept, parts = self._parts(x_list)
+        return self._added(x_list, kept, [self.ls2(self.mlp(self.norm2(part))) for part in parts])
 
-    def _drawn(self, x_list):
+    def _parts(self, x_list):
         share = 1 - self.sample_drop_ratio
-        return [torch.randperm(len(x))[: max(int(len(x) * share), 1)] for x in x_list]
+        kept = [torch.randperm(len(x))[: max(int(len(x) * share), 1)] for x in x_list]
+        return kept, [x[rows] for x, rows in zip(x_list, kept, strict=True)]
 
-    def _added(self, x_list, kept, residuals):
+    @staticmethod
+    def _added(x_list, kept, residuals):
         return [
             x.index_add(0, rows, residual, alpha=len(x) / len(rows))
             for x, rows, residual in zip(x_list, kept, residuals, strict=True)

@@ -35,7 +35,7 @@ from vitreg_kernels.integrations.patching.method import fused_method
 from vitreg_kernels.measure.accuracy import same_bits
 
 timm = pytest.importorskip("timm")
-from timm.layers import DropPath, LayerNormFp32, RmsNorm  # noqa: E402  (importable only where timm is)
+from timm.layers import Attention, DropPath, LayerNormFp32, RmsNorm  # noqa: E402  (importable only where timm is)
 from timm.models.eva import EvaBlock  # noqa: E402
 from timm.models.vision_transformer import Block  # noqa: E402
 
@@ -328,6 +328,17 @@ class TokenDropPath(DropPath):
     """Drops what it likes."""
 
 
+class Unknown(nn.Module):
+    """A block of timm's model that somebody wrote."""
+
+    def __init__(self, dim: int, num_heads: int, **options: object) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(dim), Attention(dim, num_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(self.norm(x))
+
+
 class Overriding(Block):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         return super().forward(x)
@@ -385,12 +396,10 @@ def test_blocks_of_older_releases_are_left_alone(monkeypatch):
 
 
 def test_unknown_blocks_are_reported():
-    models = pytest.importorskip("torchvision.models")
-    sizes = {"num_layers": 2, "num_heads": HEADS, "hidden_dim": DIM, "mlp_dim": 2 * DIM, "num_classes": 10}
-    model = models.VisionTransformer(32, 8, **sizes)
+    model = vit(block_fn=Unknown)
     report = patch(model, **FUSED)
-    assert [each.reason for each in report.left] == 2 * ["not a block known here"]
-    assert [each.cls for each in report.patched] == 2 * ["MultiheadAttention"]
+    assert [(each.cls, each.reason) for each in report.left] == 2 * [("Unknown", "not a block known here")]
+    assert [each.cls for each in report.patched] == 2 * ["Attention"]
     assert not patch(model).left
 
 

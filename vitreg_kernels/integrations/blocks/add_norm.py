@@ -16,6 +16,9 @@ LEAVES = (
 )
 
 
+_NORMS = ("norm2", "layernorm_after", "layer_norm2", "ln_2")  # what the norm behind attention is called
+
+
 class AddNorm(NamedTuple):
     """``x + drop_path(layer_scale(branch))`` and its LayerNorm.
 
@@ -26,7 +29,7 @@ class AddNorm(NamedTuple):
     backend: str | None = None
 
     def __call__(
-        self, x: Tensor, branch: Tensor, scale: Tensor | None, drop_path: nn.Module, norm: nn.LayerNorm
+        self, x: Tensor, branch: Tensor, scale: Tensor | None, drop_path: nn.Module | None, norm: nn.LayerNorm
     ) -> tuple[Tensor, Tensor]:
         """The stream with the branch added, and its norm.
 
@@ -34,7 +37,7 @@ class AddNorm(NamedTuple):
             x: ``[B, N, C]``, the stream.
             branch: ``[B, N, C]``.
             scale: ``[C]``, LayerScale's factors, or ``None``.
-            drop_path: what ``can_drop`` says yes to.
+            drop_path: what ``can_drop`` says yes to, or ``None``.
             norm: what ``can_norm`` says yes to.
         """
         # Under autocast a branch in bf16 has a scale in fp32: the block then adds, and draws, in the wider dtype, while
@@ -56,7 +59,9 @@ class AddNorm(NamedTuple):
 def can_norm(norm: nn.Module) -> bool:
     """Whether a module does what torch's LayerNorm over channels does, to one tensor, and nobody looks."""
     known = (
-        isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm" and _package(norm) in ("torch", "timm")
+        isinstance(norm, nn.LayerNorm)
+        and type(norm).__name__ == "LayerNorm"
+        and _package(norm) in ("torch", "timm", "open_clip")
     )
     return known and norm.weight is not None and len(norm.normalized_shape) == 1 and untouched(norm)
 
@@ -67,21 +72,28 @@ def can_drop(drop_path: nn.Module) -> bool:
     return (named or type(drop_path) is nn.Identity) and untouched(drop_path)
 
 
-def against(norm: nn.Module, drop_path: nn.Module) -> str:
-    """Why the add behind attention and its norm cannot be fused, in a few words; empty if they can."""
-    if not can_norm(norm):
-        return f"its norm2 is a {type(norm).__name__} or hooked, and a plain LayerNorm alone is fused"
-    if not can_drop(drop_path):
+def norm_of(block: nn.Module) -> nn.Module:
+    """The norm behind the attention of a block of any class known here."""
+    return next(getattr(block, name) for name in _NORMS if hasattr(block, name))
+
+
+def against(block: nn.Module, drop_path: nn.Module | None = None) -> str:
+    """Why the add behind a block's attention and its norm cannot be fused, in a few words; empty if they can."""
+    name = next(name for name in _NORMS if hasattr(block, name))
+    if not can_norm(norm := getattr(block, name)):
+        return f"its {name} is a {type(norm).__name__} or hooked, and a plain LayerNorm alone is fused"
+    if drop_path is not None and not can_drop(drop_path):
         return f"its stochastic depth is a {type(drop_path).__name__} or hooked, and a plain DropPath alone is fused"
     return ""
 
 
-def scaled(scale: nn.Module, branch: Tensor) -> tuple[Tensor, Tensor | None]:
+def scaled(scale: nn.Module, branch: Tensor, block: nn.Module) -> tuple[Tensor, Tensor | None]:
     """A branch and the factors that are still to be applied to it, if a module is LayerScale and nobody looks.
 
-    Whatever else the module is, it is called.
+    Whatever else the module is, it is called. A LayerScale is timm's, transformers' or of the block's own package.
     """
-    named = type(scale).__name__.endswith("LayerScale") and _package(scale) in ("timm", "transformers")
+    known = ("timm", "transformers", _package(block))
+    named = type(scale).__name__.endswith("LayerScale") and _package(scale) in known
     if named and not getattr(scale, "inplace", False) and untouched(scale):
         return branch, next(scale.parameters())
     return scale(branch), None
@@ -94,6 +106,6 @@ def _package(module: nn.Module) -> str:
 
 def _drawn(drop_path: nn.Module, branch: Tensor, dtype: torch.dtype) -> Tensor | None:
     """``[B]``, each image's factor, as the module itself draws it in a dtype; None where it drops nothing."""
-    if type(drop_path) is nn.Identity or not drop_path.training:
+    if drop_path is None or type(drop_path) is nn.Identity or not drop_path.training:
         return None
     return drop_path(branch.new_ones(branch.shape[0], 1, 1, dtype=dtype)).view(-1)

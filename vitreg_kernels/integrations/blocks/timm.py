@@ -14,10 +14,10 @@ def block(
     module: nn.Module, add_norm: AddNorm, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     """``Block.forward``."""
-    if against(module.norm2, module.drop_path1):  # by what has come since it was patched
+    if against(module, module.drop_path1):  # by what has come since it was patched
         return type(module).forward(module, x, attn_mask=attn_mask, is_causal=is_causal)
     branch = module.attn(module.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-    x, normalized = add_norm(x, *scaled(module.ls1, branch), module.drop_path1, module.norm2)
+    x, normalized = add_norm(x, *scaled(module.ls1, branch, module), module.drop_path1, module.norm2)
     return x + module.drop_path2(module.ls2(module.mlp(normalized)))
 
 
@@ -30,7 +30,7 @@ def eva_block(
     is_causal: bool = False,
 ) -> Tensor:
     """``EvaBlock.forward``."""
-    if against(module.norm2, module.drop_path1):  # by what has come since it was patched
+    if against(module, module.drop_path1):  # by what has come since it was patched
         return type(module).forward(module, x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
     branch = module.attn(module.norm1(x), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
     x, normalized = add_norm(x, branch, module.gamma_1, module.drop_path1, module.norm2)
@@ -43,7 +43,7 @@ def eva_block(
 def _refuses(module: nn.Module) -> str:
     if "is_causal" not in inspect.signature(type(module).forward).parameters:  # nor does the attention in it
         return "its forward takes no is_causal in this version"
-    return against(module.norm2, module.drop_path1)
+    return against(module, module.drop_path1)
 
 
 _PARTS = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")

@@ -20,7 +20,7 @@ from ...ops.residual_norm import backends as norm_backends
 from ...ops.residual_norm import features as norm_features
 from ...ops.residual_norm.validation import validated
 from ..attention.attend import Attend
-from ..blocks.add_norm import AddNorm
+from ..blocks.add_norm import AddNorm, norm_of
 from ..kind import Heads, Kind
 from ..libraries import LIBRARIES
 from ..residual_stream import modules_in_blocks, streams_of
@@ -157,11 +157,9 @@ def _norm_backend(module: nn.Module, backend: str | None) -> str:
     device, dtype = _where(module)
     if device.type == "meta":
         return ""
-    weight = module.norm2.weight
-    x = torch.empty(1, _PATCHES, weight.shape[0], dtype=dtype, device=device)
-    inputs = validated(
-        x, x, layer_scale=None, drop_path=None, weight=weight, bias=module.norm2.bias, eps=1e-6, rms=False
-    )
+    norm = norm_of(module)
+    x = torch.empty(1, _PATCHES, norm.weight.shape[0], dtype=dtype, device=device)
+    inputs = validated(x, x, layer_scale=None, drop_path=None, weight=norm.weight, bias=norm.bias, eps=1e-6, rms=False)
     taken = explain(norm_backends.BACKENDS, norm_features.request_of(inputs), backend)
     if taken.backend is None:
         raise UnsupportedError(str(taken))
