@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,9 @@ ARCHITECTURES = (80, 90, 100)
 # The triton that `make` installs beside torch. Machine code differs from triton to triton, so what matters most is
 # compiled by others too (`Budgets.tritons`).
 MAIN_TRITON = {"3.7.1": ARCHITECTURES}
+
+# What tests without a budget compile for: by another triton, sm_90 alone.
+COMPILED_FOR = MAIN_TRITON.get(triton.__version__, (90,))
 
 # Shared memory a block can opt in to: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -37,7 +40,8 @@ class Budgets:
         name: of the file beside this one, which holds rows
             ``{"triton 3.7.1": {"sm_80": {"C=384": {"_a_kernel": {"registers": 64}}}}}``.
         symbol: what a size is called there.
-        sizes: that are compiled, for every architecture.
+        sizes: that are compiled for sm_90.
+        elsewhere: those of them that are compiled for every other architecture: of what can differ, the extremes.
         kernels: by name, what an architecture and a size launch.
         tritons: architectures by the version that compiles for them.
         grants_spills: whether a row may hold a spill that is there now; else none does.
@@ -46,6 +50,7 @@ class Budgets:
     name: str
     symbol: str
     sizes: tuple[int, ...]
+    elsewhere: tuple[int, ...]
     kernels: Callable[[int, int], dict[str, tuple[Launch, Resources]]]
     tritons: dict[str, tuple[int, ...]] = field(default_factory=lambda: MAIN_TRITON)
     grants_spills: bool = False
@@ -55,12 +60,19 @@ class Budgets:
         """Those that the running triton compiles for."""
         return self.tritons.get(triton.__version__, ())
 
+    def sizes_on(self, arch: int) -> tuple[int, ...]:
+        """Those that are compiled for an architecture."""
+        return self.sizes if arch == 90 else self.elsewhere
+
+    @property
+    def cases(self) -> list[tuple[int, int]]:
+        """Architectures and sizes, all that the running triton compiles."""
+        return [(arch, size) for arch in self.architectures for size in self.sizes_on(arch)]
+
     @property
     def every_case(self) -> pytest.MarkDecorator:
         """A test of an architecture ``arch`` and a ``size``, for all there are."""
-        return pytest.mark.parametrize(
-            ("arch", "size"), [(arch, size) for arch in self.architectures for size in self.sizes]
-        )
+        return pytest.mark.parametrize(("arch", "size"), self.cases)
 
     @property
     def path(self) -> Path:
@@ -77,10 +89,11 @@ class Budgets:
 
     def check_sizes(self) -> None:
         """Fails the test where the file holds anything but what is compiled."""
-        sizes = [f"{self.symbol}={size}" for size in self.sizes]
         found = {name: {arch: list(rows) for arch, rows in of.items()} for name, of in self.read().items()}
         assert found == {
-            f"triton {version}": {f"sm_{arch}": sizes for arch in architectures}
+            f"triton {version}": {
+                f"sm_{arch}": [f"{self.symbol}={size}" for size in self.sizes_on(arch)] for arch in architectures
+            }
             for version, architectures in self.tritons.items()
         }
 
@@ -109,7 +122,7 @@ class Budgets:
                     }
                     for name, used in self._measured(arch, size).items()
                 }
-                for size in self.sizes
+                for size in self.sizes_on(arch)
             }
             for arch in self.architectures
         }
@@ -120,6 +133,11 @@ class Budgets:
             name: {"registers": used.registers, "spill_bytes": used.spill_bytes, "shared_bytes": used.shared_bytes}
             for name, (_, used) in self.kernels(arch, size).items()
         }
+
+
+def every_variant(variants: Iterable[tuple[int, str]]) -> pytest.MarkDecorator:
+    """A test of an architecture ``arch`` and the name ``variant`` of what is compiled for it."""
+    return pytest.mark.parametrize(("arch", "variant"), [named for named in variants if named[0] in COMPILED_FOR])
 
 
 def violations(used: dict[str, Row], budget: dict[str, Row]) -> list[str]:

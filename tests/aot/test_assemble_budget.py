@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from budgets import ARCHITECTURES, Budgets, beyond_hardware
+from budgets import COMPILED_FOR, Budgets, beyond_hardware, every_variant
 
 from vitreg_kernels._triton.launch import Launch
 from vitreg_kernels._triton.offline import Resources, compile_launch
@@ -41,7 +41,7 @@ def budgeted(arch: int, channels: int) -> dict[str, tuple[Launch, Resources]]:
     return {launch.kernel.__name__: (launch, compile_launch(launch, arch)) for launch in found}
 
 
-BUDGETS = Budgets("assemble_budgets.json", "C", (384, 768, 1024, 1536), budgeted)
+BUDGETS = Budgets("assemble_budgets.json", "C", (384, 768, 1024, 1536), (384, 1536), budgeted)
 
 
 @BUDGETS.every_case
@@ -59,7 +59,7 @@ def accesses(used: Resources) -> dict[str, list[str]]:
     return {name: re.findall(rf"\b{name}\.E(\S*)", used.sass) for name in ("LDG", "STG")}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", COMPILED_FOR)
 @pytest.mark.parametrize("along_patches", [True, False], ids=["convolution", "contiguous"])
 def test_tiles_are_read_and_written_16_bytes_at_a_time(arch: int, along_patches: bool) -> None:
     """Whichever way the patches lie; a convolution's tile is turned in shared memory, once.
@@ -77,7 +77,7 @@ def test_tiles_are_read_and_written_16_bytes_at_a_time(arch: int, along_patches:
     assert used.shared_bytes == (2 * 32 * 128 if along_patches else 0)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", COMPILED_FOR)
 def test_the_backward_reads_16_bytes_at_a_time(arch: int) -> None:
     launch, used = budgeted(arch, 384)["_assemble_bwd_kernel"]
     of_tile = launch.constants["IMAGES"] * launch.constants["BLOCK_C"] // (32 * launch.num_warps * 8)
@@ -99,7 +99,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(("arch", "variant"), VARIANTS)
+@every_variant(VARIANTS)
 def test_variants_fit_the_hardware_and_do_not_spill(arch: int, variant: str) -> None:
     for launch in launches(VARIANTS[arch, variant]()):
         used = compile_launch(launch, arch)

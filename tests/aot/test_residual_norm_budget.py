@@ -9,9 +9,8 @@ import re
 from functools import cache
 from typing import Any
 
-import pytest
 import torch
-from budgets import Budgets, beyond_hardware
+from budgets import Budgets, beyond_hardware, every_variant
 
 from vitreg_kernels._triton.launch import Launch
 from vitreg_kernels._triton.offline import Resources, compile_launch
@@ -39,7 +38,7 @@ def budgeted(arch: int, channels: int) -> dict[str, tuple[Launch, Resources]]:
     return {launch.kernel.__name__: (launch, compile_launch(launch, arch)) for launch in found}
 
 
-BUDGETS = Budgets("residual_norm_budgets.json", "C", (384, 768, 1024, 1536), budgeted)
+BUDGETS = Budgets("residual_norm_budgets.json", "C", (384, 768, 1024, 1536), (384, 1536), budgeted)
 
 
 @BUDGETS.every_case
@@ -78,7 +77,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(("arch", "variant"), VARIANTS)
+@every_variant(VARIANTS)
 def test_variants_fit_the_hardware_and_do_not_spill(arch: int, variant: str) -> None:
     for launch in launches(VARIANTS[arch, variant]()):
         used = compile_launch(launch, arch)

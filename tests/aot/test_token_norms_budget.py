@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from budgets import ARCHITECTURES, Budgets, beyond_hardware
+from budgets import COMPILED_FOR, Budgets, beyond_hardware, every_variant
 
 from vitreg_kernels import TokenLayout
 from vitreg_kernels._triton.launch import Launch
@@ -34,7 +34,7 @@ def budgeted(arch: int, channels: int) -> dict[str, tuple[Launch, Resources]]:
     return {launch.kernel.__name__: (launch, compile_launch(launch, arch)) for launch in found}
 
 
-BUDGETS = Budgets("token_norms_budgets.json", "C", (384, 768, 1024, 1536), budgeted)
+BUDGETS = Budgets("token_norms_budgets.json", "C", (384, 768, 1024, 1536), (384, 1536), budgeted)
 
 
 @BUDGETS.every_case
@@ -55,7 +55,7 @@ def test_tokens_are_read_once_16_bytes_at_a_time(arch: int, size: int) -> None:
     assert len(re.findall(r"\bLDG\.E\.128", used.sass)) == used.instructions["LDG"] == wide
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", COMPILED_FOR)
 def test_counting_waits_for_no_counter_and_adds_no_floats_atomically(arch: int) -> None:
     """A reduction (RED) leaves without an answer; an atomic (ATOM) is waited for. All here add 64-bit integers."""
     _, used = budgeted(arch, 384)["_count_norms_kernel"]
@@ -77,7 +77,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(("arch", "variant"), VARIANTS)
+@every_variant(VARIANTS)
 def test_variants_fit_the_hardware_and_do_not_spill(arch: int, variant: str) -> None:
     for launch in VARIANTS[arch, variant]():
         used = compile_launch(launch, arch)

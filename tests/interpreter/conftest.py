@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -43,3 +45,33 @@ def _arithmetic_of_a_gpu() -> Iterator[None]:
         patch.setattr(InterpreterBuilder, "create_fma", create_fma)
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _language_stays_replaced() -> Iterator[None]:
+    """The functions of triton.language are replaced by the interpreter's once, and put back at the end.
+
+    It would do so at every call of a jit function, within kernels too, which takes longer than a small kernel itself.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    replace, replaced, scopes = interpreter._patch_lang, set(), []
+
+    @cache
+    def languages(function: Callable[..., Any]) -> frozenset[Any]:
+        """As the function may call them: the module and that of its core."""
+        modules = filter(inspect.ismodule, function.__globals__.values())
+        return frozenset(module for module in modules if module in (language, language.core))
+
+    def replace_once(function: Callable[..., Any]) -> interpreter._LangPatchScope:
+        if not languages(function) <= replaced:
+            scopes.append(replace(function))
+            replaced.update(languages(function))
+        return interpreter._LangPatchScope()  # of nothing, so that nothing is put back
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        yield
+    for scope in reversed(scopes):
+        scope.restore()
