@@ -26,7 +26,7 @@ from torch import Tensor
 from .draws import Drawn, PatchTokens
 from .findings import Probe
 
-# From maps that hardly look at the tokens, to ones that fit whatever a few hundred standardised features can.
+# From maps that hardly look at the tokens, to ones that fit whatever they can, of standardised features.
 CLASSIFICATION_STRENGTHS = np.logspace(-4, 0, 5)
 PIXEL_PENALTIES = np.logspace(6, -6, 7)
 # Of the splits inside a training set that choose between them.
@@ -110,7 +110,7 @@ def position(patches: PatchTokens, *, folds: int = 5, seed: int = 0) -> list[Pro
     """
     _check_folds(folds)
     images = patches.image.numpy()
-    (rows, columns) = Counter(patches.grids).most_common(1)[0][0] if patches.grids else (0, 0)
+    rows, columns = Counter(patches.grids).most_common(1)[0][0] if patches.grids else (0, 0)
     kept = np.array([grid == (rows, columns) for grid in patches.grids], dtype=bool)[images]
     images, target = images[kept], (patches.row * columns + patches.column).numpy()[kept]
     outlier = patches.outlier.numpy()[kept]
@@ -134,28 +134,17 @@ def position(patches: PatchTokens, *, folds: int = 5, seed: int = 0) -> list[Pro
     elsewhere = f"; {others} images of other grids are left out" if others else ""
     found = []
     for kind, of_kind in zip(KINDS, (~outlier, outlier), strict=True):
-        for metric, each, chance, which in (
+        count = int(of_kind.sum())
+        for metric, reached, constant, which in (
             ("top-1", target == guess, target == likeliest, "the most frequent position"),
             ("mean distance", apart[target, guess], apart[target, nearest], "the best single position"),
         ):
-            if not of_kind.any():
+            if not count:
                 found.append(_not_measured("position", kind, metric, "no such patch"))
                 continue
-            score, standard_error = _mean(each[of_kind], images[of_kind])
-            note = f"chance: always {which}{elsewhere}"
-            found.append(
-                Probe(
-                    "position",
-                    kind,
-                    metric,
-                    score,
-                    None,
-                    float(chance[of_kind].mean()),
-                    int(of_kind.sum()),
-                    note,
-                    standard_error,
-                )
-            )
+            score, standard_error = _mean(reached[of_kind], images[of_kind])
+            chance, note = float(constant[of_kind].mean()), f"chance: always {which}{elsewhere}"
+            found.append(Probe("position", kind, metric, score, None, chance, count, note, standard_error))
     return found
 
 
