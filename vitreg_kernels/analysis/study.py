@@ -239,9 +239,10 @@ def probed(
     enough = count >= _FEWEST_IMAGES
     if labels is None and not enough:
         return []
-    generator = torch.Generator().manual_seed(options.seed)
     kinds = [*prefix_names(study.layout), "normal", "outlier"]
     drawn: dict[str, list[Drawn]] = {kind: [] for kind in kinds}
+    # One for each kind, so that what is drawn of it does not depend on the size of batches.
+    draw = {kind: torch.Generator().manual_seed(options.seed) for kind in [*kinds, "any"]}
     patches: list[PatchTokens] = []
     device = next(model.parameters()).device
     for batch, outlier in zip(images.batches(options.batch), study.outlier_maps(), strict=True):
@@ -253,14 +254,25 @@ def probed(
             valid=batch.valid,
         )
         tokens = recording.features[study.layer, "tokens"]
-        draw = {"generator": generator, "valid": batch.valid}
         if labels is not None:
             for kind in kinds:
-                drawn[kind].append(draw_tokens(tokens, kind, outlier, study.layout, **draw))
+                drawn[kind].append(
+                    draw_tokens(tokens, kind, outlier, study.layout, generator=draw[kind], valid=batch.valid)
+                )
         if enough:
-            seen = torch.stack([image.pixels for image in batch.images])
             most = max(1, _MOST_PATCHES // count)
-            patches.append(draw_patches(tokens, seen, outlier, study.layout, batch.grid, per_image=most, **draw))
+            patches.append(
+                draw_patches(
+                    tokens,
+                    batch.pixels,
+                    outlier,
+                    study.layout,
+                    batch.grid,
+                    generator=draw["any"],
+                    per_image=most,
+                    valid=batch.valid,
+                )
+            )
     found = [] if labels is None else classify([Drawn.join(drawn[kind]) for kind in kinds], labels, seed=options.seed)
     if enough:
         together = PatchTokens.join(patches)
