@@ -1,8 +1,9 @@
 """DINOv3's ``SelfAttention``, and other packages' copies of it (lightly-train).
 
 Its ``forward`` and ``forward_list`` stay: both call ``compute_attention``, the latter once for each size of crop. One
-call for all sizes would need the rotation of every image written out, and a backend that reads where the images begin
-without waiting for a GPU, which DINOv3's compiled blocks insist on and which is not the default on every GPU.
+packed call for all sizes, with the rotation of every image written out, spares a CPU a copy of the gradients and is
+somewhat faster there. But most backends must read on the host where the images begin, which waits for a GPU and which
+a compiled graph cannot do, and DINOv3 compiles its blocks whole.
 """
 
 from __future__ import annotations

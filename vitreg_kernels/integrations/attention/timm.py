@@ -112,7 +112,9 @@ def naflex_embeds(
     """``NaFlexVit._forward_embeds``, whose mask tells the attention patched here that it is one of padding.
 
     That takes the key-padding mask ``[B, 1, 1, N]`` which the additive one carries; everything else takes this as ever.
-    A padded token, which nobody attends to, then attends to the valid ones instead of to all alike.
+    A padded token, which nobody attends to, then attends to the valid ones instead of to all alike; timm's poolings
+    leave it out. A pack of the valid tokens alone is not made: to count them on the host waits for a GPU and breaks a
+    compiled graph, and a block gains little, whose linear layers compute the padding in any case.
     """
     embedded = type(module)._forward_embeds(module, x, patch_coord, patch_valid, attn_mask)
     if attn_mask is None and embedded["attn_mask"] is not None:
