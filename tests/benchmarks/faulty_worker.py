@@ -1,7 +1,7 @@
 """The worker of a GPU run in whose stages something breaks: run as ``faulty_worker.py FAULTS ARGUMENTS``.
 
 FAULTS is JSON, a fault by stage: ``hang``, ``die``, or ``lose`` the GPU. It strikes in the first piece of the stage;
-of the smoke test in the memory checker, without which all is timed; of "process" before any stage.
+of the smoke test in the memory checker, without which all is timed; of "process" before any stage, and before torch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-
-from benchmarks.gpu import memcheck, pieces, stage, worker
 
 _gone: list[str] = []
 
@@ -31,6 +29,8 @@ def strike(fault: str) -> None:
 def main(faults: dict[str, str], arguments: list[str]) -> int:
     if "process" in faults:
         strike(faults["process"])
+    from benchmarks.gpu import memcheck, pieces, stage, worker  # and torch, which takes seconds
+
     begun = pieces.begun
 
     @contextmanager

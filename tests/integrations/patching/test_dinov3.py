@@ -232,11 +232,10 @@ def test_a_block_compiles_without_a_break(dynamo):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("backend", [None, "sdpa"])
-def test_a_list_of_crops_compiles_without_a_break(backend, dynamo):
-    """With whichever backend: most cannot read in a compiled graph where the images of a pack begin."""
+def test_a_list_of_crops_compiles_without_a_break(dynamo):
+    """By a backend that could not read in a compiled graph where the images of a pack begin."""
     module = block(drop_path=0.5).train()
-    patch(module, num_prefix_tokens=PREFIX, backend=backend)
+    patch(module, num_prefix_tokens=PREFIX, backend="sdpa")
     inputs = crops(), ropes_of_crops(dtype=torch.bfloat16)
     found = []
     for model in (module, torch.compile(module, fullgraph=True, backend="eager")):
