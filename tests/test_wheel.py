@@ -68,7 +68,7 @@ def test_it_holds_the_package_and_nothing_else(wheel):
     sources = {path.relative_to(ROOT).as_posix() for path in files}
     assert sources <= held
     assert {name.partition("/")[0] for name in held} == {"vitreg_kernels"}
-    assert all(name.endswith((".py", ".json", "py.typed")) for name in held)
+    assert all(name.endswith((".py", ".json", "py.typed", ".html", ".css", ".js")) for name in held)
 
 
 def test_whatever_measures_is_in_it(installed, tmp_path):
