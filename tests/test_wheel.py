@@ -66,7 +66,9 @@ def test_it_holds_the_package_and_nothing_else(wheel):
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "vitreg_kernels").rglob("*.py")}
     assert sources <= held
     assert {name.partition("/")[0] for name in held} == {"vitreg_kernels"}
-    assert all(name.endswith((".py", ".json", "py.typed")) for name in held)
+    templates = {name for name in held if name.startswith("vitreg_kernels/analysis/page/templates/")}
+    assert {Path(name).suffix for name in templates} == {".html", ".css", ".js"}
+    assert all(name.endswith((".py", ".json", "py.typed")) for name in held - templates)
 
 
 def test_whatever_measures_is_in_it(installed, tmp_path):
