@@ -63,7 +63,9 @@ def installed(wheel, tmp_path_factory) -> Path:
 def test_it_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         held = {name for name in file.namelist() if ".dist-info/" not in name}
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "vitreg_kernels").rglob("*.py")}
+    package = ROOT / "vitreg_kernels"
+    files = [*package.rglob("*.py"), *(package / "analysis").glob("*.json")]
+    sources = {path.relative_to(ROOT).as_posix() for path in files}
     assert sources <= held
     assert {name.partition("/")[0] for name in held} == {"vitreg_kernels"}
     templates = {name for name in held if name.startswith("vitreg_kernels/analysis/page/templates/")}
