@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import functional
 from ._version import __version__
 from .dispatch import Explanation
 from .errors import UnsupportedError
-from .integrations import Captured, PatchReport, capture, load_vit, patch, patched, unpatch
 from .layout import TokenLayout
-from .monitor import NormReport, TokenNormMonitor
 from .nn import RegisterAttention, RegisterBlock, RegisterTokens, RegisterViT, ViTConfig
 from .ops.attention.api import explain
 from .ops.attention.types import AttentionOutputs, Rope
 from .ops.token_norms.types import NormDistribution, TokenNormStats
 
 if TYPE_CHECKING:
+    from .integrations import Captured, PatchReport, capture, load_vit, patch, patched, unpatch
     from .measure.calibrate import Calibration, calibrate
+    from .monitor import NormReport, TokenNormMonitor
 
 __all__ = [
     "AttentionOutputs",
@@ -49,10 +50,22 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """What measures is imported when it is first asked for: training needs none of it."""
-    if name in ("Calibration", "calibrate"):
-        from .measure import calibrate
+# What the modules and functions do without is imported when it is first asked for.
+_LATER = {
+    "integrations": ("Captured", "PatchReport", "capture", "load_vit", "patch", "patched", "unpatch"),
+    "measure.calibrate": ("Calibration", "calibrate"),
+    "monitor": ("NormReport", "TokenNormMonitor"),
+}
 
-        return getattr(calibrate, name)
+
+def __getattr__(name: str) -> Any:
+    if name in ("integrations", "monitor"):
+        return import_module(f".{name}", __name__)
+    for room, names in _LATER.items():
+        if name in names:
+            return getattr(import_module(f".{room}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
