@@ -134,6 +134,14 @@ def test_a_run_that_was_cut_goes_on_to_the_same_files(tmp_path, folder, monkeypa
         assert (again.page.parent / name).read_bytes() == (whole.page.parent / name).read_bytes(), name
 
 
+def test_parts_of_images_that_changed_are_not_taken(tmp_path, folder):
+    path = saved(vit(), tmp_path / "small.pt")
+    before = analyze(options(tmp_path, folder, path))
+    Image.fromarray(np.full((40, 56, 3), 200, np.uint8)).save(folder / "a" / "0.png")
+    after = analyze(options(tmp_path, folder, path, resume=True))
+    assert before.report.findings[0].norms != after.report.findings[0].norms
+
+
 def test_parts_of_other_weights_or_options_are_not_taken(tmp_path, folder):
     path = tmp_path / "small.pt"
     analyze(options(tmp_path, folder, saved(vit(0), path)))
@@ -216,7 +224,7 @@ def test_the_history_of_a_run(tmp_path, folder):
 
 def test_annotations(tmp_path, folder):
     """In pixels on disk, and drawn where the model sees them."""
-    boxes = {"boxes": {"0": [{"box": [8, 0, 48, 40]}]}}
+    boxes = {"boxes": {"0": [{"box": [8, 0, 48, 40]}, {"box": [0, 0, 7, 40]}]}}  # the latter is cropped away
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     path = saved(vit(), tmp_path / "small.pt")
     done = analyze(options(tmp_path, folder, path, annotations=tmp_path / "boxes.json", boxes=("official",)))
@@ -242,6 +250,7 @@ def test_the_command(tmp_path, folder, capsys):
         (["--size", "33"], "size=33 must be a multiple of the patch size 8"),
         (["--device", "abacus"], "cannot analyze on device 'abacus'"),
         (["--history", "none.csv"], "none.csv"),
+        (["--images", "nowhere"], "there is no file or folder nowhere"),
     ):
         capsys.readouterr()
         assert main([*asked, *wrong]) == 2

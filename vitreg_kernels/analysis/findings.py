@@ -188,7 +188,7 @@ class Repair:
 
 @dataclass
 class Box:
-    """A box found on one image, in pixels of the image as it is on disk: left, top, right, bottom; None if none."""
+    """A box found on one image, in pixels of the upright image on disk: left, top, right, bottom; None if none."""
 
     method: str
     box: tuple[int, int, int, int] | None

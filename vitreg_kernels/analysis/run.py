@@ -85,15 +85,14 @@ def analyze(options: Options, *, say: Say = lambda line: None, progress: bool = 
     notes: list[str] = []
     for name, spec in zip(names, options.models, strict=True):
         try:
-            one = subject(spec)._replace(name=name)
-        except (ValueError, ConnectionError, ModuleNotFoundError, OSError) as error:
+            model = _Model(subject(spec)._replace(name=name), options, source, data, progress)
+            for findings in model.all():
+                found.append(findings)
+                say(f"{findings.name}: {findings.verdict}")
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
             failed[spec] = str(error)
             say(f"{name}: left out: {error}")
             continue
-        model = _Model(one, options, source, data, say, progress)
-        for findings in model.all():
-            found.append(findings)
-            say(f"{findings.name}: {findings.verdict}")
         skipped |= model.images.skipped
         notes += model.notes
     if not found:
@@ -107,8 +106,8 @@ def analyze(options: Options, *, say: Say = lambda line: None, progress: bool = 
 class _Model:
     """One model on all images: as it is, and with a test-time register."""
 
-    def __init__(self, one: Subject, options: Options, source: Any, data: Path, say: Say, progress: bool) -> None:
-        self.subject, self.options, self.data, self.say, self.progress = one, options, data, say, progress
+    def __init__(self, one: Subject, options: Options, source: Any, data: Path, progress: bool) -> None:
+        self.subject, self.options, self.data, self.progress = one, options, data, progress
         size = options.size or (_PHOTOGRAPH_SIZE if options.images is None else one.size)
         self.images = ImageFolder(
             source,
@@ -225,7 +224,7 @@ class _Model:
         truths = match(read_annotations(file), paths)
         placed = {image.path: image.placement for image in self.images}
         seen = [[placed[path].to_pixels(box) for box in boxes or ()] for path, boxes in zip(paths, truths, strict=True)]
-        return truths, seen
+        return truths, [[box for box in boxes if box[0] < box[2] and box[1] < box[3]] for boxes in seen]
 
     def _key(self, name: str) -> str:
         """What a part depends on: it is of no use to another model, images or options."""
@@ -234,8 +233,16 @@ class _Model:
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         described = {"name": name, "version": __version__, "weights": digest.hexdigest(), **self.options.in_words()}
-        described["paths"] = self.images.paths
+        described["paths"] = [(path, *_stamp(path)) for path in self.images.paths]
         return json.dumps(described, indent=1)
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    """Size and time of a file, which tell a changed one; of a bundled photograph nothing does but the version."""
+    if not os.path.exists(path):
+        return (0, 0)
+    stat = os.stat(path)
+    return (stat.st_size, stat.st_mtime_ns)
 
 
 class _Pixels:
@@ -260,7 +267,11 @@ def _without(model: nn.Module, neurons: Sequence[tuple[int, int]]) -> nn.Module:
 
 def _source(options: Options) -> Path | list[tuple[str, np.ndarray]]:
     """The images: a path, or the bundled photographs."""
-    return photographs.read() if options.images is None else options.images
+    if options.images is None:
+        return photographs.read()
+    if not options.images.exists():
+        raise FileNotFoundError(f"there is no file or folder {options.images}")
+    return options.images
 
 
 def _history(path: Path) -> History:
