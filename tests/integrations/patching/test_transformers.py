@@ -94,10 +94,14 @@ def test_same_output_and_gradients(cls, dtype):
         rows = tokens if cls == "MLCDAttention" else PATCHES
         angles = (torch.rand(rows, DIM // HEADS // 2) * 6).repeat(1, 2)
         inputs["position_embeddings"] = angles.cos(), angles.sin()
-    if cls.startswith("Eomt"):
+    of_every_pair = cls.startswith("Eomt")
+    if of_every_pair:
         inputs["attention_mask"] = torch.randn(2, HEADS, tokens, tokens)
     module = attention_of(build(cls), cls)[-1]
-    assert_same_numbers(module, torch.randn(2, tokens, DIM), converted(inputs, dtype), dtype)
+    seen = assert_same_numbers(
+        module, torch.randn(2, tokens, DIM), converted(inputs, dtype), dtype, by_its_own=of_every_pair
+    )
+    assert (seen[0].backend == "sdpa") == of_every_pair
 
 
 @pytest.mark.parametrize("cls", MODELS)
