@@ -20,8 +20,8 @@ from vitreg_kernels import dispatch, functional, patch, patched, unpatch
 from vitreg_kernels.measure.accuracy import compare, same_bits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Of gradients of a few numbers, as those of a factor a head, the largest error of a few draws is mostly luck: what fails
-# by these is judged again by many more, of this library's and of the formula's errors alike.
+# Of gradients of a few numbers, as of a factor a head, the largest error of a few draws is mostly luck: what fails by
+# these is judged again by many more, of this library's and of the formula's errors alike.
 DRAWS, MORE_DRAWS = 4, 20
 
 Crops = Tensor | list[Tensor]
