@@ -346,6 +346,7 @@ def test_what_has_no_test_time_register():
             Register(holder, [])
     unknown = DinoVisionTransformer(64, 2, 2, 16, (4, 4))
     unknown.blocks[1] = dinov2_like.NestedTensorBlock(64, 2)
+    unknown.blocks[1].mlp = nn.Identity()
     with pytest.raises(ValueError, match=r"neurons of blocks\.1 are not known: NestedTensorBlock has no MLP"):
         Register(unknown, [(1, 0)])
 
