@@ -101,6 +101,9 @@ class TestTrace:
     @pytest.mark.parametrize("size", [(64, 40)], ids=str)
     def test_any_batch_with_gradients(self, position, backend, size, tmp_path):
         model = Features(vit(position, backend))
+        for name, parameter in model.named_parameters():
+            if name.endswith(("cls_token", "register_tokens")):
+                nn.init.normal_(parameter)  # new ones are nearly 0: the norm behind them makes much of rounding
         traced = torch.jit.trace(model, torch.randn(2, 3, *size))
         traced.save(tmp_path / "model.pt")
         traced = torch.jit.load(tmp_path / "model.pt")

@@ -180,13 +180,13 @@ def test_importing_loads_no_optional_library() -> None:
 
 
 def test_importing_adds_little_to_torch(tmp_path: Path) -> None:
-    """Less than 100 ms of processor time over torch's own import: best of three processes, lest others' work count.
+    """Less than 100 ms of processor time over torch's own import: best of five processes, lest others' work count.
 
-    With byte code, as pip installs it: the first of the three writes it.
+    With byte code, as pip installs it: the first of the five writes it.
     """
     code = "import torch, time; t = time.process_time(); import vitreg_kernels; print(time.process_time() - t)"
     byte_code = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
-    assert min(float(run(code, **byte_code)) for _ in range(3)) < 0.1
+    assert min(float(run(code, **byte_code)) for _ in range(5)) < 0.1
 
 
 def run(code: str, **environment: str) -> str:
