@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 
-# What the modules and functions do without is imported when it is first asked for.
+# Imported when first asked for, by name of their subpackage: the modules and functions do not need them.
 _LATER = {
     "integrations": ("Captured", "PatchReport", "capture", "load_vit", "patch", "patched", "unpatch"),
     "measure.calibrate": ("Calibration", "calibrate"),

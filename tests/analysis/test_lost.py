@@ -257,7 +257,7 @@ def test_options_not_named_are_as_official():
         ("bias", "'bias' in 'bias' is none of these"),
         ("k_patches=3", "'k_patches=3' in"),
         ("bias=1,bias=2", "each once.*'bias=2'"),
-        ("features=keys", "one of key, query, value, tokens, not 'keys'"),
+        ("features=keys", "one of tokens, query, key, value, not 'keys'"),
         ("layer=last", "option layer of LOST must be of type int, not 'last'"),
         ("bias=much", "option bias of LOST must be of type float, not 'much'"),
         ("bias=nan", "bias of LOST must be finite"),

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .found import Found, box_around, checked
-
-FEATURES = ("key", "query", "value", "tokens")
+from .record import FEATURES
 
 # Entries of Gram matrices that are held at once: 64 MiB of fp32, half of the matrix of 5476 patches.
 _BLOCK = 2**24

@@ -72,7 +72,7 @@ class Options:
             raise ValueError("a test-time register would take padding for patches: give fit 'crop' or 'resize' with it")
         if self.labels is not None and self.images is None:
             raise ValueError("labels are of images of your own: give images, too")
-        _ = self.methods
+        _ = self.methods  # which refuses what is no way of discovery
 
     @property
     def methods(self) -> tuple[LostOptions | None, ...]:
@@ -93,10 +93,10 @@ class Options:
 
 
 def _words(value: object) -> str:
-    if isinstance(value, tuple | frozenset):
-        return ", ".join(sorted(value) if isinstance(value, frozenset) else value) or "nothing"
-    return (
-        {None: "not given", True: "yes", False: "no"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )
+    if isinstance(value, frozenset):
+        value = tuple(sorted(value))
+    if isinstance(value, tuple):
+        return ", ".join(value) or "nothing"
+    if value is None:
+        return "not given"
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)

@@ -37,7 +37,7 @@ from .record import patches_of, record
 from .registers import TestTimeRegisters, find_register_neurons
 from .repair import repairs
 from .study import Study, probed
-from .survey import Survey
+from .survey import Part, Survey, placements_of
 
 _PHOTOGRAPH_SIZE = 224
 _NEURONS = (1, 2, 5, 10, 20, 50)  # register neurons tried, until no outlier is left (arXiv 2506.08010, A.4)
@@ -167,7 +167,7 @@ class _Model:
         )
         study = Study.of(parts, layout, options)
         paths = [path for part in parts for path in part.paths]
-        truths, shown_truths = self._truths(paths)
+        truths, shown_truths = self._truths(parts)
         probes = []
         if options.asks_for("probes"):
             labels = None
@@ -216,14 +216,14 @@ class _Model:
             recordings = [record(self.model, batch, layout=register.layout) for batch in pixels]
         return float(outliers(patches_of(recordings), self.options.rule)[-1].double().mean())
 
-    def _truths(self, paths: Sequence[str]) -> tuple[list[list[Box] | None] | None, list[list[Box]] | None]:
+    def _truths(self, parts: Sequence[Part]) -> tuple[list[list[Box] | None] | None, list[list[Box]] | None]:
         """Annotated boxes in pixels on disk, and in those that the model sees."""
         file = self.options.annotations or (PHOTOGRAPHS if self.options.images is None else None)
         if file is None or not self.options.methods:
             return None, None
-        truths = match(read_annotations(file), paths)
-        placed = {image.path: image.placement for image in self.images}
-        seen = [[placed[path].to_pixels(box) for box in boxes or ()] for path, boxes in zip(paths, truths, strict=True)]
+        truths = match(read_annotations(file), [path for part in parts for path in part.paths])
+        placements = [placement for part in parts for placement in placements_of(part)]
+        seen = [[p.to_pixels(box) for box in boxes or ()] for p, boxes in zip(placements, truths, strict=True)]
         return truths, [[box for box in boxes if box[0] < box[2] and box[1] < box[3]] for boxes in seen]
 
     def _key(self, name: str) -> str:

@@ -25,7 +25,7 @@ from .pca import joint_pca
 from .probes import classify, pixels, position
 from .record import Patches, patches_of, record
 from .similarity import by_kind
-from .survey import Part, recording_of
+from .survey import Part, placements_of, recording_of
 
 _BINS = 60
 _MOST_PATCHES = 20_000  # that position and pixels are told of: enough for a linear map of a few hundred channels
@@ -143,7 +143,7 @@ class Study(NamedTuple):
         self, methods: Sequence[LostOptions | None], truths: Sequence[list[Corners] | None] | None
     ) -> list[Boxes]:
         """How each way of object discovery did."""
-        frames = [tuple(frame) for part in self.parts for frame in part.frames.tolist()]
+        frames = [placement.window for part in self.parts for placement in placements_of(part)]
         found = []
         for i, method in enumerate(methods):
             boxes = [_box(box) for part in self.parts for box in part.boxes[i].tolist()]

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from ..layout import TokenLayout
 from .attention import attention_maps
-from .images import Box, ImageBatch, ImageFolder
+from .images import Box, ImageBatch, ImageFolder, Placement
 from .lost import LostOptions, lost
 from .record import Recording, record
 from .similarity import neighbour_cosine
 from .tokencut import tokencut
 
-# What one batch is of, of those parts that are arrays of all its images.
-_ARRAYS = ("norms", "valid", "cosine", "attention", "boxes", "shown_boxes", "positive_share", "frames", "grid")
+# The fields of ``Part`` that are arrays of all its images.
+_ARRAYS = ("norms", "valid", "cosine", "attention", "boxes", "shown_boxes", "positive_share", "placements", "grid")
 
 
 class Part(NamedTuple):
@@ -36,7 +36,7 @@ class Part(NamedTuple):
         boxes: ``[methods, B, 4]`` int64, in pixels of the images as they are on disk; -1 where none was found.
         shown_boxes: the same in pixels as the model sees them.
         positive_share: ``[methods, B]`` fp64, of entries of the Gram matrix; NaN of TokenCut.
-        frames: ``[B, 4]`` int64, what the model sees of each image, in pixels of the image on disk.
+        placements: ``[B, 6]`` int64, each image's ``Placement``: its window's four edges, height and width.
         grid: ``[2]`` int64, rows and columns of patches.
         pictures: by ``"{image}/{name}"`` as in ``findings.Image``, of images that are shown; and ``tokens``
             ``[rows, columns, C]``, the patches behind the last block.
@@ -50,7 +50,7 @@ class Part(NamedTuple):
     boxes: np.ndarray
     shown_boxes: np.ndarray
     positive_share: np.ndarray
-    frames: np.ndarray
+    placements: np.ndarray
     grid: np.ndarray
     pictures: dict[str, np.ndarray]
 
@@ -107,6 +107,7 @@ class Survey(NamedTuple):
             layout=self.layout,
             valid=batch.valid,
         )
+        placements = [image.placement for image in batch.images]
         cosine = torch.empty(count, 0)
         if self.similarity:
             cosine = neighbour_cosine(recording.embeddings, recording.grid, recording.valid)
@@ -116,8 +117,8 @@ class Survey(NamedTuple):
             for j, (patches, share) in enumerate(self._found(recording, method)):
                 positive[i, j] = np.nan if share is None else share
                 if patches is not None:
-                    seen = _clipped(tuple(self.patch * edge for edge in patches), batch.images[j].placement)
-                    boxes[:, i, j] = batch.images[j].placement.to_image(seen), seen
+                    seen = _clipped(tuple(self.patch * edge for edge in patches), placements[j])
+                    boxes[:, i, j] = placements[j].to_image(seen), seen
         (rows_of_prefix,) = recording.attention.values() if with_attention else (torch.empty(count, 0, 0, 0),)
         return Part(
             paths=[image.path for image in batch.images],
@@ -128,7 +129,7 @@ class Survey(NamedTuple):
             boxes=boxes[0],
             shown_boxes=boxes[1],
             positive_share=positive,
-            frames=np.array([image.placement.window for image in batch.images], dtype=np.int64),
+            placements=np.array([(*p.window, p.height, p.width) for p in placements], dtype=np.int64),
             grid=np.array(recording.grid),
             pictures=self._pictures(batch, recording, rows_of_prefix if with_attention else None, first, shown),
         )
@@ -172,6 +173,11 @@ def recording_of(part: Part, layout: TokenLayout) -> Recording:
     return Recording(norms, torch.empty(valid.shape[0], 0, 0), {}, {}, {}, (rows, columns), layout, valid)
 
 
+def placements_of(part: Part) -> list[Placement]:
+    """Where the pixels of each image come from."""
+    return [Placement(tuple(edges), height, width) for *edges, height, width in part.placements.tolist()]
+
+
 def write(path: Path, part: Part) -> None:
     """Keep a part; the file is there as a whole or not at all."""
     arrays = {name: getattr(part, name) for name in _ARRAYS}
@@ -190,6 +196,6 @@ def read(path: Path) -> Part:
         return Part(file["paths"].tolist(), **arrays, pictures=pictures)
 
 
-def _clipped(box: Box, placement: object) -> Box:
+def _clipped(box: Box, placement: Placement) -> Box:
     """A box without what of it lies on padding."""
     return tuple(min(edge, side) for edge, side in zip(box, 2 * (placement.width, placement.height), strict=True))

@@ -86,8 +86,8 @@ def residual_stream(model: nn.Module) -> ResidualStream | None:
     """
     if not _is_ours(model):
         return None
-    layout, blocks = TokenLayout(num_registers=model.n_storage_tokens), named("blocks", model.blocks)
-    return ResidualStream.of_blocks(layout, blocks, patch_embed=model.patch_embed, norm=model.norm)
+    layout, layers = TokenLayout(num_registers=model.n_storage_tokens), named("blocks", model.blocks)
+    return ResidualStream.of_blocks(layout, layers, patch_embed=model.patch_embed, norm=model.norm)
 
 
 LIBRARY = Library(

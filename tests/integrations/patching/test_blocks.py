@@ -388,6 +388,31 @@ def test_a_part_put_in_later_is_called():
         torch.testing.assert_close(module(x), Block.forward(module, x), rtol=1e-4, atol=1e-4)
 
 
+class LayerScale(nn.Module):
+    """Of a name that many have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((DIM,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma * 2
+
+
+class Kin(Block):
+    """In somebody's own package, beside a LayerScale of theirs."""
+
+
+def test_a_layer_scale_of_somebodys_own_is_called():
+    module, x = scrambled(Kin(DIM, HEADS)), tokens()
+    module.ls1 = LayerScale()
+    expected = module(x)
+    patch(module, **FUSED)
+    with op_calls() as calls:
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+    assert norms(calls)[0].options["layer_scale"] is None
+
+
 def test_blocks_of_older_releases_are_left_alone(monkeypatch):
     """They hand no mask to their attention, which takes none."""
     monkeypatch.setattr(Block, "forward", lambda self, x: x + self.attn(self.norm1(x)))

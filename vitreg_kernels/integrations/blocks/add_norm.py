@@ -90,9 +90,10 @@ def against(block: nn.Module, drop_path: nn.Module | None = None) -> str:
 def scaled(scale: nn.Module, branch: Tensor, block: nn.Module) -> tuple[Tensor, Tensor | None]:
     """A branch and the factors that are still to be applied to it, if a module is LayerScale and nobody looks.
 
-    Whatever else the module is, it is called. A LayerScale is timm's, transformers' or of the block's own package.
+    Whatever else the module is, it is called. A LayerScale is timm's, transformers' or of the package whose forward the
+    block has: a block that derives from that in somebody's own code may have any LayerScale.
     """
-    known = ("timm", "transformers", _package(block))
+    known = ("timm", "transformers", type(block).forward.__module__.partition(".")[0])
     named = type(scale).__name__.endswith("LayerScale") and _package(scale) in known
     if named and not getattr(scale, "inplace", False) and untouched(scale):
         return branch, next(scale.parameters())
