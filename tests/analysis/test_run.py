@@ -13,8 +13,10 @@ from PIL import Image
 
 from tests.vit_cases import lively
 from vitreg_kernels import RegisterViT, TokenNormMonitor, ViTConfig
+from vitreg_kernels.analysis import run as module
 from vitreg_kernels.analysis.findings import from_json
 from vitreg_kernels.analysis.images import ImageFolder
+from vitreg_kernels.analysis.models import subject
 from vitreg_kernels.analysis.options import Options
 from vitreg_kernels.analysis.planted import planted
 from vitreg_kernels.analysis.run import analyze
@@ -190,6 +192,17 @@ def test_artifacts_and_a_test_time_register(tmp_path, flat_in_places):
     assert repaired.name == "small.pt + test-time register"
     assert repaired.word == "clean"
     assert repaired.prefix == [*plain.prefix, "register 2"]
+
+
+def test_drift_of_a_planted_model_is_from_the_one_without_its_neuron(tmp_path, flat_in_places, monkeypatch):
+    path = saved(with_artifacts(flat_in_places), tmp_path / "small.pt")
+    monkeypatch.setattr(module, "subject", lambda spec: subject(spec)._replace(planted=True))
+    asked = options(tmp_path, flat_in_places, path, test_time_registers=True)
+    plain, _ = analyze(asked).report.findings
+    assert plain.repairs[0].name == "as it is"
+    assert plain.repairs[0].drift > 0  # of a model that was not planted it is None: there is no other to drift from
+    without = next(row for row in plain.repairs if row.name.startswith("neurons zeroed"))
+    assert without.drift > 0  # what an empty token costs
 
 
 def test_several_models_and_one_that_cannot_be_read(tmp_path, folder):
