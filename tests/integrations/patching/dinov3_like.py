@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tests.integrations.patching.dinov2_like import LayerScale
+
 
 class LinearKMaskedBias(nn.Linear):
     """A packed projection whose key bias counts as zero, by a buffer that a checkpoint fills."""
@@ -95,16 +97,6 @@ class SwiGLUFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w3(nn.functional.silu(self.w1(x)) * self.w2(x))
-
-
-class LayerScale(nn.Module):
-    def __init__(self, dim, init_values):
-        super().__init__()
-        self.inplace = False
-        self.gamma = nn.Parameter(torch.full((dim,), init_values))
-
-    def forward(self, x):
-        return x * self.gamma
 
 
 class SelfAttentionBlock(nn.Module):
