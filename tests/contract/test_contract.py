@@ -29,6 +29,11 @@ from vitreg_kernels._triton.mode import INTERPRETING
 
 OPS: tuple[Op, ...] = (Attention(), PackedAttention(), ResidualNorm(), TokenNorms(), TokenNormStats(), Assemble())
 
+# A quarter of the random calls every time, all of them by `make test FULL=1`.
+every_share = pytest.mark.parametrize(
+    "share", [pytest.param(4, id="a quarter"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+)
+
 HALF = (torch.float16,) if INTERPRETING else (torch.float16, torch.bfloat16)  # the interpreter garbles bf16
 
 every_op = pytest.mark.parametrize("op", OPS, ids=str)
@@ -97,12 +102,13 @@ def test_ops_are_one_kernel_for_all_devices_and_a_fake():
 
 class TestParity:
     @pytest.mark.skipif(INTERPRETING, reason="takes too long; there, calls of every kind are run in guarded memory")
+    @every_share
     @every_other
-    def test_any_call(self, op, backend):
+    def test_any_call(self, op, backend, share):
         """Outputs, gradients and statistics keep the accuracy rule against fp64."""
         dtypes = tuple(dtype for dtype in backend.requirements.dtypes if dtype != torch.float64)
 
-        @settings(max_examples=op.EXAMPLES)
+        @settings(max_examples=op.EXAMPLES // share)
         @given(spec=op.specs(backend.requirements._replace(dtypes=dtypes)))
         def holds(spec):
             # Alike but for their numbers, and judged as one: the eager error of a few numbers may owe to luck.
@@ -113,11 +119,12 @@ class TestParity:
 
         holds()
 
+    @every_share
     @others_in_double
-    def test_any_call_in_double(self, op, backend):
+    def test_any_call_in_double(self, op, backend, share):
         """fp64 has no eager error to be measured by; there a backend agrees with the reference outright."""
 
-        @settings(max_examples=op.EXAMPLES)
+        @settings(max_examples=op.EXAMPLES // share)
         @given(spec=op.specs(backend.requirements._replace(dtypes=(torch.float64,))))
         def holds(spec):
             call = op.make_call(spec)
