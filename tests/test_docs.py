@@ -10,14 +10,13 @@ import pkgutil
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 from types import FunctionType, ModuleType
 
 import pytest
-from tools.docs import benchmarks, blocks, command_line, pages
-from tools.docs.loads import loads
 
 import vitreg_kernels
+from tools.docs import benchmarks, blocks, command_line, pages
+from tools.docs.loads import loads
 from vitreg_kernels import analysis, functional, monitor
 
 API = pages.DOCS / "api"
@@ -52,9 +51,7 @@ def public(module: ModuleType) -> list[object]:
     return [
         value
         for name, value in vars(module).items()
-        if not name.startswith("_")
-        and isinstance(value, (type, FunctionType))
-        and value.__module__ == module.__name__
+        if not name.startswith("_") and isinstance(value, (type, FunctionType)) and value.__module__ == module.__name__
     ]
 
 
@@ -94,6 +91,11 @@ def test_the_command_line_page_says_what_the_commands_say():
     assert blocks.written(page, command_line.blocks()) == page
 
 
+def test_the_page_of_backends_says_what_they_declare():
+    page = (API / "dispatch.md").read_text()
+    assert blocks.written(page, command_line.support_tables()) == page
+
+
 def test_every_command_has_its_help_on_the_page():
     assert set(blocks.names((pages.DOCS / "command_line.md").read_text())) == set(command_line.blocks())
 
@@ -104,8 +106,6 @@ def test_a_page_with_other_parts_than_there_is_text_for_is_refused():
     for parts in ({}, {"b": "", "d": ""}):
         with pytest.raises(ValueError, match="has the parts"):
             blocks.written(page, parts)
-
-
 
 
 @pytest.mark.parametrize(

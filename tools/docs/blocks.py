@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-_PART = re.compile(r"(<!-- (?P<name>[^\n]+?): begin, written by python -m tools\.docs -->\n).*?(<!-- (?P=name): end -->)", re.S)
+_PART = re.compile(
+    r"(?P<begin><!-- (?P<name>[^\n]+?): begin, written by python -m tools\.docs -->\n)"
+    r".*?(?P<end><!-- (?P=name): end -->)",
+    re.DOTALL,
+)
 
 
 def names(page: str) -> list[str]:
@@ -25,4 +29,4 @@ def written(page: str, blocks: Mapping[str, str]) -> str:
     """
     if sorted(names(page)) != sorted(blocks):
         raise ValueError(f"the page has the parts {sorted(names(page))}, and there is text for {sorted(blocks)}")
-    return _PART.sub(lambda match: f"{match[1]}\n{blocks[match['name']].strip()}\n\n{match[3]}", page)
+    return _PART.sub(lambda part: f"{part['begin']}\n{blocks[part['name']].strip()}\n\n{part['end']}", page)

@@ -1,4 +1,5 @@
-"""What each command of ``vitreg`` answers to ``--help``, as argparse of Python 3.10 to 3.12 writes it."""
+"""What each command of ``vitreg`` answers to ``--help``, as argparse of Python 3.10 to 3.12 writes it, and what is the
+same on every machine of what they answer else: the classes that ``patch`` knows, and what each backend serves."""
 
 from __future__ import annotations
 
@@ -6,15 +7,24 @@ import argparse
 import os
 
 from vitreg_kernels import cli
+from vitreg_kernels.cli.info import support_table
+from vitreg_kernels.cli.support import support
+from vitreg_kernels.ops.catalogue import OPS
 
 WIDTH = 100
 
 
 def blocks() -> dict[str, str]:
-    """The help of the whole and of each command, by name."""
+    """The help of the whole and of each command, by name, and what ``vitreg support`` prints."""
     parser = cli.parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return {parser.prog: _help(parser)} | {each.prog: _help(each) for each in commands.choices.values()}
+    helps = {each.prog: _help(each) for each in commands.choices.values()}
+    return {parser.prog: _help(parser)} | helps | {"the answer of vitreg support": f"```\n{support()}\n```"}
+
+
+def support_tables() -> dict[str, str]:
+    """What each backend serves, a table an op."""
+    return {f"backends of {op.replace('_', ' ')}": support_table(op) for op in OPS}
 
 
 def _help(parser: argparse.ArgumentParser) -> str:

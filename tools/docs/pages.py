@@ -12,4 +12,5 @@ DOCS = Path(__file__).parents[2] / "docs"
 WRITTEN: dict[Path, Callable[[], dict[str, str]]] = {
     DOCS / "benchmarks.md": benchmarks.blocks,
     DOCS / "command_line.md": command_line.blocks,
+    DOCS / "api" / "dispatch.md": command_line.support_tables,
 }
