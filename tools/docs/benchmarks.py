@@ -24,6 +24,9 @@ _COMMANDS = {
 }
 
 
+_FIGURE = re.compile(r"[-+]?\d|$")
+
+
 class Run(NamedTuple):
     """A result file."""
 
@@ -140,7 +143,7 @@ def _patched(run: Run) -> str:
         own = by_way["unpatched"]
         ways = (_mark(row, _times(row["speedup"])) for way in ("attention", "block") if (row := by_way[way]))
         table.append((model, dtype, mode, f"{own['median_ms']:.0f}", *ways, own["samples"]))
-    headings = ("model", "", "", "unpatched, ms", 'level="attention"', 'level="block"', "samples each")
+    headings = ("model", "", "", "unpatched, ms", "attention", "block", "samples")
     return _table(headings, table)
 
 
@@ -255,4 +258,7 @@ def _table(headings: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     if not rows:
         return ""
     lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (headings, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(headings), *lines[1:]])
+    # Figures to the right, by which the style sheet also knows not to break them.
+    figures = [index > 0 and all(_FIGURE.match(str(row[index])) for row in rows) for index in range(len(headings))]
+    rule = "|" + "".join("---:|" if right else "---|" for right in figures)
+    return "\n".join([lines[0], rule, *lines[1:]])

@@ -11,7 +11,7 @@ from vitreg_kernels.cli.info import support_table
 from vitreg_kernels.cli.support import support
 from vitreg_kernels.ops.catalogue import OPS
 
-WIDTH = 100
+WIDTH = 84
 
 
 def blocks() -> dict[str, str]:
