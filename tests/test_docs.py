@@ -5,11 +5,13 @@ That the site itself builds is ``make docs``, which is strict.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import re
 import sys
 from collections import Counter
+from pathlib import Path
 from types import FunctionType, ModuleType
 
 import pytest
@@ -20,6 +22,8 @@ from tools.docs.loads import loads
 from vitreg_kernels import analysis, functional, monitor
 
 API = pages.DOCS / "api"
+PACKAGE = Path(vitreg_kernels.__file__).parent
+ROOMS = sorted(PACKAGE.rglob("__init__.py"))
 # Parts of a run, which nobody calls by themselves, and a rule's arithmetic.
 WITHIN_ANALYSIS = {"mixture", "page", "page.colours", "page.maps", "page.page", "page.svg", "study", "survey"}
 
@@ -78,6 +82,13 @@ def test_nothing_is_on_two_api_pages():
     assert [one for one in shown() if Counter(map(id, shown()))[id(one)] > 1] == []
 
 
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.parent.relative_to(PACKAGE).as_posix())
+def test_every_room_says_what_it_is_and_what_it_is_not(path):
+    said = ast.get_docstring(ast.parse(path.read_text()))
+    assert said
+    assert "Not here" in said
+
+
 def test_the_benchmark_page_says_what_the_result_files_say():
     """After a results file is committed: python -m tools.docs."""
     page = (pages.DOCS / "benchmarks.md").read_text()
@@ -106,6 +117,30 @@ def test_a_page_with_other_parts_than_there_is_text_for_is_refused():
     for parts in ({}, {"b": "", "d": ""}):
         with pytest.raises(ValueError, match="has the parts"):
             blocks.written(page, parts)
+
+
+def test_files_of_the_repository_that_a_page_links_to_come_with_the_site():
+    pytest.importorskip("mkdocs", reason="the documentation is built where the extra `docs` is installed")
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.plugins import PluginCollection
+    from mkdocs.structure.files import File, Files
+    from mkdocs.structure.pages import Page
+
+    from tools.docs import links
+
+    config = MkDocsConfig()
+    config.load_dict({"site_name": "x", "docs_dir": str(pages.DOCS), "site_dir": "site", "use_directory_urls": False})
+    config.plugins = PluginCollection()
+    page = Page(None, File.generated(config, "guide/a.md", content=""), config)
+    files = Files([])
+    text = (
+        "[a](../../examples/train.py) ![b](../analyze.png) [c](../../setup.py#L3) [d](../../nothing) [e](https://f.g)"
+    )
+    assert links.on_page_markdown(text, page=page, config=config, files=files) == (
+        "[a](../files/examples/train.py.txt) ![b](../analyze.png) [c](../files/setup.py.txt#L3) [d](../../nothing) "
+        "[e](https://f.g)"
+    )
+    assert [file.src_uri for file in files] == ["files/examples/train.py.txt", "files/setup.py.txt"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from mkdocs.structure.pages import Page
 # The target of [text](target) and of ![text](target), which leads out of the folder of the page.
 _TARGET = re.compile(r"(?<=\]\()(?:\.\./)+[^)\s#]+")
 _FOLDER = "files"
+# What a browser shows as it is; of all else it shows the text, if the name says that it is one.
+_SHOWN = {".csv", ".html", ".json", ".pdf", ".png", ".svg", ".txt"}
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -28,9 +30,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path = (folder / match[0]).resolve()
         if path.is_relative_to(docs) or not path.is_relative_to(root) or not path.is_file():
             return match[0]
-        copy = f"{_FOLDER}/{path.relative_to(root).as_posix()}"
-        if path.suffix == ".md":
-            copy += ".txt"  # or MkDocs would take it for a page
+        copy = f"{_FOLDER}/{path.relative_to(root).as_posix()}" + ("" if path.suffix in _SHOWN else ".txt")
         if files.get_file_from_path(copy) is None:
             files.append(File.generated(config, copy, abs_src_path=str(path), inclusion=InclusionLevel.NOT_IN_NAV))
         return "../" * page.file.src_uri.count("/") + copy
