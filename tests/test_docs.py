@@ -131,6 +131,7 @@ def test_files_of_the_repository_that_a_page_links_to_come_with_the_site():
     config = MkDocsConfig()
     config.load_dict({"site_name": "x", "docs_dir": str(pages.DOCS), "site_dir": "site", "use_directory_urls": False})
     config.plugins = PluginCollection()
+    config.plugins._current_plugin = None
     page = Page(None, File.generated(config, "guide/a.md", content=""), config)
     files = Files([])
     text = (
@@ -141,6 +142,17 @@ def test_files_of_the_repository_that_a_page_links_to_come_with_the_site():
         "[e](https://f.g)"
     )
     assert [file.src_uri for file in files] == ["files/examples/train.py.txt", "files/setup.py.txt"]
+
+
+def test_a_text_of_several_names_is_told_of_each():
+    pytest.importorskip("griffe", reason="the documentation is built where the extra `docs` is installed")
+    from tools.docs.docstrings import split
+
+    assert split("A.\n\nArgs:\n    a, b: one\n        more\n    c: two\n\nRaises:\n    D, E: three") == (
+        "A.\n\nArgs:\n    a: one\n        more\n    b: one\n        more\n    c: two\n\nRaises:\n    D, E: three"
+    )
+    assert split("A.\n\nAttributes:\n    a, b: one") == "A.\n\nAttributes:\n    a: one\n    b: one"
+    assert split("    a, b: of no section") == "    a, b: of no section"
 
 
 @pytest.mark.parametrize(
