@@ -81,7 +81,7 @@ def _run(path: Path) -> Run | None:
         return None
     asked = document["run"]
     full = " FULL=1" if asked.get("size") == "full" else ""
-    return Run(path, _COMMANDS[asked["command"]] + full, document["rows"])
+    return Run(path, _COMMANDS.get(asked["command"], asked["command"]) + full, document["rows"])
 
 
 def _each(runs: Iterable[Run], tell: Callable[[Run], str]) -> str:
