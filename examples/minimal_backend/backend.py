@@ -6,7 +6,6 @@ beside it. Whatever computes the tokens, a kernel or a library, stands where the
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vitreg_kernels.dispatch import Backend
@@ -32,9 +31,9 @@ def forward(inputs: AssembleInputs) -> Tensor:
 
 
 def backward(grad_tokens: Tensor, sizes: Sizes, gradients: AssembleGradients) -> None:
-    """Fill the gradients of the parameters that are not ``None``: sums over the batch, in fp32 or wider."""
+    """Fill the gradients of the parameters that are not ``None``: sums over the batch, which torch makes in fp32."""
     before, prefix = sizes.cls_tokens, num_prefix(sizes)
-    summed = grad_tokens.sum(0, keepdim=True, dtype=torch.promote_types(grad_tokens.dtype, torch.float32))
+    summed = grad_tokens.sum(0, keepdim=True)
     if gradients.cls_token is not None:
         gradients.cls_token.copy_(summed[:, :before])
     if gradients.register_tokens is not None:
@@ -44,8 +43,8 @@ def backward(grad_tokens: Tensor, sizes: Sizes, gradients: AssembleGradients) ->
         gradients.pos_embed[:, sizes.prefix_rows :] = summed[:, prefix:]
 
 
-# Opaque: it writes in place, which autograd would not differentiate, so it runs behind the op's operators and brings
-# its backward. Without the last two lines, ``forward`` would have to be torch code that autograd can differentiate.
+# Opaque, as every kernel is: torch sees the op's operators and not what happens in them, so the backend brings its
+# backward. This one could leave out the last two lines, since autograd would differentiate the copies as well.
 BACKEND = Backend(
     name="copies",
     requirements=requirements.anywhere(features.ALL),

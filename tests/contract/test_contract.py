@@ -294,11 +294,20 @@ class TestOpaqueOps:
     @every_kind
     def test_operators_are_what_they_say(self, op, backend, spec):
         """Schema, fake, registration and dynamic shapes of all that a forward and a backward call, each by itself."""
+        self.check(op, backend, op.make_call(spec))
+
+    @every_backend
+    def test_in_half_precision(self, op, backend):
+        """The dtypes that fakes give, which tests in fp32 cannot tell from statistics'."""
+        self.check(op, backend, op.make_call(op.KINDS[0]._replace(dtype=torch.float16)), "test_faketensor")
+
+    @staticmethod
+    def check(op, backend, call, *utils):
         with _Recorded(op.NAMESPACE) as recorded:
-            run(op, backend.name, op.make_call(spec))
+            run(op, backend.name, call)
         assert recorded.calls or not backend.opaque
         for function, arguments, options in recorded.calls:
-            opcheck(function, arguments, options)
+            opcheck(function, arguments, options, **({"test_utils": utils} if utils else {}))
 
 
 class TestAutocast:
