@@ -1,8 +1,8 @@
 """The Triton kernels of attention, compiled for GPUs that are not there, stay within a checked-in resource budget.
 
-``python tests/aot/test_budget.py`` writes the running triton's part of ``budgets.json`` and of two files like it anew
-from what the kernels use now. Run it when a change is meant to use more, or has come to use less, and let the diff say
-so. It grants no spill but at wide heads.
+``PYTHONPATH=. python tests/aot/test_budget.py`` writes the running triton's part of ``budgets.json`` and of two files
+like it anew from what the kernels use now. Run it when a change is meant to use more, or has come to use less, and let
+the diff say so. It grants no spill but at wide heads.
 """
 
 from __future__ import annotations
