@@ -8,7 +8,8 @@ What a page's author must know:
   stands for any lines. Whole numbers and words must be equal. Numbers with a point may differ by 2%, since processors
   round differently, and those below 1e-4 are rounding errors, of which only that is asked. Dates are not compared, nor
   the names of instruction sets.
-- A line ``--8<-- "path"`` or ``--8<-- "path:first:last"`` stands for that file of the repository, or those lines of it.
+- Between two lines ``--8<--`` stand files of the repository that are put there: ``path``, or ``path:first:last`` for
+  some lines of it. (ruff takes the form that puts both on one line for Python, and reformats it.)
 
 ``python tests/docs/page_blocks.py --write PAGE...`` puts what the blocks print into the pages, where that differs.
 """
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _FENCE = re.compile(r"(?P<indent> *)(?P<ticks>`{3,})(?P<info>.*)")
 _TITLE = re.compile(r'title="([^"]*)"')
-_SNIPPET = re.compile(r'--8<-- "(?P<path>[^":]+)(?::(?P<first>\d+):(?P<last>\d+))?"')
+_SNIPPET = re.compile(r"(?P<path>[^:]+)(?::(?P<first>\d+):(?P<last>\d+))?")
 _NUMBER = re.compile(r"\d{4}-\d\d-\d\d|\d+\.?\d*(?:e[+-]?\d+)?")
 _INSTRUCTIONS = re.compile(r"\bcpu_[a-z0-9]+")  # of the processor, as ``explain`` calls them
 _TOLERANCE, _ROUNDING = 0.02, 1e-4
@@ -61,7 +62,12 @@ class Block:
     @property
     def code(self) -> str:
         """What it stands for, as far down as in the page, so that a traceback names the page's lines."""
-        lines = [line for written in self.lines for line in _expanded(written)]
+        lines, within = [], False
+        for line in self.lines:
+            if line.strip() == "--8<--":
+                within = not within
+            else:
+                lines += _included(line.strip()) if within else [line]
         return "\n" * (self.start + 1) + "\n".join(lines) + "\n"
 
 
@@ -156,21 +162,19 @@ def _same_number(shown: str, printed: str) -> bool:
     return max(one, other) < _ROUNDING or abs(one - other) <= _TOLERANCE * max(one, other)
 
 
-def _expanded(line: str) -> list[str]:
-    """The lines that a line of a page stands for.
+def _included(what: str) -> list[str]:
+    """The lines of a file of the repository that a page puts in.
 
     Raises:
         ValueError: if it names lines that are not a whole definition: somebody has moved them.
     """
-    snippet = _SNIPPET.fullmatch(line.strip())
-    if snippet is None:
-        return [line]
+    snippet = _SNIPPET.fullmatch(what)
     lines = (ROOT / snippet["path"]).read_text().splitlines()
     if snippet["first"] is None:
         return lines
     first, last = int(snippet["first"]), int(snippet["last"])
     if not lines[first - 1].startswith(("class ", "def ", "@")) or not lines[last - 1].strip() or any(lines[last:][:2]):
-        raise ValueError(f"{line.strip()} is no longer a whole class or function")
+        raise ValueError(f"{what} is no longer a whole class or function")
     return lines[first - 1 : last]
 
 
