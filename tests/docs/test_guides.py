@@ -102,3 +102,4 @@ def test_a_changed_output_is_noticed():
     assert difference(shown, [])
     assert not difference(["error 2.2e-08"], ["error 7.1e-06"])
     assert difference(["error 2.2e-08"], ["error 7.1e-03"])
+    assert not difference(["measured 2026-11-30 on cpu_avx2"], ["measured 2027-01-02 on cpu_amx"])
