@@ -6,9 +6,9 @@ import numpy as np
 
 from vitreg_kernels.analysis.findings import (
     Attention,
-    Box,
     Boxes,
     Findings,
+    FoundBox,
     Histogram,
     History,
     Image,
@@ -69,8 +69,8 @@ def findings(name: str = "toy", *, planted: bool = False, prefix: tuple[str, ...
         shown=[
             Image(
                 "<script>alert(1)</script>.png",
-                [Box("LOST", (0, 0, 64, 32)), Box("TokenCut", None)],
-                [Box("LOST", (0, 0, 32, 16)), Box("TokenCut", None)],
+                [FoundBox("LOST", (0, 0, 64, 32)), FoundBox("TokenCut", None)],
+                [FoundBox("LOST", (0, 0, 32, 16)), FoundBox("TokenCut", None)],
                 [(4, 4, 20, 12)],
             ),
             Image("boat.jpg"),

@@ -224,7 +224,14 @@ class ImageFolder:
             self.skipped[str(error.filename)] = f"the folder cannot be read: {error.strerror}"
 
         files = (Path(folder, name) for folder, _, names in os.walk(root, onerror=unreadable) for name in names)
-        return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+        kept = []
+        for path in sorted(path for path in files if path.suffix.lower() in SUFFIXES):
+            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+            if shown == str(path):
+                kept.append(path)
+            else:  # neither JSON nor HTML can hold such a name
+                self.skipped[shown] = "its name is not UTF-8: rename it"
+        return kept
 
     def _loaded(self) -> Iterator[Loaded]:
         for name, source in self._sources:
