@@ -371,18 +371,23 @@ def test_what_cannot_be_run_with_one():
 # The scores, of small models.
 
 
-def literal_scores(model, pixels, layer, outlier):
+def literal_scores(model, pixels, layer, outlier, valid=None):
     """By loops: contrast and mean of each neuron of a layer."""
+    valid = torch.ones_like(outlier) if valid is None else valid
     given = []
     linear = residual_stream(model).neurons[layer]
     with torch.no_grad(), linear.register_forward_pre_hook(lambda _, args: given.append(args[0])):
         model(pixels)
     patches = given[0][:, residual_stream(model).layout.patches].abs().double()
     at, elsewhere = [], []
-    for image, mask in zip(patches, outlier, strict=True):
+    for image, mask, shown in zip(patches, outlier, valid, strict=True):
         if mask.any():
-            at.append(torch.stack([token for token, is_one in zip(image, mask, strict=True) if is_one]).mean(dim=0))
-            elsewhere.append(torch.stack([t for t, is_one in zip(image, mask, strict=True) if not is_one]).mean(dim=0))
+            kinds = {True: [], False: []}
+            for token, is_one, is_shown in zip(image, mask.tolist(), shown.tolist(), strict=True):
+                if is_shown:
+                    kinds[is_one].append(token)
+            at.append(torch.stack(kinds[True]).mean(dim=0))
+            elsewhere.append(torch.stack(kinds[False]).mean(dim=0))
     mean = torch.stack(at).mean(dim=0)
     return mean - torch.stack(elsewhere).mean(dim=0), mean
 
@@ -408,6 +413,23 @@ def test_scores_and_ranks(score, mlp):
         assert neuron.mean == pytest.approx(means[i].item(), abs=1e-5)
         assert neuron.contrast_rank == (contrasts > contrasts[i]).sum() + 1
         assert neuron.mean_rank == (means > means[i]).sum() + 1
+
+
+def test_padding_has_no_say_in_the_scores():
+    """Neither as outliers nor among the patches that they are compared with; of images padded by different amounts."""
+    model, rule = scramble(RegisterViT(TINY)), Rule.parse("p90")
+    pixels = pixels_for(model, 5)
+    valid = torch.ones(5, 16, dtype=torch.bool)
+    valid[:2, 12:], valid[2:, 3::4] = False, False
+    norms = patch_norms(record(model, pixels))
+    outlier = (norms > rule.threshold(norms[valid])) & valid
+    batches = [(pixels[:2], valid[:2]), (pixels[2:], valid[2:])]
+    table = find_register_neurons(model, batches, rule=rule, top_k=5, layers=[1])
+    contrasts, means = literal_scores(model, pixels, 1, outlier, valid)
+    assert table.indices == [(1, i) for i in contrasts.argsort(descending=True)[:5].tolist()]
+    for neuron in table.neurons:
+        assert neuron.contrast == pytest.approx(contrasts[neuron.index].item(), abs=1e-5)
+        assert neuron.mean == pytest.approx(means[neuron.index].item(), abs=1e-5)
 
 
 def test_what_no_neurons_are_found_of():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,14 +95,19 @@ class _Seen:
     def repair(self, name: str, rule: Rule, normal: Tensor) -> Repair:
         """The numbers, the drift over the patches ``[T]`` bool that are no outliers of the model as it is."""
         norms = torch.cat(self.norms)
-        median = norms.median()
+        median = _median(norms)
         return Repair(
             name=name,
             largest_ratio=(norms.max() / median).item(),
             outliers=(norms > rule.threshold(norms)).double().mean().item(),
             register_ratio=(torch.cat(self.registers).mean() / median).item() if self.registers else None,
-            drift=torch.cat(self.drifts)[normal].median().item(),
+            drift=_median(torch.cat(self.drifts)[normal]),
         )
+
+
+def _median(values: Tensor) -> float:
+    """As of every other number of the page: of an even number of values the mean of the middle two, unlike torch's."""
+    return float(np.median(values.double().numpy()))
 
 
 def _recorded(
