@@ -305,7 +305,7 @@ def _sinks(found: Findings) -> list[SinkRow]:
     names = {"outlier": "outliers", "normal": "other patches"}
     cells: dict[str, list[str]] = {}
     for row in found.sinks:
-        low, high = (f"{x:.1f}".removesuffix(".0") for x in (row.at_least, row.at_most))
+        low, high = (f"{x:.2g}" for x in (row.at_least, row.at_most))
         cells.setdefault(row.tokens, []).append(low if low == high else f"{low}{NONE}{high}")
     return [SinkRow(names.get(tokens, maps.short(tokens)), of_tokens) for tokens, of_tokens in cells.items()]
 
