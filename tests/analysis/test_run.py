@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -319,6 +321,25 @@ def test_artifacts_and_a_test_time_register(tmp_path, flat_in_places, monkeypatc
     assert to_json(resumed.report) == to_json(done.report)
 
 
+def test_of_the_images_no_tokens_are_kept(tmp_path, flat_in_places, monkeypatch):
+    """While numbers of register neurons are tried, embeddings of one batch alone are in memory."""
+    held, own = [], module.record
+
+    def recorded(*args, **options):
+        assert sum(embeddings() is not None for embeddings in held) <= 1
+        recording = own(*args, **options)
+        held.append(weakref.ref(recording.embeddings))
+        return recording
+
+    monkeypatch.setattr(module, "record", recorded)
+    path = saved(with_artifacts(flat_in_places), tmp_path / "small.pt")
+    skip = frozenset({"boxes", "pca", "attention", "similarity", "probes"})
+    asked = options(tmp_path, flat_in_places, path, test_time_registers=True, batch=4, skip=skip)
+    plain, _ = analyze(asked).report.findings
+    assert len(held) >= 3
+    assert (plain.attention, plain.sinks, plain.similarity, plain.cls_similarity) == ([], [], None, None)
+
+
 def test_a_model_of_which_no_register_neurons_are_known_is_shown_without(tmp_path, flat_in_places, monkeypatch):
     def unknown(*_, **__):
         raise ValueError("the neurons of blocks.0 are not known")
@@ -410,7 +431,7 @@ def test_annotations(tmp_path, folder):
     assert found.shown[0].truths == [(0, 0, SIZE, SIZE)]
 
 
-def test_the_command(tmp_path, folder, capsys, with_page):
+def test_the_command(tmp_path, folder, capsys, monkeypatch, with_page):
     path = saved(vit(), tmp_path / "small.pt")
     asked = ["analyze", "--model", path, "--images", str(folder), "-o", str(tmp_path / "out"), "--size", str(SIZE)]
     assert main([*asked, "--skip", "boxes", "--device", "cpu"]) == 0
@@ -419,6 +440,10 @@ def test_the_command(tmp_path, folder, capsys, with_page):
     assert printed.out.splitlines()[-1] == f"the page: {tmp_path / 'out' / 'index.html'}"
     assert "broken.png: " in printed.err
     assert main([*asked, "--model", "none.pt", "--skip", "boxes"]) == 1
+    with monkeypatch.context() as cut:
+        cut.setattr(Survey, "_part", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert main(asked) == 130
+    assert "with --resume goes on" in capsys.readouterr().err
     for wrong, words in (
         (["--outliers", "many"], "a rule for outliers is one of"),
         (["--skip", "norms"], "norms cannot be skipped: expected of similarity"),

@@ -67,13 +67,17 @@ class Done(NamedTuple):
 def analyze(options: Options, *, say: Say = lambda line: None, progress: bool = False) -> Done:
     """Analyse every model on every image and write ``index.html``, ``findings.json`` and tables as CSV.
 
+    Of every image some numbers stay in memory, in all about 13 bytes a block and token: 0.4 MB of 518 pixels in
+    a ViT-L/14.
+
     Args:
         options: what to do.
         say: called with a line for each step.
         progress: whether to show a bar on standard error.
 
     Raises:
-        ValueError: if the images, labels, annotations or history cannot be used, or no model could be analysed.
+        ValueError: if the images, labels, annotations or history cannot be used, or no model could be analysed. All of
+            them are read before any model is.
         FileNotFoundError: if there is no such file or folder.
         ModuleNotFoundError: if a package is not installed that is needed for what was asked.
     """

@@ -146,6 +146,8 @@ class Study(NamedTuple):
         names, kinds = prefix_names(self.layout), ["outlier", "normal"] if self.mask[self.layer].any() else ["normal"]
         heads = self.parts[0].heads
         images = sum(int(part.finite.sum()) for part in self.parts)
+        if not heads.size or not images:
+            return []
         total = np.zeros((2, len(heads), len(names) + len(kinds)))
         for part, outlier in zip(self.parts, self.outlier_maps(), strict=True):
             counts = part.sinks[:, :, part.finite].astype(np.float64)  # [2, L, B, N]
@@ -158,7 +160,6 @@ class Study(NamedTuple):
             Sinks(layer, name, int(heads[layer]), *(total[:, layer, i] / images).tolist())
             for layer in range(len(heads))
             for i, name in enumerate([*names, *kinds])
-            if images
         ]
 
     def outlier_maps(self, layer: int | None = None) -> Iterator[Tensor]:
