@@ -196,13 +196,16 @@ def test_a_file_that_can_be_read_again_moves_no_image_to_the_findings_of_another
     assert again.report.findings == analyze(options(tmp_path, folder, path, output=tmp_path / "fresh")).report.findings
 
 
-def test_the_same_weights_with_other_heads_are_another_model(tmp_path, folder):
+def test_the_same_weights_with_other_heads_or_pixels_are_another_model(tmp_path, folder, monkeypatch):
     model, path = vit(), tmp_path / "small.pt"
     before = analyze(options(tmp_path, folder, saved(model, path)))
     other = RegisterViT(dataclasses.replace(model.config, num_heads=4)).eval()
     other.load_state_dict(model.state_dict())
     after = analyze(options(tmp_path, folder, saved(other, path), resume=True))
     assert before.report.findings[0].norms != after.report.findings[0].norms
+    monkeypatch.setattr(module, "subject", lambda spec: subject(spec)._replace(mean=(0.1, 0.2, 0.3)))
+    darker = analyze(options(tmp_path, folder, str(path), resume=True))
+    assert darker.report.findings[0].norms != after.report.findings[0].norms
 
 
 def test_nothing_of_the_user_is_taken_away(tmp_path, folder):

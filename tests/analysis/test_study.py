@@ -267,11 +267,13 @@ def test_a_survey_of_real_images():
 
 
 def test_sinks_lie_between_their_bounds():
-    """Of a model in whose block 1 every query is the same, so that each head has a sink; against all N x N."""
+    """Of a model of which every query is the same, in block 1 a large one, so that each head has a sink; against all
+    N x N."""
     model = lively(RegisterViT(ViTConfig(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)).eval())
     with torch.no_grad():
-        qkv = model.blocks[1].attn.qkv
-        qkv.weight[:32], qkv.bias[:32] = 0, 50 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+        for block, length in zip(model.blocks, (8, 50), strict=True):
+            qkv, generator = block.attn.qkv, torch.Generator().manual_seed(0)
+            qkv.weight[:32], qkv.bias[:32] = 0, length * torch.randn(32, generator=generator)
     noise = np.random.default_rng(0)
     arrays = [(f"{i}", noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for i in range(3)]
     images = ImageFolder(arrays, size=32, patch=8)
@@ -287,6 +289,7 @@ def test_sinks_lie_between_their_bounds():
         assert (literal <= most).all()
     assert one.heads.tolist() == [2, 2]
     assert literal.sum() == least.sum() == 3 * 2
+    assert one.sinks[0, 0].sum() < one.sinks[1, 0].sum()  # where the bounds differ
 
 
 def test_a_model_without_a_prefix_has_sinks_among_its_patches_alone():
