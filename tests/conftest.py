@@ -21,6 +21,19 @@ hypothesis.settings.register_profile("vitreg", derandomize=True, deadline=None, 
 hypothesis.settings.load_profile("vitreg")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "of_ops(names, cases): parameters made of the OPS of the module it is collected in"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """So that the same tests serve the ops of any module that imports them."""
+    for mark in metafunc.definition.iter_markers("of_ops"):
+        names, cases = mark.args
+        metafunc.parametrize(names, list(cases(metafunc.module.OPS)))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

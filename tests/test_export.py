@@ -25,6 +25,7 @@ POSITIONS = {
 }
 TORCH_CODE = {"attention": "sdpa", "residual_norm": "composite", "assemble": "composite"}
 BACKENDS = {"default": None, "kernels": "cpu", "torch code": TORCH_CODE, "reference": "reference"}
+slow = pytest.mark.slow
 every_position = pytest.mark.parametrize("position", POSITIONS)
 
 
@@ -58,8 +59,10 @@ class TestExport:
     @pytest.mark.parametrize(
         ("position", "backend"),
         [
-            *((position, "default") for position in POSITIONS),
-            *(("rope", backend) for backend in BACKENDS if backend != "default"),
+            ("offset", "default"),
+            ("rope", "kernels"),
+            *(pytest.param(position, "default", marks=slow) for position in POSITIONS if position != "offset"),
+            *(pytest.param("rope", backend, marks=slow) for backend in ("torch code", "reference")),
         ],
     )
     def test_any_batch_height_and_width(self, position, backend):
@@ -69,16 +72,19 @@ class TestExport:
         exported = torch.export.export(model, (torch.randn(2, 3, 32, 48),), dynamic_shapes=shapes)
         assert_same(exported.module(), model, (2, 32, 48), (1, 32, 48), (3, 64, 40), (1, 16, 16), (2, 48, 32))
 
-    @pytest.mark.parametrize(("position", "example"), [("rope", (64, 64)), ("offset", (64, 64)), ("offset", (48, 32))])
+    @pytest.mark.parametrize(
+        ("position", "example"),
+        [("rope", (64, 64)), *(pytest.param("offset", size, marks=slow) for size in ((64, 64), (48, 32)))],
+    )
     def test_whatever_the_size_of_the_example(self, position, example):
         model = vit(position, "default")
         shapes = ({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},)
         exported = torch.export.export(model, (torch.randn(2, 3, *example),), dynamic_shapes=shapes)
         assert_same(exported.module(), model, (2, 32, 48), (1, *example), (3, 40, 72))
 
-    @pytest.mark.parametrize("position", ["offset"])
-    def test_strictly(self, position):
-        model = vit(position, "default")
+    @slow
+    def test_strictly(self):
+        model = vit("offset", "default")
         shapes = ({0: Dim("batch"), 2: 8 * Dim("rows"), 3: 8 * Dim("columns")},)
         exported = torch.export.export(model, (torch.randn(2, 3, 32, 48),), dynamic_shapes=shapes, strict=True)
         assert_same(exported.module(), model, (1, 32, 48), (3, 64, 40))
@@ -146,9 +152,9 @@ class TestOnnx:
         ("position", "backend", "size"),
         [
             ("rope", "default", (32, 48)),
-            ("offset", "default", (64, 40)),
-            ("antialiased", "torch code", (32, 48)),
-            ("plain", "reference", (64, 40)),
+            pytest.param("offset", "default", (64, 40), marks=slow),
+            pytest.param("antialiased", "torch code", (32, 48), marks=slow),
+            pytest.param("plain", "reference", (64, 40), marks=slow),
         ],
     )
     def test_any_batch(self, position, backend, size, dynamo, tmp_path):

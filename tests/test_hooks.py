@@ -237,7 +237,14 @@ def test_hooks_see_tensors_under_autocast_and_checkpointing():
     assert all(isinstance(output, Tensor) for outputs in seen.values() for output in outputs)
 
 
-@pytest.mark.parametrize("watched", ["", "blocks.1", "blocks.1.norm1", "blocks.1.ls2", "blocks.1.attn.attn_drop"])
+@pytest.mark.parametrize(
+    "watched",
+    [
+        "blocks.1.norm1",
+        "blocks.1.attn.attn_drop",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("", "blocks.1", "blocks.1.ls2")),
+    ],
+)
 def test_a_hooked_model_compiles_whole(watched, dynamo):
     model, expected, counter = vit(), vit().forward_features(images()), CompileCounter()
     if watched:

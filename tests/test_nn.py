@@ -154,7 +154,9 @@ class TestRegisterAttention:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             assert module(x).dtype == torch.bfloat16
 
-    @pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk_norm"])
+    @pytest.mark.parametrize(
+        "qk_norm", [pytest.param(False, id="plain"), pytest.param(True, id="qk_norm", marks=pytest.mark.slow)]
+    )
     @torch._dynamo.config.patch(error_on_recompile=True)
     def test_compiles_whole_with_gradients(self, qk_norm):
         torch._dynamo.reset()

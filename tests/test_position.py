@@ -97,7 +97,7 @@ class TestResamplePositions:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(resampled(pos_embed, (4, 9)), expected)
 
-    @pytest.mark.parametrize("offset", [0.0, 0.1])
+    @pytest.mark.parametrize("offset", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
     def test_compiles_whole_with_gradients_and_any_grid(self, offset, dynamo):
         pos_embed = torch.nn.Parameter(rows(1))
 

@@ -220,7 +220,9 @@ class TestTraining:
         first, second = (runs(model, pixels, upstream) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
-    @pytest.mark.parametrize(("kind", "checkpointing"), [("CLS has a row", True), ("rope", False)])
+    @pytest.mark.parametrize(
+        ("kind", "checkpointing"), [pytest.param("CLS has a row", True, marks=pytest.mark.slow), ("rope", False)]
+    )
     def test_compiles_whole_with_gradients_and_any_size(self, kind, checkpointing, dynamo):
         model = vit(replace(KINDS[kind], depth=2))
         model.checkpointing = checkpointing

@@ -1,4 +1,8 @@
-"""Fused attention for Vision Transformers whose sequence is ``[CLS | registers | patches]``."""
+"""Fused attention for Vision Transformers whose sequence is ``[CLS | registers | patches]``.
+
+The names that users import. Not here: any code of theirs; ``analysis``, which needs packages of its own, is imported by
+its own name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`make gpu`: accuracy, races, models and tuning on an NVIDIA GPU, in stages that survive a cut."""
+"""`make gpu`: accuracy, races, models and tuning on an NVIDIA GPU, in stages that survive a cut.
+
+Not here: anything that runs on a CPU, but for the rehearsal of a run; those races are in ``benchmarks`` itself.
+"""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import sysconfig
 import tarfile
 import time
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TypedDict, get_type_hints
 
@@ -35,6 +36,12 @@ class Manifest(TypedDict):
     keys: list[str]  # of the kernels, in triton's cache
 
 
+@cache
+def _digest(library: Path) -> str:
+    """Of a file of hundreds of MB that does not change while a process runs."""
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+
+
 def environment() -> dict[str, str]:
     """The fields of a manifest that must be the same where the archive is taken."""
     import triton
@@ -42,7 +49,7 @@ def environment() -> dict[str, str]:
     library = next(Path(triton.__file__).parent.glob("_C/libtriton*.so"))
     return {
         "triton": triton.__version__,
-        "libtriton": hashlib.sha256(library.read_bytes()).hexdigest()[:16],
+        "libtriton": _digest(library),
         "python": ".".join(platform.python_version_tuple()[:2]),
         "system": f"{platform.system()} {platform.machine()}",
     }

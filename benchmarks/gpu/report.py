@@ -1,11 +1,10 @@
-"""A GPU run's rows as a Markdown table, a picture, and the block of them that the README holds."""
+"""A GPU run's rows as a Markdown table and a picture, and what ``docs/benchmarks.md`` says of all such runs."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,8 +30,6 @@ GOALS = {
 }
 UNKNOWN = "unknown"  # the capability of a GPU that no process got hold of
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-BEGIN, END = "<!-- GPU results: begin, written by python -m benchmarks.gpu.report -->", "<!-- GPU results: end -->"
-README = machine.ROOT / "README.md"
 
 _DRY = "**DRY RUN: tiny shapes on a CPU. No time and no speed below means anything.**"
 _LEGEND = (
@@ -116,8 +113,8 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def readme_block(paths: Iterable[Path]) -> str:
-    """What the README says of GPUs: the goals beside each GPU run's figures, and which architectures have none."""
+def summary(paths: Iterable[Path]) -> str:
+    """What ``docs/benchmarks.md`` says of GPUs: the goals beside each run's figures, and who has none."""
     load()
     runs = [(path, results.load(path)) for path in paths if _is_gpu_run(path)]
     measured = {rows[0]["machine"]["capability"] for _, rows in runs}
@@ -125,7 +122,8 @@ def readme_block(paths: Iterable[Path]) -> str:
     parts = []
     for path, rows in runs:
         name = f"{rows[0]['machine']['device']} ({rows[0]['machine']['capability']})"
-        where = path.relative_to(machine.ROOT).as_posix() if path.is_relative_to(machine.ROOT) else path.name
+        inside = path.is_relative_to(machine.ROOT)
+        where = f"../{path.relative_to(machine.ROOT).as_posix()}" if inside else path.name
         parts += [f"**{name}**, from [{path.name}]({where}):", _goals_table(rows) or "It raced nothing."]
     if missing:
         have = "has" if len(missing) == 1 else "have"
@@ -143,18 +141,6 @@ def committed() -> list[Path]:
     except (OSError, subprocess.CalledProcessError):
         return sorted(folder.glob("*.json"))
     return sorted(folder / name for name in done.stdout.split())
-
-
-def with_block(readme: str, block: str) -> str:
-    """The README with its block replaced.
-
-    Raises:
-        ValueError: if a marker is missing.
-    """
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"the README lacks a marker of its GPU results: {BEGIN} or {END}")
-    before, _, rest = readme.partition(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
 
 
 def _environment(rows: Sequence[Row]) -> str:
@@ -507,8 +493,3 @@ def _and(words: Sequence[str]) -> str:
 def _is_gpu_run(path: Path) -> bool:
     """Whether ``make gpu`` wrote the file; its folder holds other kinds too, and some are not of races at all."""
     return json.loads(path.read_text()).get("run") == {"command": "gpu"}
-
-
-if __name__ == "__main__":
-    README.write_text(with_block(README.read_text(), readme_block(committed())))
-    sys.exit(0)

@@ -1,4 +1,7 @@
-"""The contenders of the attention races: our backends, and what they are measured against, one library a file."""
+"""The contenders of the attention races: our backends, and what they are measured against, one library a file.
+
+Not here: which shapes are raced (``benchmarks.shapes``), or the race (``benchmarks.contest``).
+"""
 
 from __future__ import annotations
 

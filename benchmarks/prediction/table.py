@@ -32,7 +32,7 @@ _INTRODUCTION = """# Predicted times of the GPU kernels
 
 **Predictions, not measurements.** No GPU was used: the kernels are compiled ahead of time, their machine code is
 counted, and a simple model ([`benchmarks/prediction/predict.py`](../benchmarks/prediction/predict.py)) turns the counts
-into time. Measured times, where there are any, are in [`benchmarks/results/`](../benchmarks/results/). Machine code
+into time. Measured times, where there are any, are in [benchmarks](benchmarks.md). Machine code
 differs from triton to triton, each with the ptxas in its wheel, so every part says which one compiled. `python -m
 benchmarks.prediction` writes the part of the triton that it runs with; `make test` checks those of 3.7.1 and 3.6.0.
 

@@ -23,6 +23,9 @@ MAIN_TRITON = {"3.7.1": ARCHITECTURES}
 # What tests without a budget compile for: by another triton, sm_90 alone.
 COMPILED_FOR = MAIN_TRITON.get(triton.__version__, (90,))
 
+# What is compiled every time of the ops whose sizes are channels.
+QUICK_CHANNELS = ((80, 384), (90, 768), (100, 384))
+
 # Shared memory a block can opt in to: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MAX_TENSOR_MEMORY_COLUMNS = 512
@@ -42,6 +45,7 @@ class Budgets:
         symbol: what a size is called there.
         sizes: that are compiled for sm_90.
         elsewhere: those of them that are compiled for every other architecture: of what can differ, the extremes.
+        quick: architectures and sizes that are compiled every time; the others take `make test FULL=1`.
         kernels: by name, what an architecture and a size launch.
         tritons: architectures by the version that compiles for them.
         grants_spills: whether a row may hold a spill that is there now; else none does.
@@ -51,6 +55,7 @@ class Budgets:
     symbol: str
     sizes: tuple[int, ...]
     elsewhere: tuple[int, ...]
+    quick: tuple[tuple[int, int], ...]
     kernels: Callable[[int, int], dict[str, tuple[Launch, Resources]]]
     tritons: dict[str, tuple[int, ...]] = field(default_factory=lambda: MAIN_TRITON)
     grants_spills: bool = False
@@ -72,7 +77,13 @@ class Budgets:
     @property
     def every_case(self) -> pytest.MarkDecorator:
         """A test of an architecture ``arch`` and a ``size``, for all there are."""
-        return pytest.mark.parametrize(("arch", "size"), self.cases)
+        return pytest.mark.parametrize(
+            ("arch", "size"), [pytest.param(*case, marks=self.marks(*case)) for case in self.cases]
+        )
+
+    def marks(self, arch: int, size: int) -> tuple[pytest.MarkDecorator, ...]:
+        """Those of a test of a case."""
+        return () if (arch, size) in self.quick else (pytest.mark.slow,)
 
     @property
     def path(self) -> Path:
@@ -136,8 +147,16 @@ class Budgets:
 
 
 def every_variant(variants: Iterable[tuple[int, str]]) -> pytest.MarkDecorator:
-    """A test of an architecture ``arch`` and the name ``variant`` of what is compiled for it."""
-    return pytest.mark.parametrize(("arch", "variant"), [named for named in variants if named[0] in COMPILED_FOR])
+    """A test of an architecture ``arch`` and the name ``variant`` of what is compiled for it.
+
+    The first one is compiled every time, by the main triton; the others take `make test FULL=1`.
+    """
+    named = [variant for variant in variants if variant[0] in COMPILED_FOR]
+    quick = named[:1] if triton.__version__ in MAIN_TRITON else []
+    return pytest.mark.parametrize(
+        ("arch", "variant"),
+        [pytest.param(*variant, marks=() if variant in quick else (pytest.mark.slow,)) for variant in named],
+    )
 
 
 def violations(used: dict[str, Row], budget: dict[str, Row]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from budgets import COMPILED_FOR, Budgets, beyond_hardware, every_variant
+from budgets import COMPILED_FOR, QUICK_CHANNELS, Budgets, beyond_hardware, every_variant
 
 from vitreg_kernels._triton.launch import Launch
 from vitreg_kernels._triton.offline import Resources, compile_launch
@@ -41,7 +41,7 @@ def budgeted(arch: int, channels: int) -> dict[str, tuple[Launch, Resources]]:
     return {launch.kernel.__name__: (launch, compile_launch(launch, arch)) for launch in found}
 
 
-BUDGETS = Budgets("assemble_budgets.json", "C", (384, 768, 1024, 1536), (384, 1536), budgeted)
+BUDGETS = Budgets("assemble_budgets.json", "C", (384, 768, 1024, 1536), (384, 1536), QUICK_CHANNELS, budgeted)
 
 
 @BUDGETS.every_case

@@ -32,8 +32,15 @@ def backward(tokens: int, arch: int, dtype: torch.dtype = torch.bfloat16, images
 @pytest.mark.parametrize(
     ("tokens", "programs", "dtype"),
     [
-        *((tokens, programs, torch.bfloat16) for tokens, programs in ((54, 3), (64, 3), (192, 2), (201, 3), (261, 2))),
-        *((272, 2, dtype) for dtype in (torch.bfloat16, torch.float16)),  # of the most tokens
+        (54, 3, torch.bfloat16),
+        (261, 2, torch.bfloat16),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                *((tokens, programs, torch.bfloat16) for tokens, programs in ((64, 3), (192, 2), (201, 3))),
+                *((272, 2, dtype) for dtype in (torch.bfloat16, torch.float16)),  # of the most tokens
+            )
+        ),
     ],
 )
 def test_programs_a_multiprocessor_without_spills(tokens: int, programs: int, dtype: torch.dtype) -> None:
@@ -43,19 +50,19 @@ def test_programs_a_multiprocessor_without_spills(tokens: int, programs: int, dt
     assert used.instructions["HGMMA"]
 
 
-@pytest.mark.parametrize("tokens", [54, 64])
+@pytest.mark.parametrize("tokens", [54, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_tile_a_head_on_sm_100(tokens: int) -> None:
     used = compile_launch(backward(tokens, 100), 100)
     assert used.spill_bytes == 0
     assert used.tensor_memory_columns <= 256  # of 512, for two programs
 
 
-@pytest.mark.parametrize("longest", [201, 261])
+@pytest.mark.parametrize("longest", [pytest.param(201, marks=pytest.mark.slow), 261])
 def test_a_pack_of_large_and_small_crops(longest: int) -> None:
     assert compile_launch(backward(longest, 90, images=64), 90).spill_bytes == 0
 
 
-@pytest.mark.parametrize("tokens", [54, 201, 261])
+@pytest.mark.parametrize("tokens", [54, pytest.param(201, marks=pytest.mark.slow), 261])
 def test_a_barrier_between_what_queries_leave_and_keys_read(tokens: int) -> None:
     """delta and normalization pass from thread to thread through global memory, which only a barrier makes sure of.
 

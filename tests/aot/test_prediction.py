@@ -89,6 +89,7 @@ def test_code_that_cannot_do_the_work_is_refused() -> None:
         predict(wider, used, 80)
 
 
+_SHOWN_QUICKLY = ((90, 54, 64), (90, 261, 64), (80, 261, 64))
 _SHOWN = [*((90, n, 64) for n in table.GOALS), (90, 261, 128), (90, 1029, 128), (80, 261, 64), (100, 261, 64)]
 
 
@@ -99,7 +100,11 @@ def test_the_running_triton_has_budgets_and_predictions() -> None:
 
 @pytest.mark.parametrize(
     ("arch", "tokens", "head_dim"),
-    [case for case in _SHOWN if case[0] in table.TRITONS.get(triton.__version__, ())],
+    [
+        pytest.param(*case, marks=() if case in _SHOWN_QUICKLY else (pytest.mark.slow,))
+        for case in _SHOWN
+        if case[0] in table.TRITONS.get(triton.__version__, ())
+    ],
 )
 def test_the_page_shows_what_the_kernels_are_now(arch: int, tokens: int, head_dim: int) -> None:
     part = table.parts(table.FILE.read_text())[triton.__version__].splitlines()
@@ -119,7 +124,12 @@ def test_the_page_has_every_shape_of_every_gpu_by_every_triton() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "least"), [(54, (6, 2)), (201, (3, 2)), (261, (2, 2)), (1029, (2, 4, 3)), (1374, (2, 3, 3))]
+    ("tokens", "least"),
+    [
+        (54, (6, 2)),
+        (261, (2, 2)),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in ((201, (3, 2)), (1029, (2, 4, 3)), (1374, (2, 3, 3)))),
+    ],
 )
 def test_programs_a_multiprocessor_of_sm_90_holds(tokens: int, least: tuple[int, ...]) -> None:
     """Of the forward and of each kernel of the backward, by every triton. One more register can cost a third of it."""
@@ -129,7 +139,7 @@ def test_programs_a_multiprocessor_of_sm_90_holds(tokens: int, least: tuple[int,
         assert kernel.resources.spill_bytes == 0, kernel.kernel
 
 
-@pytest.mark.parametrize("tokens", [201, 261])
+@pytest.mark.parametrize("tokens", [pytest.param(201, marks=pytest.mark.slow), 261])
 def test_the_forward_is_predicted_near_its_goal(tokens: int) -> None:
     forward, _ = table.rows(90, tokens, 64)
     assert forward.roofline_ns <= forward.ns <= 1.35 * table.GOALS[tokens][0]

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from budgets import Budgets, beyond_hardware, every_variant
+from budgets import QUICK_CHANNELS, Budgets, beyond_hardware, every_variant
 
 from vitreg_kernels._triton.launch import Launch
 from vitreg_kernels._triton.offline import Resources, compile_launch
@@ -38,7 +38,7 @@ def budgeted(arch: int, channels: int) -> dict[str, tuple[Launch, Resources]]:
     return {launch.kernel.__name__: (launch, compile_launch(launch, arch)) for launch in found}
 
 
-BUDGETS = Budgets("residual_norm_budgets.json", "C", (384, 768, 1024, 1536), (384, 1536), budgeted)
+BUDGETS = Budgets("residual_norm_budgets.json", "C", (384, 768, 1024, 1536), (384, 1536), QUICK_CHANNELS, budgeted)
 
 
 @BUDGETS.every_case

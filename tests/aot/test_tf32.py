@@ -33,6 +33,7 @@ def test_three_of_tf32_where_it_is_allowed_and_has_room(arch: int, head_dim: int
     assert {launch.constants["PRECISION"] for launch in found} == {"tf32x3" if three else "ieee"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed", ["tf32"], indirect=True)
 @pytest.mark.parametrize("arch", [90])
 def test_on_the_matrix_unit_rounded_and_without_spills(arch: int, allowed: str) -> None:

@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from budgets import COMPILED_FOR, Budgets, beyond_hardware, every_variant
+from budgets import COMPILED_FOR, QUICK_CHANNELS, Budgets, beyond_hardware, every_variant
 
 from vitreg_kernels import TokenLayout
 from vitreg_kernels._triton.launch import Launch
@@ -34,7 +34,7 @@ def budgeted(arch: int, channels: int) -> dict[str, tuple[Launch, Resources]]:
     return {launch.kernel.__name__: (launch, compile_launch(launch, arch)) for launch in found}
 
 
-BUDGETS = Budgets("token_norms_budgets.json", "C", (384, 768, 1024, 1536), (384, 1536), budgeted)
+BUDGETS = Budgets("token_norms_budgets.json", "C", (384, 768, 1024, 1536), (384, 1536), QUICK_CHANNELS, budgeted)
 
 
 @BUDGETS.every_case

@@ -79,7 +79,7 @@ def test_a_process_that_does_not_come_to_begin_leaves_a_file_that_says_so(tmp_pa
     assert row["reason"].startswith("hung" if fault == "hang" else "died with status")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_leaves_a_valid_file_and_the_next_goes_on(tmp_path, monkeypatch, capfd, how):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     asked = ["--dry-run", "--stages", "environment,accuracy", "--results", str(tmp_path)]

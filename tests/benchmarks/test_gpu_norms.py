@@ -125,6 +125,7 @@ def test_nothing_is_begun_after_the_deadline_and_the_next_run_goes_on(writer, mo
     assert norms.unfinished(DRY, writer) == 0
 
 
+@pytest.mark.slow
 def test_torchs_compiler_is_raced_at_one_width(monkeypatch):
     """It takes most of a race's time."""
     raced = {}

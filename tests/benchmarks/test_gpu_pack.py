@@ -77,6 +77,7 @@ def test_what_is_packed_is_found_by_a_launch_in_another_folder(folder, tmp_path,
     assert (told.cached, told.compiled, told.left) == (1, 0, 0)
 
 
+@pytest.mark.slow
 def test_a_pack_that_is_cut_says_what_is_missing_and_the_next_goes_on(folder, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as cut:
         cut.setattr(warm, "_compile", int)  # gives nothing, as a job that never began
@@ -155,6 +156,7 @@ def test_nothing_is_unpacked_outside_the_folder_of_a_kernel(tmp_path):
     assert [path.name for path in tmp_path.rglob("*.so")] == ["kernel.so"]
 
 
+@pytest.mark.slow
 def test_a_kernel_whose_unpacking_was_cut_is_not_there(folder, tmp_path, monkeypatch):
     """Its list of files comes last, and without that triton compiles it."""
     assert pack.main([]) == 0

@@ -1,4 +1,4 @@
-"""Table, picture and README block of GPU runs, from rows with figures made up here."""
+"""Table, picture and summary of GPU runs, from rows with figures made up here."""
 
 from __future__ import annotations
 
@@ -420,36 +420,21 @@ def test_without_matplotlib_the_picture_waits_and_says_for_what(rows, tmp_path, 
     assert not path.with_suffix(".png").exists()
 
 
-def test_the_readme_says_what_the_committed_results_say():
-    """After a results file is committed: python -m benchmarks.gpu.report."""
-    readme = report.README.read_text()
-    assert report.with_block(readme, report.readme_block(report.committed())) == readme
-
-
-def test_the_readme_block_without_results_names_what_is_not_measured(tmp_path):
-    told = report.readme_block([])
+def test_the_summary_without_results_names_what_is_not_measured(tmp_path):
+    told = report.summary([])
     assert "sm_80, sm_90 and sm_100 have not been measured yet" in told
     assert "no GPU speed is claimed" in told
 
 
-def test_the_readme_block_with_results_has_their_table_and_what_is_still_missing(rows, tmp_path, machine):
+def test_the_summary_with_results_has_their_table_and_what_is_still_missing(rows, tmp_path, machine):
     gpu_file = tmp_path / "nvidia-h200-2030-01-02.json"
     for name, run in (("bench.json", {"command": "bench"}), ("dry-run-x.json", {"command": "gpu", "dry": "yes"})):
         Writer(tmp_path / name, run, machine).extend(list(made_up_rows()))
-    told = report.readme_block([tmp_path / "bench.json", tmp_path / "dry-run-x.json", gpu_file])
+    told = report.summary([tmp_path / "bench.json", tmp_path / "dry-run-x.json", gpu_file])
     assert told.count("NVIDIA H200 (sm_90)") == 1
     assert "Some CPU" not in told
     assert lines(told)["261"][0] == "29.3 by vitreg:triton (goal 38), 1.50x"
     assert "**sm_80 and sm_100 have not been measured yet**." in told
-
-
-def test_a_readme_without_markers_is_refused():
-    assert (
-        report.with_block(f"a\n{report.BEGIN}\nold\n{report.END}\nb", "new")
-        == f"a\n{report.BEGIN}\nnew\n{report.END}\nb"
-    )
-    with pytest.raises(ValueError, match="lacks a marker"):
-        report.with_block(f"a {report.BEGIN} b", "new")
 
 
 def test_what_nvidia_smi_does_not_tell_is_none(monkeypatch):

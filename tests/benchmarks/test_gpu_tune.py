@@ -283,6 +283,7 @@ assert not tables.CONFIGS.exists() or not any('"width": 16' in f.read_text() for
 """
 
 
+@pytest.mark.slow
 def test_a_rehearsal_in_the_interpreter_measures_real_launches(tmp_path):
     """Real kernels, real launches, the real accuracy rule; only the times are made up."""
     pytest.importorskip("triton")

@@ -66,6 +66,7 @@ class PackedAttention(Attention):
     KINDS = (Spec(outputs=("lse",)), _KINDS[-1])  # what else a call may have does not hang on how it is packed
     INPUTS = ("qkv",)
     TOKENS = ("qkv",)
+    TRACED_AS_ANOTHER = True
 
     def make_call(self, spec: Spec) -> Call:
         return {"qkv": cases.make_qkv(spec), **cases.make_options(spec)}

@@ -31,6 +31,9 @@ class Op(ABC):
         TOKENS: inputs that are as large as the batch: those that may be anywhere in memory.
         OUTPUTS: outputs that carry gradients; all others are statistics.
         EXAMPLES: how many random calls are drawn.
+        NAMESPACE: that its operators have in ``torch.ops``.
+        OUTPUTS_SHARE_MEMORY: whether outputs are views of one tensor.
+        TRACED_AS_ANOTHER: whether the compiler sees the same of it as of another op of the list.
     """
 
     BACKENDS: ClassVar[Sequence[Backend]]
@@ -40,6 +43,9 @@ class Op(ABC):
     TOKENS: ClassVar[tuple[str, ...]]
     OUTPUTS: ClassVar[tuple[str, ...]]
     EXAMPLES: ClassVar[int] = 100
+    NAMESPACE: ClassVar[str] = "vitreg"
+    OUTPUTS_SHARE_MEMORY: ClassVar[bool] = False
+    TRACED_AS_ANOTHER: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return type(self).__name__

@@ -1,14 +1,17 @@
 """What every op promises, by every backend of it that runs here, tested by the same code.
 
 A new op is one adapter in this folder and one line in ``OPS``. The Triton kernels are held to the same in the
-interpreter's process, by tests/interpreter/test_contract.py.
+interpreter's process, by tests/interpreter/test_contract.py. The ops tested are those of the module that pytest
+collects: one that imports these tests (``from contract.test_contract import *``) and has an ``OPS`` of its own tests
+those, as tests/examples/test_minimal_op.py does.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -29,31 +32,58 @@ from vitreg_kernels._triton.mode import INTERPRETING
 
 OPS: tuple[Op, ...] = (Attention(), PackedAttention(), ResidualNorm(), TokenNorms(), TokenNormStats(), Assemble())
 
+# A quarter of the random calls every time, all of them by `make test FULL=1`.
+every_share = pytest.mark.parametrize(
+    "share", [pytest.param(4, id="a quarter"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+)
+
 HALF = (torch.float16,) if INTERPRETING else (torch.float16, torch.bfloat16)  # the interpreter garbles bf16
 
-every_op = pytest.mark.parametrize("op", OPS, ids=str)
-BACKENDS = [pytest.param(op, b, id=f"{op}-{b.name}") for op in OPS for b in op.backends]
-every_backend = pytest.mark.parametrize(("op", "backend"), BACKENDS)
+
+def themselves(ops: Sequence[Op], *, traced_apart: bool = False) -> Iterator[Any]:
+    """Each op, or those that are traced apart."""
+    for op in ops:
+        if not (op.TRACED_AS_ANOTHER and traced_apart):
+            yield pytest.param(op, id=str(op))
+
+
+def backends(
+    ops: Sequence[Op], *, reference: bool = True, double: bool = False, traced_apart: bool = False
+) -> Iterator[Any]:
+    """Of each op each backend: without the reference, only those that serve fp64, only of ops that are traced apart."""
+    for op in ops:
+        for backend in op.backends:
+            left_out = (
+                (backend.name == "reference" and not reference)
+                or (torch.float64 not in backend.requirements.dtypes and double)
+                or (op.TRACED_AS_ANOTHER and traced_apart)
+            )
+            if not left_out:
+                yield pytest.param(op, backend, id=f"{op}-{backend.name}")
+
+
+def calls(ops: Sequence[Op], *, first: int = 0, end: int | None = None) -> Iterator[Any]:
+    """Of each op by each backend each kind of call."""
+    for of_backend in backends(ops):
+        op, backend = of_backend.values
+        for spec in op.KINDS[first:end]:
+            yield pytest.param(op, backend, spec, id=f"{of_backend.id}-{spec}")
+
+
+# Marks that tests/conftest.py makes parameters of, from the OPS of the module that a test is collected in.
+every_op = pytest.mark.of_ops("op", themselves)
+every_op_traced_apart = pytest.mark.of_ops("op", partial(themselves, traced_apart=True))
+every_backend = pytest.mark.of_ops("op, backend", backends)
 # The reference is what the others are held against; the ops' own tests hold it against formulas of their own.
-OTHERS = [p for p in BACKENDS if p.values[1].name != "reference"]
-every_other = pytest.mark.parametrize(("op", "backend"), OTHERS)
-
-
-def in_double(backends: list) -> pytest.MarkDecorator:
-    served = [p for p in backends if torch.float64 in p.values[1].requirements.dtypes]
-    return pytest.mark.parametrize(("op", "backend"), served)
-
-
-every_in_double, others_in_double = in_double(BACKENDS), in_double(OTHERS)
-
-
-def kinds(first: int = 0, end: int | None = None) -> pytest.MarkDecorator:
-    calls = [(*p.values, spec, f"{p.id}-{spec}") for p in BACKENDS for spec in p.values[0].KINDS[first:end]]
-    return pytest.mark.parametrize(("op", "backend", "spec"), [pytest.param(*call, id=name) for *call, name in calls])
-
+every_other = pytest.mark.of_ops("op, backend", partial(backends, reference=False))
+every_in_double = pytest.mark.of_ops("op, backend", partial(backends, double=True))
+others_in_double = pytest.mark.of_ops("op, backend", partial(backends, double=True, reference=False))
+others_traced_apart = pytest.mark.of_ops("op, backend", partial(backends, traced_apart=True, reference=False))
 
 _MOST = 2 if INTERPRETING else None  # the interpreter takes long for a call
-every_kind, most_kinds, most_but_the_first = kinds(), kinds(0, _MOST), kinds(1, _MOST)
+every_kind = pytest.mark.of_ops("op, backend, spec", calls)
+most_kinds = pytest.mark.of_ops("op, backend, spec", partial(calls, end=_MOST))
+most_but_the_first = pytest.mark.of_ops("op, backend, spec", partial(calls, first=1, end=_MOST))
 
 
 def same(actual: Tensors, expected: Tensors) -> None:
@@ -85,10 +115,11 @@ def test_there_is_something_to_test(op):
     assert names == ["triton"] if INTERPRETING else "reference" in names and len(names) >= 2
 
 
-def test_ops_are_one_kernel_for_all_devices_and_a_fake():
+@every_op
+def test_its_operators_are_one_kernel_for_all_devices_and_a_fake(op):
     """None has an autograd formula of its own: autograd.Functions join them."""
-    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vitreg::")]
-    assert len(names) >= 10
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{op.NAMESPACE}::")]
+    assert names
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd"), name
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"), name
@@ -97,12 +128,13 @@ def test_ops_are_one_kernel_for_all_devices_and_a_fake():
 
 class TestParity:
     @pytest.mark.skipif(INTERPRETING, reason="takes too long; there, calls of every kind are run in guarded memory")
+    @every_share
     @every_other
-    def test_any_call(self, op, backend):
+    def test_any_call(self, op, backend, share):
         """Outputs, gradients and statistics keep the accuracy rule against fp64."""
         dtypes = tuple(dtype for dtype in backend.requirements.dtypes if dtype != torch.float64)
 
-        @settings(max_examples=op.EXAMPLES)
+        @settings(max_examples=op.EXAMPLES // share)
         @given(spec=op.specs(backend.requirements._replace(dtypes=dtypes)))
         def holds(spec):
             # Alike but for their numbers, and judged as one: the eager error of a few numbers may owe to luck.
@@ -113,11 +145,12 @@ class TestParity:
 
         holds()
 
+    @every_share
     @others_in_double
-    def test_any_call_in_double(self, op, backend):
+    def test_any_call_in_double(self, op, backend, share):
         """fp64 has no eager error to be measured by; there a backend agrees with the reference outright."""
 
-        @settings(max_examples=op.EXAMPLES)
+        @settings(max_examples=op.EXAMPLES // share)
         @given(spec=op.specs(backend.requirements._replace(dtypes=(torch.float64,))))
         def holds(spec):
             call = op.make_call(spec)
@@ -178,7 +211,7 @@ class TestMemory:
         held = {x.untyped_storage().data_ptr() for x in tree_leaves(call) if isinstance(x, Tensor)}
         outputs = [x for name, x in results.items() if not name.startswith("grad_") and name not in op.aliases(call)]
         outputs = [x for x in outputs if x.numel()]
-        if not isinstance(op, TokenNormStats):  # whose groups are views of one distribution
+        if not op.OUTPUTS_SHARE_MEMORY:
             held = [*held, *(x.untyped_storage().data_ptr() for x in outputs)]
             assert len(set(held)) == len(held)
 
@@ -251,14 +284,14 @@ class TestGradients:
 
 
 class _Recorded(TorchDispatchMode):
-    """Keeps every op of this library that is called, with its arguments as they were."""
+    """Keeps every operator of a namespace that is called, with its arguments as they were."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str) -> None:
         super().__init__()
-        self.calls = []
+        self.namespace, self.calls = namespace, []
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function.namespace == "vitreg":
+        if function.namespace == self.namespace:
             kept = tree_map_only(Tensor, lambda x: x.detach().clone(), (arguments, options or {}))
             self.calls.append((function, *kept))
         return function(*arguments, **(options or {}))
@@ -268,11 +301,20 @@ class TestOpaqueOps:
     @every_kind
     def test_operators_are_what_they_say(self, op, backend, spec):
         """Schema, fake, registration and dynamic shapes of all that a forward and a backward call, each by itself."""
-        with _Recorded() as recorded:
-            run(op, backend.name, op.make_call(spec))
+        self.check(op, backend, op.make_call(spec))
+
+    @every_backend
+    def test_in_half_precision(self, op, backend):
+        """The dtypes that fakes give, which tests in fp32 cannot tell from statistics'."""
+        self.check(op, backend, op.make_call(op.KINDS[0]._replace(dtype=torch.float16)), "test_faketensor")
+
+    @staticmethod
+    def check(op, backend, call, *utils):
+        with _Recorded(op.NAMESPACE) as recorded:
+            run(op, backend.name, call)
         assert recorded.calls or not backend.opaque
         for function, arguments, options in recorded.calls:
-            opcheck(function, arguments, options)
+            opcheck(function, arguments, options, **({"test_utils": utils} if utils else {}))
 
 
 class TestAutocast:
@@ -317,12 +359,9 @@ class TestCompile:
             compiled = torch.compile(op.outputs, backend="aot_eager", fullgraph=True)
             self.assert_same(op, backend.name, compiled, op.make_call(spec))
 
-    @pytest.mark.parametrize(("op", "backend"), [p for p in OTHERS if not isinstance(p.values[0], PackedAttention)])
+    @others_traced_apart
     def test_sizes_change_under_a_recompile_limit(self, op, backend):
-        """One graph for the first length, one for all others, one more once the batch changes too.
-
-        Of the fullest call; attention's two functions differ in nothing that is traced here.
-        """
+        """Of the fullest call: a graph for the first length, one for all others, one more as the batch changes too."""
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(op.outputs, backend=counter, fullgraph=True)
         with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
@@ -353,7 +392,7 @@ class TestCompile:
         torch.testing.assert_close(compiled(x), gradient(x), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a compiler")
-    @pytest.mark.parametrize("op", [op for op in OPS if not isinstance(op, PackedAttention)], ids=str)
+    @every_op_traced_apart
     def test_inductor(self, op):
         """The compiler people use, and the backend that a call gets which names none."""
         name = "triton" if INTERPRETING else None

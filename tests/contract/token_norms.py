@@ -43,6 +43,7 @@ class TokenNormStats(TokenNorms):
     KINDS = tuple(dict.fromkeys(spec._replace(norms=True) for spec in cases.KINDS))
     TRACED = Spec(norms=True)
     EXAMPLES = 30  # of each many calls, whose counts agree to the last one
+    OUTPUTS_SHARE_MEMORY = True  # one distribution, of which the groups' are views
 
     def make_call(self, spec: Spec) -> Call:
         return cases.make_call(spec)

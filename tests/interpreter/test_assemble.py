@@ -149,7 +149,8 @@ class TestCompile:
         with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
             yield
 
-    def test_used_twice(self) -> None:
+    @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_used_twice(self, compiler: str) -> None:
         """The view that is the patches' gradient meets other gradients of the same memory in a compiled graph too."""
 
         def loss(call: dict[str, Tensor]) -> Tensor:
@@ -158,7 +159,7 @@ class TestCompile:
             return (tokens * tokens.sin()).sum() + patches.cos().sum() + tokens[:, 5:].square().sum()
 
         results = []
-        for function in (loss, torch.compile(loss, fullgraph=True)):
+        for function in (loss, torch.compile(loss, backend=compiler, fullgraph=True)):
             call = {name: x.requires_grad_() for name, x in make_call(Spec()).items()}
             function(call).backward()
             results.append([x.grad for x in call.values()])

@@ -16,6 +16,7 @@ def of_kind(path, kind):
     return [row for row in results.load(path) if row["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_the_default_stages(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the benchmark's own package: pip install 'vitreg_kernels[bench]'")
     arguments = ["--stages", ",".join(DEFAULT), "--dry-run", "--results", str(tmp_path)]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from contract.test_transforms import test_calls_of_one_image, test_the_table_is_true
+from contract.test_transforms import OPS, test_calls_of_one_image, test_the_table_is_true
 
-__all__ = ["test_calls_of_one_image", "test_the_table_is_true"]
+__all__ = ["OPS", "test_calls_of_one_image", "test_the_table_is_true"]

@@ -35,7 +35,7 @@ from vitreg_kernels.ops.token_norms.types import NormDistribution, TokenNormStat
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a compiler"
 )
-COMPILERS = ["aot_eager", pytest.param("inductor", marks=needs_compiler)]
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])]
 
 
 def counted_at_once(x):

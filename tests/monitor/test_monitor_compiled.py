@@ -65,7 +65,7 @@ CASES = [
     *(("doublings", way) for way in (whole, in_place, within_another, each_block, each_block_wrapped)),
     ("patched doublings", whole),
     # Layers that are given, in one graph of the whole: the doublings' are, and trace in a tenth of the time.
-    *(("register vit", way) for way in (whole, each_block)),
+    *(pytest.param("register vit", way, marks=pytest.mark.slow) for way in (whole, each_block)),
     ("blocks of a register vit", each_block),
 ]
 

@@ -78,6 +78,10 @@ def test_why_there_is_none(environment, reason, tmp_path):
     assert not (native / "libvitreg_cpu.so").exists()
     assert reason in json.loads((native / "cpu.json").read_text())["reason"]
 
+
+def test_without_one_calls_are_served_and_info_says_why(tmp_path):
+    build(tmp_path, CXX="/bin/false")
+    reason = json.loads((tmp_path / "vitreg_kernels" / "_native" / "cpu.json").read_text())["reason"]
     shown = run("-c", CALL, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     line = next(line for line in shown.stdout.splitlines() if line.startswith("native kernels: none, "))
@@ -162,7 +166,13 @@ def test_a_library_of_other_sources_is_a_reason(tmp_path):
     assert shown() == of_these
 
 
-@pytest.mark.parametrize("odd", ["{", "[]", "\xff", '{"reason": null, "instruction_sets": 5}'])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        '{"reason": null, "instruction_sets": 5}',
+        *(pytest.param(odd, marks=pytest.mark.slow) for odd in ("{", "[]", "\xff")),
+    ],
+)
 @pytest.mark.parametrize("built", [False, True])
 def test_odd_metadata_breaks_nothing(odd, built, tmp_path):
     if built and library.faults():

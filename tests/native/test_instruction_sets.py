@@ -38,7 +38,9 @@ def python(*arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("isa", OTHERS)
+@pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=() if isa in ("baseline", "avx2") else pytest.mark.slow) for isa in OTHERS]
+)
 def test_contract(isa):
     # A graph, what an op declares, what a transform makes of a call and where memory is do not change with the
     # instruction set.

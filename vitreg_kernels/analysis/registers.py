@@ -141,7 +141,7 @@ class TestTimeRegisters:
     One token of zeros, without positions, enters the first block at the end of the prefix. At each register neuron it
     is given the activation of largest magnitude, with its sign, among the patches of its image, and the patches are
     given 0 (arXiv 2506.08010, Algorithm 2). The model attends to padding as to any patch, and so it
-    counts as one here. Without neurons it is an empty token, the control that says what any further token costs::
+    counts as one here. Without neurons it is an empty token, the control that says what any further token costs:
 
         neurons = find_register_neurons(model, batches, rule=Rule.parse("3xmedian"), top_k=10)
         with TestTimeRegisters(model, neurons.indices) as register:

@@ -18,11 +18,11 @@ from .info import info
 from .support import support
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0 only if all is well."""
-    parser = argparse.ArgumentParser(prog="vitreg", description="Fused attention for ViTs with register tokens.")
-    parser.add_argument("--version", action="version", version=f"vitreg_kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Of all commands."""
+    vitreg = argparse.ArgumentParser(prog="vitreg", description="Fused attention for ViTs with register tokens.")
+    vitreg.add_argument("--version", action="version", version=f"vitreg_kernels {__version__}")
+    commands = vitreg.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="this machine, and what each backend supports")
     commands.add_parser("support", help="the classes of other libraries that patch(model) knows")
     checking = commands.add_parser("check", help="accuracy of every backend usable on this machine, against fp64")
@@ -31,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     checking.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     calibrate.add_to(commands)
     analyze.add_to(commands)
-    arguments = parser.parse_args(argv)
+    return vitreg
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0 only if all is well."""
+    arguments = parser().parse_args(argv)
     if arguments.command == "info":
         print(info())
         return 0

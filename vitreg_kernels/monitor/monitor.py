@@ -26,7 +26,7 @@ class TokenNormMonitor:
 
     Artifacts (Darcet et al., "Vision Transformers Need Registers", arXiv 2309.16588) are patches whose norm is an order
     of magnitude above the others'. They show only in the residual stream before the final LayerNorm, which is what this
-    counts, on the device, from the moment it is made until ``remove()``, in training and in evaluation::
+    counts, on the device, from the moment it is made until ``remove()``, in training and in evaluation:
 
         monitor = TokenNormMonitor(model)
         history = CsvWriter("norms.csv")

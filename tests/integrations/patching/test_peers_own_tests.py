@@ -42,6 +42,7 @@ PEER = Peer(
 )
 
 
+@pytest.mark.slow
 def test_a_lost_test_is_named_and_the_baseline_is_not_run_again(tmp_path, capsys):
     (tmp_path / "made_up.py").write_text(LIBRARY)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")

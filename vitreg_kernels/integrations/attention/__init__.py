@@ -1,4 +1,4 @@
-"""How other libraries' attention modules are computed by ours, one file a library. Puts nothing in their place.
+"""How other libraries' attention modules are computed by ours, one file a library.
 
-What is patched, given back, reported and captured is in ``patching``.
+Not here: putting it in their place, giving it back, reporting and capturing, which is ``patching``.
 """

@@ -1,4 +1,5 @@
 """How other libraries' pre-norm blocks are computed with the add before their second norm fused into it.
 
-The add at the end of a block belongs with the first norm of the next, which is not the block's to call; it stays.
+Not here: the add at the end of a block, which belongs with the first norm of the next and is not the block's to call;
+or putting anything in a block's place (``patching``).
 """

@@ -1,6 +1,6 @@
 """Takes over what other libraries' attention modules compute, gives it back, says what it did, and captures statistics.
 
-How each class is computed is in ``attention``.
+Not here: how each class is computed, which is in ``attention`` and ``blocks``.
 """
 
 from .api import patch, patched, unpatch

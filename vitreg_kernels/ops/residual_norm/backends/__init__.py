@@ -4,6 +4,8 @@ One file or folder each, with one frozen ``dispatch.Backend``. ``forward(inputs)
 ``NormOutputs`` and runs behind the ops of ``schema.py``, and ``backward(inputs, gradients)`` beside it fills the
 gradients that are not ``None``; that of any other gives ``ResidualNorm`` and is torch code that autograd
 differentiates. Autocast may be on while they run.
+
+Not here: what a call may be (``validation.py``), or its gradients' place in autograd (``autograd.py``).
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 ``any_kernel`` is torch's own choice, the default in its place; ``one_kernel`` are the kernels it chooses from, each a
 backend that only its name or a measurement takes; ``kernels`` calls these.
+
+Not here: a kernel of this library's own, or any setting of torch's switches, which stay the user's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""This library's Triton kernels for norms and for counting them. Importing this package does not import triton."""
+"""This library's Triton kernels for norms and for counting them. Importing this package does not import triton.
+
+Not here: how a launch reaches a GPU, the interpreter or the offline compiler (``_triton``).
+"""
 
 from __future__ import annotations
 
