@@ -392,6 +392,18 @@ def test_several_models_and_one_that_cannot_be_read(tmp_path, folder):
     assert any("none.pt was left out: there is no model, file or folder" in note for note in done.report.notes)
 
 
+def test_a_model_of_images_and_text_with_a_scale_that_is_one_number(tmp_path, folder):
+    """CLIP's, on images larger than its own."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    vision = {**sizes, "image_size": SIZE, "patch_size": PATCH}
+    model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=sizes | {"vocab_size": 9}))
+    assert model.logit_scale.dim() == 0
+    model.save_pretrained(tmp_path / "clip")
+    (found,) = analyze(options(tmp_path, folder, f"hf:{tmp_path / 'clip'}", size=48)).report.findings
+    assert (found.grid, found.prefix, found.layers) == ((6, 6), ["cls"], 2)
+
+
 def test_probes_of_labels(tmp_path, folder):
     done = analyze(options(tmp_path, folder, saved(vit(), tmp_path / "small.pt"), labels="folders"))
     probes = {probe.tokens: probe for probe in done.report.findings[0].probes}

@@ -272,7 +272,7 @@ class _Model:
         digest = hashlib.sha256()
         for key, tensor in self.model.state_dict().items():
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         described: dict[str, Any] = {"name": name, "version": __version__, "weights": digest.hexdigest()}
         # The same weights are another model with other heads or another normalisation.
         described |= {"facts": self.subject.facts, "mean": self.subject.mean, "std": self.subject.std}
