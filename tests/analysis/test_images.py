@@ -299,6 +299,8 @@ class TestBroken:
         assert folder.paths == [str(tmp_path / "a.png")]
         assert folder.skipped == {f"{tmp_path}/caf\\xe9.png": "its name is not UTF-8: rename it"}
         assert all(name.encode() for name in folder.skipped)
+        with pytest.raises(ValueError, match="its name is not UTF-8: rename it"):
+            ImageFolder(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"), size=28, patch=14)
 
     def test_values_without_a_white(self, tmp_path):
         Image.fromarray(np.ones((20, 20), dtype=np.float32)).save(tmp_path / "b.tif")

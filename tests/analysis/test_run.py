@@ -88,7 +88,7 @@ def test_what_is_written(tmp_path, folder, with_page):
     assert {row.layer for row in found.norms} == {0, 1, 2}
     assert {row.tokens for row in found.norms} == {"patches", *found.prefix}
     assert [image.path for image in found.shown] == [str(folder / "a" / "0.png"), str(folder / "a" / "2.png")]
-    assert [row.method for row in found.discovery] == ["LOST", "LOST", "TokenCut"]
+    assert [row.method for row in found.discovery] == ["LOST official", "LOST centred", "TokenCut"]
     assert list(done.report.skipped) == [str(folder / "a" / "broken.png")]
     for name in WRITTEN:
         assert (tmp_path / "report" / name).stat().st_size > 0

@@ -145,7 +145,7 @@ class Boxes:
     """Object discovery in one way.
 
     Attributes:
-        method: ``"LOST"`` or ``"TokenCut"``.
+        method: ``"LOST official"``, ``"LOST centred"``, LOST by other options, or ``"TokenCut"``.
         options: all of them, in words.
         images: how many.
         whole_image_share: share of boxes that cover more than 95% of the image.

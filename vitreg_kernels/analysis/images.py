@@ -217,15 +217,14 @@ class ImageFolder:
     def _files(self, root: Path) -> list[Path]:
         if not root.exists():
             raise FileNotFoundError(f"there is no file or folder {root}")
-        if not root.is_dir():
-            return [root]
 
         def unreadable(error: OSError) -> None:
             self.skipped[str(error.filename)] = f"the folder cannot be read: {error.strerror}"
 
-        files = (Path(folder, name) for folder, _, names in os.walk(root, onerror=unreadable) for name in names)
+        found = (Path(folder, name) for folder, _, names in os.walk(root, onerror=unreadable) for name in names)
+        files = sorted(path for path in found if path.suffix.lower() in SUFFIXES) if root.is_dir() else [root]
         kept = []
-        for path in sorted(path for path in files if path.suffix.lower() in SUFFIXES):
+        for path in files:
             shown = os.fsencode(path).decode("utf-8", "backslashreplace")
             if shown == str(path):
                 kept.append(path)

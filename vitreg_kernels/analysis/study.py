@@ -186,7 +186,7 @@ class Study(NamedTuple):
             if not any(boxes):
                 warning = "no box on any image: all patches are alike to it, so that nothing stands out"
             row = Boxes(
-                method="TokenCut" if method is None else "LOST",
+                method=method_name(method),
                 options="tau=0.2, eps=1e-5, features=key, layer=-1" if method is None else str(method),
                 images=len(boxes),
                 whole_image_share=whole,
