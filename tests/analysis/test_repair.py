@@ -121,6 +121,11 @@ def test_padding_has_no_say(model, images):
     assert found.drift == pytest.approx(drift.quantile(0.5).item(), rel=1e-4)
 
 
+def test_a_rule_by_which_no_patch_is_normal(model, images):
+    found = repairs(model, [images], NEURONS, rule=Rule.parse("0.001"))
+    assert {(one.outliers, one.drift) for one in found} == {(1.0, None)}
+
+
 def test_nothing_to_repair(model, images):
     with pytest.raises(ValueError, match="without register neurons there is nothing to repair"):
         repairs(model, [images], [], rule=RULE)

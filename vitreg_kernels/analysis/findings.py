@@ -197,7 +197,7 @@ class Repair:
         outliers: share of outlier patches by the rule of the page.
         register_ratio: norm of the added token, averaged over images, / median patch norm; None without one.
         drift: median over normal patches of the L2 distance to the model as it is, or of a planted model to the one
-            without, / its norm; None of itself.
+            without, / its norm; None of itself, and where no patch is normal.
     """
 
     name: str

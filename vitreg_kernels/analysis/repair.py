@@ -101,7 +101,7 @@ class _Seen:
             largest_ratio=(norms.max() / median).item(),
             outliers=(norms > rule.threshold(norms)).double().mean().item(),
             register_ratio=(torch.cat(self.registers).mean() / median).item() if self.registers else None,
-            drift=_median(torch.cat(self.drifts)[normal]),
+            drift=_median(torch.cat(self.drifts)[normal]) if normal.any() else None,
         )
 
 
