@@ -6,9 +6,9 @@ import numpy as np
 
 from vitreg_kernels.analysis.findings import (
     Attention,
-    Box,
     Boxes,
     Findings,
+    FoundBox,
     Histogram,
     History,
     Image,
@@ -19,6 +19,7 @@ from vitreg_kernels.analysis.findings import (
     Repair,
     Report,
     Similarity,
+    Sinks,
 )
 
 LAYERS, ROWS, COLUMNS, HEADS, PATCH = 3, 2, 4, 2, 8
@@ -55,6 +56,12 @@ def findings(name: str = "toy", *, planted: bool = False, prefix: tuple[str, ...
             {"normal": 0.5, "outlier": 0.9},
             {"normal": 15, "outlier": 1},
         ),
+        cls_similarity=Similarity([-1.0, 0.0, 1.0], {"normal": [0.1, 0.5, 0.1]}, {"normal": 0.125}, {"normal": 16}),
+        sinks=[
+            Sinks(layer, kind, HEADS, 0.5 if layer else 0.0, 1.25 if layer == 2 else 0.5 * bool(layer))
+            for layer in range(LAYERS)
+            for kind in (*prefix, "outlier", "normal")
+        ],
         attention=[Attention(LAYERS - 1, kind, 0.25, 0.5, 0.0625) for kind in prefix],
         probes=[
             Probe("position", "normal", "top-1", 0.417, 0.01, 0.125, 100, standard_error=0.02),
@@ -69,8 +76,8 @@ def findings(name: str = "toy", *, planted: bool = False, prefix: tuple[str, ...
         shown=[
             Image(
                 "<script>alert(1)</script>.png",
-                [Box("LOST", (0, 0, 64, 32)), Box("TokenCut", None)],
-                [Box("LOST", (0, 0, 32, 16)), Box("TokenCut", None)],
+                [FoundBox("LOST", (0, 0, 64, 32)), FoundBox("TokenCut", None)],
+                [FoundBox("LOST", (0, 0, 32, 16)), FoundBox("TokenCut", None)],
                 [(4, 4, 20, 12)],
             ),
             Image("boat.jpg"),
@@ -115,6 +122,5 @@ def report() -> Report:
                 "arXiv 2309.16588, table 3",
                 "A bias was added.",
             ),
-            Published("DINOv2-S", "largest norm", {"register 0": "14.1"}, "README", measured={"register 0": "14.2"}),
         ],
     )

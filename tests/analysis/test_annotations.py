@@ -27,6 +27,11 @@ def written(path, content):
     return path
 
 
+def test_every_ending_of_an_image_is_left_off_a_name():
+    boxes = {"a.jpg": [(0, 0, 1, 1)], "b": [(0, 0, 2, 2)], "c.v1": [(0, 0, 3, 3)]}
+    assert match(boxes, ["x/a.jfif", "x/b.jp2", "x/c.v1.avif"]) == list(boxes.values())
+
+
 def test_voc_counts_from_one_and_includes_the_last(tmp_path):
     part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
     content = voc(voc_object(1, 1, 500, 375), voc_object(48, 240.5, 195, 371, inside=part))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from findings_cases import report
 
-from vitreg_kernels.analysis.findings import Norms, Report, from_json, tables, to_json
+from vitreg_kernels.analysis.findings import TABLES, Norms, Report, from_json, tables, to_json
 
 
 def test_json_gives_a_report_back_exactly():
@@ -71,7 +71,7 @@ def test_text_that_is_no_report_is_refused():
 def test_tables_hold_every_row_of_every_model():
     given = report()
     found = tables(given)
-    assert set(found) == {"norms", "attention", "probes", "discovery", "neurons", "repairs"}
+    assert tuple(found) == TABLES
     rows = list(csv.DictReader(io.StringIO(found["norms"])))
     assert list(rows[0]) == ["model", *(column.name for column in fields(Norms))]
     expected = [(findings.name, entry) for findings in given.findings for entry in findings.norms]

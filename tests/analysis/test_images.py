@@ -292,6 +292,16 @@ class TestBroken:
         assert folder.skipped[str(tmp_path / "closed")] == "the folder cannot be read: Permission denied"
         assert "Permission denied" in folder.skipped[str(tmp_path / "b.png")]
 
+    def test_a_name_that_no_page_can_hold(self, tmp_path):
+        plain().save(tmp_path / "a.png")
+        os.rename(save(plain(), tmp_path / "b.png"), os.fsencode(tmp_path) + b"/caf\xe9.png")
+        folder = ImageFolder(tmp_path, size=28, patch=14)
+        assert folder.paths == [str(tmp_path / "a.png")]
+        assert folder.skipped == {f"{tmp_path}/caf\\xe9.png": "its name is not UTF-8: rename it"}
+        assert all(name.encode() for name in folder.skipped)
+        with pytest.raises(ValueError, match="its name is not UTF-8: rename it"):
+            ImageFolder(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"), size=28, patch=14)
+
     def test_values_without_a_white(self, tmp_path):
         Image.fromarray(np.ones((20, 20), dtype=np.float32)).save(tmp_path / "b.tif")
         assert self.broken(tmp_path, "b.tif").startswith("its values, float32, have no known white")

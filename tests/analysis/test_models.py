@@ -164,6 +164,15 @@ class TestHuggingFace:
         assert_same(found, theirs, IMAGES[..., :42, :])
         assert_same(found, lambda x: theirs(x, interpolate_pos_encoding=True))
 
+    def test_a_model_of_images_and_text_tells_the_size_of_its_images(self, transformers, tmp_path):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        vision = {**sizes, "image_size": 56, "patch_size": 14}
+        config = transformers.CLIPConfig(vision_config=vision, text_config={**sizes, "vocab_size": 9})
+        transformers.CLIPModel(config).save_pretrained(tmp_path)
+        found = subject(f"hf:{tmp_path}")
+        assert found.size == 56
+        assert "assumed" not in found.facts
+
     def test_half_precision_is_widened(self, transformers, tmp_path):
         theirs = self.saved(transformers, tmp_path).bfloat16()
         theirs.save_pretrained(tmp_path)

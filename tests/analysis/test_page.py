@@ -14,8 +14,8 @@ from findings_cases import COLUMNS, HEADS, LAYERS, ROWS, findings, pictures, rep
 from matplotlib import colormaps
 
 from vitreg_kernels.analysis.findings import Report
-from vitreg_kernels.analysis.page import figures, write_page
-from vitreg_kernels.analysis.page.page import render
+from vitreg_kernels.analysis.page import figures, maps, write_page
+from vitreg_kernels.analysis.page.page import NONE, render
 
 HOSTILE = "<script>alert(1)</script>.png"
 VOID = {"meta", "img", "br", "input"}
@@ -25,8 +25,9 @@ SECTIONS = {
     "norms": {"norms": []},
     "histogram": {"histogram": None},
     "where": {"frequency": []},
-    "similarity": {"similarity": None},
+    "similarity": {"similarity": None, "cls_similarity": None},
     "attention": {"attention": []},
+    "sinks": {"sinks": []},
     "probes": {"probes": []},
     "boxes": {"discovery": []},
     "registers": {"neurons": [], "repairs": []},
@@ -195,14 +196,36 @@ def test_numbers_are_shown_as_they_are(page):
     }
 
 
-def test_a_published_number_counts_as_measured_only_where_it_was(given):
-    bare = Report([without(SECTIONS)], {}, {}, published=given.published)
-    lines = render(bare, {}).split('id="published"')[1].split("</tr>")
-    (not_measured,) = (line for line in lines if "35.3" in line)
-    (measured,) = (line for line in lines if "14.1" in line)
-    assert "<td></td>" in not_measured
-    assert "<td></td>" not in measured
-    assert "14.2" in measured
+def test_published_numbers_are_said_to_be_no_measurements_and_where_those_stand(given, text):
+    published = text.split('id="published"')[1].split("</section>")[0]
+    assert "none of them was measured here" in published
+    assert all(name in published for name in ("Model by model", "under Object discovery", "under Linear probes"))
+    bare = render(Report([without(SECTIONS)], {}, {}, published=given.published), {})
+    assert not any(name in bare.split('id="published"')[1] for name in ("Object discovery", "Linear probes"))
+
+
+def test_sinks_are_shown_by_block_as_a_number_or_as_bounds(text):
+    table = text.split('id="sinks"')[1].split("</section>")[0]
+    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("<tr>")[2:]]
+    assert rows[0] == ["toy", "CLS", "2", "0", "0.5", f"0.5{NONE}1.2"]
+    assert [row[0] for row in rows[:4]] == ["toy", "R1", "outliers", "other"]
+
+
+def test_mean_cosines_stand_by_kind_and_none_where_there_are_none(text):
+    table = text.split("Mean cosines</caption>")[1].split("</table>")[0]
+    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("<tr>")[2:]]
+    assert rows[0] == ["toy", "0.5", "0.9", "0.125", NONE]
+
+
+def test_a_block_without_finite_norms_takes_no_other_blocks_median():
+    found = findings()
+    found.norms = [row for row in found.norms if row.layer != 1]
+    assert np.isnan(maps.medians(found)).tolist() == [False, True, False]
+    drawn = pictures(found)
+    drawn["0/norms"][1] = np.nan
+    captions = maps.norm_strip(found, drawn, 0).captions
+    assert captions[1].startswith("max nan")
+    assert captions[2].startswith(f"max {maps.number(drawn['0/norms'][2].max())} ")
 
 
 def test_the_same_findings_give_the_same_file(tmp_path, drawn, text):
@@ -223,6 +246,7 @@ def test_a_report_that_cannot_be_shown_is_refused():
         (figures.norms_by_layer, "norms"),
         (figures.histogram, "histogram"),
         (figures.neighbour_cosines, "similarity"),
+        (figures.cls_cosines, "cls_similarity"),
         (figures.history, "history"),
     ],
 )

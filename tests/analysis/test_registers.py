@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from vit_cases import TINY, vit
 
-from tests.analysis.dino_like import Dinov3, DinoVisionTransformer
-from tests.integrations.models import hugging_face, scramble, timm_dinov3, timm_vit
-from tests.integrations.patching import dinov2_like
+from tests.integrations.models import dinov2_vit, dinov3_vit, hugging_face, scramble, timm_dinov3, timm_vit
+from tests.integrations.patching import dinov2_like, dinov3_like
 from vitreg_kernels import RegisterViT
 from vitreg_kernels.analysis.outliers import Rule
 from vitreg_kernels.analysis.planted import planted_norms
@@ -141,7 +140,10 @@ def copy_of(vit, library, transformers_weights):
         model = timm_vit(**sizes, init_values=1.0)
         model.load_state_dict(weights)
     elif library == "dinov2":
-        model = DinoVisionTransformer(384, 12, 6, 14, (16, 16))
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        options = {"init_values": 1.0, "mlp_ratio": 4, "norm_layer": norm, "qkv_bias": True}
+        blocks = [dinov2_like.NestedTensorBlock(384, 6, **options) for _ in range(12)]
+        model = dinov2_like.DinoVisionTransformer(blocks, 0, 14, side=16)
         model.load_state_dict(weights)
     else:
         sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 224}
@@ -171,8 +173,8 @@ FAMILIES = {
         "embeddings.register_tokens",
     ),
     "DINOv3ViT": (lambda n: hugging_face("DINOv3ViT", num_register_tokens=n), "embeddings.register_tokens"),
-    "DINOv2's own": (lambda n: scramble(DinoVisionTransformer(64, 2, 2, 16, (4, 4), n)), "register_tokens"),
-    "DINOv3's own": (lambda n: scramble(Dinov3(64, 2, 2, 16, n)), "storage_tokens"),
+    "DINOv2's own": (dinov2_vit, "register_tokens"),
+    "DINOv3's own": (dinov3_vit, "storage_tokens"),
 }
 
 
@@ -185,6 +187,8 @@ def features(model, pixels):
         given = given.last_hidden_state
     elif given.dim() == 2:
         given = model.forward_features(pixels)
+    if isinstance(given, dict):
+        return given["x_norm_patchtokens"]
     return given[:, residual_stream(model).layout.patches]
 
 
@@ -224,11 +228,11 @@ def test_an_empty_token_is_a_further_register_of_zeros(family, patched):
         lambda: scramble(RegisterViT(replace(TINY, mlp="swiglu"))),
         lambda: hugging_face("Dinov2", use_swiglu_ffn=True),
         lambda: hugging_face("ViT"),
-        lambda: scramble(Dinov3(64, 2, 2, 16, 1)),
+        lambda: dinov3_with_flat_mlps(),
         lambda: timm_vit(reg_tokens=3, class_token=False, global_pool="avg"),
         lambda: torchvision_vit(),
     ],
-    ids=["RegisterViT", "SwiGLU", "Dinov2 SwiGLU", "ViT", "DINOv3's own", "timm without CLS", "torchvision"],
+    ids=["RegisterViT", "SwiGLU", "Dinov2 SwiGLU", "ViT", "DINOv3, flat", "timm without CLS", "torchvision"],
 )
 def test_neurons_are_moved_as_algorithm_2_says(build, move_from_cls):
     model = build()
@@ -256,6 +260,20 @@ def test_neurons_are_moved_as_algorithm_2_says(build, move_from_cls):
                 if move_from_cls:
                     expected[image, :classes, index] = 0
         assert torch.equal(taken[layer], expected)
+
+
+class FlatMlp(dinov3_like.SwiGLUFFN):
+    """Called as DINOv3's are of lists: with the tokens of all images one after another."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+def dinov3_with_flat_mlps():
+    model = dinov3_vit(1)
+    for block in model.blocks:
+        block.mlp = FlatMlp(128, 256)
+    return scramble(model)
 
 
 def torchvision_vit():
@@ -295,7 +313,7 @@ def state_of(model):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "build",
-    [lambda: vit().eval(), timm_dinov3, partial(hugging_face, "Dinov2"), lambda: scramble(Dinov3(64, 2, 2, 16))],
+    [lambda: vit().eval(), timm_dinov3, partial(hugging_face, "Dinov2"), partial(dinov3_vit, 0)],
 )
 def test_the_model_is_as_before_at_the_end(build):
     model = build()
@@ -344,8 +362,7 @@ def test_what_has_no_test_time_register():
     for holder in (compiled, nn.Sequential(compiled)):
         with pytest.raises(ValueError, match="a compiled model would not see a test-time register"):
             Register(holder, [])
-    unknown = DinoVisionTransformer(64, 2, 2, 16, (4, 4))
-    unknown.blocks[1] = dinov2_like.NestedTensorBlock(64, 2)
+    unknown = dinov2_vit()
     unknown.blocks[1].mlp = nn.Identity()
     with pytest.raises(ValueError, match=r"neurons of blocks\.1 are not known: NestedTensorBlock has no MLP"):
         Register(unknown, [(1, 0)])
@@ -353,10 +370,10 @@ def test_what_has_no_test_time_register():
 
 @torch.no_grad()
 def test_what_cannot_be_run_with_one():
-    model = Dinov3(64, 2, 2, 16).eval()
-    crops = torch.randn(1, 3, 64, 64), torch.randn(1, 3, 32, 32)
+    model = dinov3_vit()
+    crops = [torch.randn(1, 20, 128), torch.randn(1, 8, 128)]
     with Register(model, []), pytest.raises(ValueError, match="images of one size at a time, not of 2 sizes"):
-        model(*crops)
+        model.blocks[0](crops, [None, None])
     pooled = timm_vit()
     pooled.forward_features = lambda images, **_: pooled.norm(
         pooled.blocks(pooled._pos_embed(pooled.patch_embed(images)))[:, 1:]
@@ -371,18 +388,23 @@ def test_what_cannot_be_run_with_one():
 # The scores, of small models.
 
 
-def literal_scores(model, pixels, layer, outlier):
+def literal_scores(model, pixels, layer, outlier, valid=None):
     """By loops: contrast and mean of each neuron of a layer."""
+    valid = torch.ones_like(outlier) if valid is None else valid
     given = []
     linear = residual_stream(model).neurons[layer]
     with torch.no_grad(), linear.register_forward_pre_hook(lambda _, args: given.append(args[0])):
         model(pixels)
     patches = given[0][:, residual_stream(model).layout.patches].abs().double()
     at, elsewhere = [], []
-    for image, mask in zip(patches, outlier, strict=True):
+    for image, mask, shown in zip(patches, outlier, valid, strict=True):
         if mask.any():
-            at.append(torch.stack([token for token, is_one in zip(image, mask, strict=True) if is_one]).mean(dim=0))
-            elsewhere.append(torch.stack([t for t, is_one in zip(image, mask, strict=True) if not is_one]).mean(dim=0))
+            kinds = {True: [], False: []}
+            for token, is_one, is_shown in zip(image, mask.tolist(), shown.tolist(), strict=True):
+                if is_shown:
+                    kinds[is_one].append(token)
+            at.append(torch.stack(kinds[True]).mean(dim=0))
+            elsewhere.append(torch.stack(kinds[False]).mean(dim=0))
     mean = torch.stack(at).mean(dim=0)
     return mean - torch.stack(elsewhere).mean(dim=0), mean
 
@@ -408,6 +430,23 @@ def test_scores_and_ranks(score, mlp):
         assert neuron.mean == pytest.approx(means[i].item(), abs=1e-5)
         assert neuron.contrast_rank == (contrasts > contrasts[i]).sum() + 1
         assert neuron.mean_rank == (means > means[i]).sum() + 1
+
+
+def test_padding_has_no_say_in_the_scores():
+    """Neither as outliers nor among the patches that they are compared with; of images padded by different amounts."""
+    model, rule = scramble(RegisterViT(TINY)), Rule.parse("p90")
+    pixels = pixels_for(model, 5)
+    valid = torch.ones(5, 16, dtype=torch.bool)
+    valid[:2, 12:], valid[2:, 3::4] = False, False
+    norms = patch_norms(record(model, pixels))
+    outlier = (norms > rule.threshold(norms[valid])) & valid
+    batches = [(pixels[:2], valid[:2]), (pixels[2:], valid[2:])]
+    table = find_register_neurons(model, batches, rule=rule, top_k=5, layers=[1])
+    contrasts, means = literal_scores(model, pixels, 1, outlier, valid)
+    assert table.indices == [(1, i) for i in contrasts.argsort(descending=True)[:5].tolist()]
+    for neuron in table.neurons:
+        assert neuron.contrast == pytest.approx(contrasts[neuron.index].item(), abs=1e-5)
+        assert neuron.mean == pytest.approx(means[neuron.index].item(), abs=1e-5)
 
 
 def test_what_no_neurons_are_found_of():

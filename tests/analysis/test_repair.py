@@ -57,13 +57,14 @@ def test_the_numbers(model, images):
             continue
         patches, register = seen[one.name]
         norms = patches.norm(dim=-1)
-        assert one.largest_ratio == pytest.approx((norms.max() / norms.median()).item(), rel=1e-5)
+        assert one.largest_ratio == pytest.approx((norms.max() / norms.quantile(0.5)).item(), rel=1e-5)
         assert one.outliers == pytest.approx((norms > 3 * norms.quantile(0.5)).double().mean().item())
         if register is None:
             assert (one.register_ratio, one.drift) == (None, None)
             continue
-        assert one.register_ratio == pytest.approx((register.norm(dim=-1).mean() / norms.median()).item(), rel=1e-5)
-        drift = ((patches - start).norm(dim=-1) / start.norm(dim=-1))[normal].median().item()
+        ratio = (register.norm(dim=-1).mean() / norms.quantile(0.5)).item()
+        assert one.register_ratio == pytest.approx(ratio, rel=1e-5)
+        drift = ((patches - start).norm(dim=-1) / start.norm(dim=-1))[normal].quantile(0.5).item()
         assert one.drift == pytest.approx(drift, rel=1e-4)
 
 
@@ -90,7 +91,7 @@ def test_the_drift_from_the_model_without_what_was_planted(model, images):
     start, _ = tokens(clean, images)
     norms = tokens(model, images)[0].norm(dim=-1)
     drift = ((patches - start).norm(dim=-1) / start.norm(dim=-1))[norms <= RULE.threshold(norms.flatten())]
-    assert without.drift == pytest.approx(drift.median().item(), rel=1e-4)
+    assert without.drift == pytest.approx(drift.quantile(0.5).item(), rel=1e-4)
 
 
 def test_random_neurons_are_others_and_the_same_every_time(model, images):
@@ -100,7 +101,29 @@ def test_random_neurons_are_others_and_the_same_every_time(model, images):
     with Register(model, [(1, 7)]):
         patches, _ = tokens(model, images)
     found = repairs(model, [images], everyone, rule=RULE)[3]
-    assert found.largest_ratio == pytest.approx((patches.norm(dim=-1).max() / patches.norm(dim=-1).median()).item())
+    norms = patches.norm(dim=-1)
+    assert found.largest_ratio == pytest.approx((norms.max() / norms.quantile(0.5)).item())
+
+
+def test_padding_has_no_say(model, images):
+    """The numbers are those of the valid patches, however they are batched."""
+    valid = torch.ones(6, 16, dtype=torch.bool)
+    valid[:, 12:] = False
+    found = repairs(model, [(images[:4], valid[:4]), (images[4:], valid[4:])], NEURONS, rule=RULE)[2]
+    with Register(model, NEURONS):
+        patches, register = tokens(model, images)
+    start, _ = tokens(model, images)
+    norms, before = patches.norm(dim=-1)[valid], start.norm(dim=-1)[valid]
+    middle = norms.quantile(0.5)
+    assert found.largest_ratio == pytest.approx((norms.max() / middle).item(), rel=1e-5)
+    assert found.register_ratio == pytest.approx((register.norm(dim=-1).mean() / middle).item(), rel=1e-5)
+    drift = ((patches - start).norm(dim=-1)[valid] / before)[before <= RULE.threshold(before)]
+    assert found.drift == pytest.approx(drift.quantile(0.5).item(), rel=1e-4)
+
+
+def test_a_rule_by_which_no_patch_is_normal(model, images):
+    found = repairs(model, [images], NEURONS, rule=Rule.parse("0.001"))
+    assert {(one.outliers, one.drift) for one in found} == {(1.0, None)}
 
 
 def test_nothing_to_repair(model, images):

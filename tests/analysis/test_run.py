@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 from tests.vit_cases import lively
 from vitreg_kernels import RegisterViT, TokenNormMonitor, ViTConfig
 from vitreg_kernels.analysis import run as module
-from vitreg_kernels.analysis.findings import from_json
+from vitreg_kernels.analysis.findings import from_json, to_json
 from vitreg_kernels.analysis.images import ImageFolder
 from vitreg_kernels.analysis.models import subject
 from vitreg_kernels.analysis.options import Options
@@ -45,6 +47,17 @@ def saved(model: RegisterViT, path: Path) -> str:
 
 
 @pytest.fixture
+def with_page() -> None:
+    """For tests of what is on the page; the others write an empty one, whose figures take most of their time."""
+
+
+@pytest.fixture(autouse=True)
+def without_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "with_page" not in request.fixturenames:
+        monkeypatch.setattr(module, "write_page", lambda report, pictures, path, **_: Path(path).write_text(""))
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Seven images of several shapes, in folders of two classes, and one that is none."""
     root = tmp_path / "images"
@@ -63,7 +76,7 @@ def options(tmp_path: Path, folder: Path, *models: str, **changes) -> Options:
     return Options(models=models, **{**given, **changes})
 
 
-def test_what_is_written(tmp_path, folder):
+def test_what_is_written(tmp_path, folder, with_page):
     path = saved(vit(), tmp_path / "small.pt")
     lines = []
     done = analyze(options(tmp_path, folder, path), say=lines.append)
@@ -75,7 +88,7 @@ def test_what_is_written(tmp_path, folder):
     assert {row.layer for row in found.norms} == {0, 1, 2}
     assert {row.tokens for row in found.norms} == {"patches", *found.prefix}
     assert [image.path for image in found.shown] == [str(folder / "a" / "0.png"), str(folder / "a" / "2.png")]
-    assert [row.method for row in found.discovery] == ["LOST", "LOST", "TokenCut"]
+    assert [row.method for row in found.discovery] == ["LOST official", "LOST centred", "TokenCut"]
     assert list(done.report.skipped) == [str(folder / "a" / "broken.png")]
     for name in WRITTEN:
         assert (tmp_path / "report" / name).stat().st_size > 0
@@ -98,7 +111,7 @@ def test_norms_are_those_of_the_stream(tmp_path, folder):
 
 
 @pytest.mark.parametrize("fit", ["resize", "pad"])
-def test_images_that_are_no_squares(tmp_path, folder, fit):
+def test_images_that_are_no_squares(tmp_path, folder, fit, with_page):
     done = analyze(options(tmp_path, folder, saved(vit(), tmp_path / "small.pt"), fit=fit, shown=7))
     (found,) = done.report.findings
     patches = next(row.count for row in found.norms if row.tokens == "patches")
@@ -114,7 +127,7 @@ def test_images_that_are_no_squares(tmp_path, folder, fit):
         assert patches < 7 * 16
 
 
-def test_a_run_that_was_cut_goes_on_to_the_same_files(tmp_path, folder, monkeypatch):
+def test_a_run_that_was_cut_goes_on_to_the_same_files(tmp_path, folder, monkeypatch, with_page):
     path = saved(vit(), tmp_path / "small.pt")
     whole = analyze(options(tmp_path, folder, path, output=tmp_path / "whole"))
     made, own = [], Survey._part
@@ -154,6 +167,114 @@ def test_parts_of_other_weights_or_options_are_not_taken(tmp_path, folder):
     assert larger.report.findings[0].grid == (8, 8)
 
 
+def test_a_part_that_a_cut_left_half_is_made_anew(tmp_path, folder):
+    path = saved(vit(), tmp_path / "small.pt")
+    whole = analyze(options(tmp_path, folder, path))
+    part = tmp_path / "report/data/small.pt/parts/00000002.npz"
+    part.write_bytes(part.read_bytes()[:200])
+    assert analyze(options(tmp_path, folder, path, resume=True)).report == whole.report
+    # Of a removal that was cut, the parts of other weights may be left without what tells so.
+    saved(vit(1), tmp_path / "small.pt")
+    (tmp_path / "report/data/small.pt/key").unlink()
+    other = analyze(options(tmp_path, folder, path, resume=True))
+    assert other.report.findings[0].norms != whole.report.findings[0].norms
+
+
+def test_a_file_that_can_be_read_again_moves_no_image_to_the_findings_of_another(tmp_path, folder, monkeypatch):
+    path = saved(vit(), tmp_path / "small.pt")
+    own = ImageFolder._load
+
+    def load(self, name, source):
+        if name.endswith("a/2.png"):
+            raise OSError("the network is away")
+        return own(self, name, source)
+
+    monkeypatch.setattr(ImageFolder, "_load", load)
+    assert analyze(options(tmp_path, folder, path)).report.findings[0].images == 6
+    monkeypatch.undo()
+    again = analyze(options(tmp_path, folder, path, resume=True))
+    assert again.report.findings == analyze(options(tmp_path, folder, path, output=tmp_path / "fresh")).report.findings
+
+
+def test_the_same_weights_with_other_heads_or_pixels_are_another_model(tmp_path, folder, monkeypatch):
+    model, path = vit(), tmp_path / "small.pt"
+    before = analyze(options(tmp_path, folder, saved(model, path)))
+    other = RegisterViT(dataclasses.replace(model.config, num_heads=4)).eval()
+    other.load_state_dict(model.state_dict())
+    after = analyze(options(tmp_path, folder, saved(other, path), resume=True))
+    assert before.report.findings[0].norms != after.report.findings[0].norms
+    monkeypatch.setattr(module, "subject", lambda spec: subject(spec)._replace(mean=(0.1, 0.2, 0.3)))
+    darker = analyze(options(tmp_path, folder, str(path), resume=True))
+    assert darker.report.findings[0].norms != after.report.findings[0].norms
+
+
+def test_nothing_of_the_user_is_taken_away(tmp_path, folder):
+    """Whose output folder has a folder of data of their own, even one of the model's name."""
+    theirs = [tmp_path / "report/data" / name for name in ("labels.csv", "small.pt/a.json", "voc/parts/a.npz")]
+    for file in theirs:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    path = saved(vit(), tmp_path / "small.pt")
+    analyze(options(tmp_path, folder, path))
+    analyze(options(tmp_path, folder, path))
+    assert [file.read_text() for file in theirs] == ["mine"] * 3
+
+
+def test_tables_of_an_earlier_run_do_not_stay_beside_another_page(tmp_path, folder):
+    path = saved(vit(), tmp_path / "small.pt")
+    first = analyze(options(tmp_path, folder, path, labels="folders"))
+    assert (first.page.parent / "probes.csv").exists()
+    analyze(options(tmp_path, folder, path, skip=frozenset({"boxes"})))
+    assert {file.name for file in first.page.parent.glob("*.csv")} == {"norms.csv", "attention.csv", "sinks.csv"}
+
+
+def test_a_model_that_overflows_is_unclear_and_keeps_no_other_from_the_page(tmp_path, folder, with_page):
+    broken = vit()
+    with torch.no_grad():
+        broken.blocks[1].mlp.fc2.weight[0, 0] = torch.nan
+    paths = saved(vit(), tmp_path / "good.pt"), saved(broken, tmp_path / "broken.pt")
+    done = analyze(options(tmp_path, folder, *paths, labels="folders"))
+    good, unclear = done.report.findings
+    assert (good.word, unclear.word, done.failed) == ("clean", "unclear", {})
+    assert {row.layer for row in unclear.norms} == {0}
+    assert [row.missing for row in unclear.discovery] == [7, 7, 7]
+    assert any("broken.pt gives norms that are not finite for 7 of 7 images" in note for note in done.report.notes)
+
+
+def test_what_a_model_cannot_take_leaves_the_others(tmp_path, folder, monkeypatch):
+    paths = saved(vit(), tmp_path / "a.pt"), saved(vit(depth=5), tmp_path / "b.pt")
+    done = analyze(options(tmp_path, folder, *paths, boxes=("layer=4",)))
+    assert [found.name for found in done.report.findings] == ["b.pt"]
+    assert done.failed == {paths[0]: "there is no layer 4: the model has 3 blocks"}
+    own = Survey._part
+
+    def part(self, batch, first):
+        if self.model.config.depth == 5:
+            raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+        return own(self, batch, first)
+
+    monkeypatch.setattr(Survey, "_part", part)
+    done = analyze(options(tmp_path, folder, *paths))
+    assert done.failed == {paths[1]: "out of memory, give a smaller batch or size: tried to allocate 1 TiB"}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"annotations": "none.json"}, "none.json"),
+        ({"annotations": "boxes.json"}, "none of 8 images is annotated"),
+        ({"labels": "none.csv"}, "there is no file none.csv"),
+    ],
+)
+def test_annotations_and_labels_are_read_before_any_model_runs(tmp_path, folder, monkeypatch, given, words):
+    monkeypatch.chdir(tmp_path)
+    Path("boxes.json").write_text('{"boxes": {"elsewhere": []}}')
+    given = {name: Path(value) if name == "annotations" else value for name, value in given.items()}
+    monkeypatch.setattr(module, "subject", lambda spec: pytest.fail("a model was loaded"))
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        analyze(options(tmp_path, folder, "small.pt", **given))
+
+
 @pytest.fixture
 def flat_in_places(tmp_path: Path) -> Path:
     """Twelve images of noise of which one patch each is grey, somewhere else in each."""
@@ -168,10 +289,11 @@ def flat_in_places(tmp_path: Path) -> Path:
     return root
 
 
-def test_artifacts_and_a_test_time_register(tmp_path, flat_in_places):
+def test_artifacts_and_a_test_time_register(tmp_path, flat_in_places, monkeypatch, with_page):
     path = saved(with_artifacts(flat_in_places), tmp_path / "small.pt")
-    asked = options(tmp_path, flat_in_places, path, test_time_registers=True)
-    plain, repaired = analyze(asked).report.findings
+    asked = options(tmp_path, flat_in_places, path, test_time_registers=True, batch=6)
+    done = analyze(asked)
+    plain, repaired = done.report.findings
     assert plain.word == "artifacts"
     assert plain.first_layer == 1
     assert plain.images_with_outliers >= 4  # a neuron that is on at 2% of the patches
@@ -193,11 +315,68 @@ def test_artifacts_and_a_test_time_register(tmp_path, flat_in_places):
     assert repaired.word == "clean"
     assert repaired.prefix == [*plain.prefix, "register 2"]
 
+    def again(*_, **__):
+        pytest.fail("was looked for again")
+
+    monkeypatch.setattr(module, "find_register_neurons", again)
+    monkeypatch.setattr(module, "repairs", again)
+    resumed = analyze(dataclasses.replace(asked, resume=True))
+    assert to_json(resumed.report) == to_json(done.report)
+
+
+def test_of_the_images_no_tokens_are_kept(tmp_path, flat_in_places, monkeypatch):
+    """While numbers of register neurons are tried, embeddings of one batch alone are in memory."""
+    held, own = [], module.record
+
+    def recorded(*args, **options):
+        assert sum(embeddings() is not None for embeddings in held) <= 1
+        recording = own(*args, **options)
+        held.append(weakref.ref(recording.embeddings))
+        return recording
+
+    monkeypatch.setattr(module, "record", recorded)
+    path = saved(with_artifacts(flat_in_places), tmp_path / "small.pt")
+    skip = frozenset({"boxes", "pca", "attention", "similarity", "probes"})
+    asked = options(tmp_path, flat_in_places, path, test_time_registers=True, batch=4, skip=skip)
+    plain, _ = analyze(asked).report.findings
+    assert len(held) >= 3
+    assert (plain.attention, plain.sinks, plain.similarity, plain.cls_similarity) == ([], [], None, None)
+
+
+def test_a_model_of_which_no_register_neurons_are_known_is_shown_without(tmp_path, flat_in_places, monkeypatch):
+    def unknown(*_, **__):
+        raise ValueError("the neurons of blocks.0 are not known")
+
+    monkeypatch.setattr(module, "find_register_neurons", unknown)
+    path = saved(with_artifacts(flat_in_places), tmp_path / "small.pt")
+    done = analyze(options(tmp_path, flat_in_places, path, test_time_registers=True, batch=6))
+    assert [found.word for found in done.report.findings] == ["artifacts"]
+    assert done.failed == {}
+    assert "not shown with a test-time register: the neurons of blocks.0 are not known" in " ".join(done.report.notes)
+
+
+def test_a_test_time_register_with_padding(tmp_path, flat_in_places):
+    """The same images without their last row of patches, which is padding then."""
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    for file in flat_in_places.iterdir():
+        with Image.open(file) as image:
+            image.crop((0, 0, SIZE, SIZE - PATCH)).save(wide / file.name)
+    path = saved(with_artifacts(flat_in_places), tmp_path / "small.pt")
+    asked = options(tmp_path, wide, path, test_time_registers=True, batch=6, fit="pad")
+    plain, repaired = analyze(asked).report.findings
+    assert next(row.count for row in plain.norms if row.tokens == "patches") == 12 * 12
+    assert (plain.word, repaired.word) == ("artifacts", "clean")
+    assert (plain.neurons[0].layer, plain.neurons[0].index) == (1, 5)
+    last = [row for row in plain.norms if row.tokens == "patches"][-1]
+    assert plain.repairs[0].outliers == pytest.approx(last.outliers)
+    assert plain.repairs[0].largest_ratio == pytest.approx(last.largest / last.median, rel=1e-5)
+
 
 def test_drift_of_a_planted_model_is_from_the_one_without_its_neuron(tmp_path, flat_in_places, monkeypatch):
     path = saved(with_artifacts(flat_in_places), tmp_path / "small.pt")
     monkeypatch.setattr(module, "subject", lambda spec: subject(spec)._replace(planted=True))
-    asked = options(tmp_path, flat_in_places, path, test_time_registers=True)
+    asked = options(tmp_path, flat_in_places, path, test_time_registers=True, batch=6)
     plain, _ = analyze(asked).report.findings
     assert plain.repairs[0].name == "as it is"
     assert plain.repairs[0].drift > 0  # of a model that was not planted it is None: there is no other to drift from
@@ -211,6 +390,18 @@ def test_several_models_and_one_that_cannot_be_read(tmp_path, folder):
     assert [found.name for found in done.report.findings] == ["a.pt", "b.pt"]
     assert list(done.failed) == [str(tmp_path / "none.pt")]
     assert any("none.pt was left out: there is no model, file or folder" in note for note in done.report.notes)
+
+
+def test_a_model_of_images_and_text_with_a_scale_that_is_one_number(tmp_path, folder):
+    """CLIP's, on images larger than its own."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    vision = {**sizes, "image_size": SIZE, "patch_size": PATCH}
+    model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=sizes | {"vocab_size": 9}))
+    assert model.logit_scale.dim() == 0
+    model.save_pretrained(tmp_path / "clip")
+    (found,) = analyze(options(tmp_path, folder, f"hf:{tmp_path / 'clip'}", size=48)).report.findings
+    assert (found.grid, found.prefix, found.layers) == ((6, 6), ["cls"], 2)
 
 
 def test_probes_of_labels(tmp_path, folder):
@@ -235,6 +426,15 @@ def test_the_history_of_a_run(tmp_path, folder):
     assert all(ratio >= 1.0 for ratios in shown.largest_ratio.values() for ratio in ratios)
 
 
+def test_the_history_of_a_run_that_diverged(tmp_path):
+    model = vit()
+    with TokenNormMonitor(model) as monitor, torch.no_grad():
+        model(torch.full((2, 3, SIZE, SIZE), torch.inf))
+        CsvWriter(tmp_path / "norms.csv").write(1, monitor.compute())
+    ratios = module._history(tmp_path / "norms.csv").largest_ratio
+    assert ratios["blocks.2"] == [None]  # which JSON holds
+
+
 def test_annotations(tmp_path, folder):
     """In pixels on disk, and drawn where the model sees them."""
     boxes = {"boxes": {"0": [{"box": [8, 0, 48, 40]}, {"box": [0, 0, 7, 40]}]}}  # the latter is cropped away
@@ -246,7 +446,7 @@ def test_annotations(tmp_path, folder):
     assert found.shown[0].truths == [(0, 0, SIZE, SIZE)]
 
 
-def test_the_command(tmp_path, folder, capsys):
+def test_the_command(tmp_path, folder, capsys, monkeypatch, with_page):
     path = saved(vit(), tmp_path / "small.pt")
     asked = ["analyze", "--model", path, "--images", str(folder), "-o", str(tmp_path / "out"), "--size", str(SIZE)]
     assert main([*asked, "--skip", "boxes", "--device", "cpu"]) == 0
@@ -255,11 +455,17 @@ def test_the_command(tmp_path, folder, capsys):
     assert printed.out.splitlines()[-1] == f"the page: {tmp_path / 'out' / 'index.html'}"
     assert "broken.png: " in printed.err
     assert main([*asked, "--model", "none.pt", "--skip", "boxes"]) == 1
+    with monkeypatch.context() as cut:
+        cut.setattr(Survey, "_part", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert main(asked) == 130
+    assert "with --resume goes on" in capsys.readouterr().err
     for wrong, words in (
         (["--outliers", "many"], "a rule for outliers is one of"),
         (["--skip", "norms"], "norms cannot be skipped: expected of similarity"),
         (["--boxes", "best"], "options of LOST must be"),
-        (["--fit", "pad", "--test-time-registers"], "would take padding for patches"),
+        (["--batch", "0"], "batch=0 must be at least 1"),
+        (["--limit", "0"], "limit=0 must be at least 1"),
+        (["--seed", "-1"], "seed=-1 must be at least 0"),
         (["--size", "33"], "size=33 must be a multiple of the patch size 8"),
         (["--device", "abacus"], "cannot analyze on device 'abacus'"),
         (["--history", "none.csv"], "none.csv"),

@@ -10,9 +10,11 @@ import torch
 
 from tests.vit_cases import lively
 from vitreg_kernels import RegisterViT, TokenLayout, ViTConfig
+from vitreg_kernels.analysis.findings import Report, from_json, to_json
 from vitreg_kernels.analysis.images import ImageFolder
 from vitreg_kernels.analysis.lost import LostOptions
 from vitreg_kernels.analysis.options import Options
+from vitreg_kernels.analysis.record import record
 from vitreg_kernels.analysis.study import Study
 from vitreg_kernels.analysis.survey import Part, Survey, placements_of, read, write
 
@@ -48,7 +50,11 @@ def part(first: int, count: int, grid: tuple[int, int], large: dict[tuple[int, i
         paths=[f"{first + i}.png" for i in range(count)],
         norms=norms,
         valid=np.ones((count, patches), bool),
+        finite=np.isfinite(norms).all((0, 2)),
         cosine=np.full((count, patches), 0.5, np.float32),
+        cls_cosine=np.full((count, patches), 0.25, np.float32),
+        sinks=np.zeros((2, LAYERS, count, 2 + patches), np.uint8),
+        heads=np.full(LAYERS, 3),
         attention=attention,
         boxes=boxes,
         shown_boxes=shown,
@@ -131,6 +137,9 @@ def test_similarity_is_of_the_kinds_of_patches(study):
     similarity = study.similarity()
     assert similarity.counts == {"normal": 70, "outlier": 2}
     assert similarity.means == pytest.approx({"normal": 0.5, "outlier": 0.9})
+    assert study.similarity("cls_cosine").means == pytest.approx({"normal": 0.25, "outlier": 0.25})
+    without = part(0, 2, (4, 4), {})._replace(cls_cosine=np.empty((2, 0), np.float32))
+    assert Study.of([without], LAYOUT, OPTIONS).similarity("cls_cosine") is None
 
 
 def test_attention_is_averaged_over_images(study):
@@ -139,6 +148,50 @@ def test_attention_is_averaged_over_images(study):
     assert cls.on_prefix == pytest.approx((3 * 0.2 + 0.4) / 4)
     assert cls.on_outliers == pytest.approx((0.8 / 16 + 0.6 / 24) / 4)  # images 1 and 3 of 4
     assert cls.outliers == pytest.approx(2 / 72)
+
+
+def test_sinks_by_kind(study):
+    first, last = study.parts
+    first.sinks[:, 2, :, 1] = 3  # the register, in all heads of three of four images
+    first.sinks[1, 3, 1, 2 + 7] = 2  # an outlier, at most
+    first.sinks[1, 3, 1, 2 + 8], last.sinks[:, 3, 0, 2 + 22] = 1, 1  # other patches
+    last.sinks[1, 3, 0, 2 + 3 : 2 + 9] = 1  # as many as six may be, of three heads
+    found = {(row.layer, row.tokens): (row.at_least, row.at_most) for row in study.sinks() if row.at_most}
+    assert found == {
+        (2, "register 0"): (9 / 4, 9 / 4),
+        (3, "outlier"): (0, 2 / 4),
+        (3, "normal"): (1 / 4, (1 + 3) / 4),
+    }
+    assert {row.heads for row in study.sinks()} == {3}
+    assert len(study.sinks()) == LAYERS * 4
+    assert {row.tokens for row in Study.of([part(0, 2, (4, 4), {})], LAYOUT, OPTIONS).sinks()} == {
+        "cls",
+        "register 0",
+        "normal",
+    }
+
+
+def test_images_whose_norms_are_not_finite_have_no_say(study):
+    """Nor does what they show keep the others from being shown."""
+    before = study.attention()
+    for wrong in (np.nan, np.inf):
+        bad = part(4, 1, (4, 4), {(2, 0, 3): wrong})
+        for name in ("attention", "cosine", "cls_cosine"):
+            getattr(bad, name)[:] = np.nan
+        bad.pictures["4/tokens"][0, 0] = np.nan
+        bad.positive_share[:] = np.nan
+        bad.sinks[:] = 3
+        with_bad = Study.of([*study.parts, bad], LAYOUT, OPTIONS)
+        findings = with_bad.findings(OPTIONS, name="x", title="x", planted=False, facts={})
+        assert (findings.word, findings.images) == ("unclear", 5)
+        assert [row.on_prefix for row in findings.attention] == [row.on_prefix for row in before]
+        assert sum(findings.cls_similarity.counts.values()) == 72
+        assert not any(row.at_most for row in findings.sinks)
+        (row,) = with_bad.discovery([LostOptions.OFFICIAL], None)
+        assert row.positive_share == pytest.approx((3 * 0.75 + 0.25) / 4)
+        assert {name for name in with_bad.pictures(pca=True) if "pca" in name} == {"0/pca", "3/pca"}
+        report = Report([findings], {}, {})
+        assert from_json(to_json(report)) == report
 
 
 def test_boxes_are_judged_on_disk_against_what_was_seen(study):
@@ -204,3 +257,46 @@ def test_a_survey_of_real_images():
         assert 0 <= top < bottom <= placement.height == 19  # of 32, the rest is padding
         assert tuple(one.boxes[0, i].tolist()) == placement.to_image(seen)
     torch.testing.assert_close(torch.from_numpy(one.attention.sum(-1)), torch.ones(3, 5))
+    (batch,) = images.batches(8)
+    with torch.no_grad():
+        (groups,) = model.intermediate_layers(batch.pixels, 1, norm=False)
+    expected = torch.cosine_similarity(groups.patches, groups.cls[:, :1], dim=-1)
+    valid = batch.valid
+    torch.testing.assert_close(torch.from_numpy(one.cls_cosine)[valid], expected[valid], rtol=1e-4, atol=1e-5)
+    assert np.isnan(one.cls_cosine[~valid.numpy()]).all()
+
+
+def test_sinks_lie_between_their_bounds():
+    """Of a model of which every query is the same, in block 1 a large one, so that each head has a sink; against all
+    N x N."""
+    model = lively(RegisterViT(ViTConfig(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)).eval())
+    with torch.no_grad():
+        for block, length in zip(model.blocks, (8, 50), strict=True):
+            qkv, generator = block.attn.qkv, torch.Generator().manual_seed(0)
+            qkv.weight[:32], qkv.bias[:32] = 0, length * torch.randn(32, generator=generator)
+    noise = np.random.default_rng(0)
+    arrays = [(f"{i}", noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for i in range(3)]
+    images = ImageFolder(arrays, size=32, patch=8)
+    (one,) = Survey(model, model.layout, 8, False, True, [], 0, None).parts(images, 8)
+    (batch,) = images.batches(8)
+    recording = record(model, batch.pixels, features=[(i, kind) for i in (0, 1) for kind in ("query", "key")])
+    for layer in (0, 1):
+        query, key = (recording.features[layer, kind].unflatten(2, (2, 16)).double() for kind in ("query", "key"))
+        attention = torch.einsum("bqhd,bkhd->bhqk", query, key).mul(16**-0.5).softmax(-1)
+        literal = ((attention >= 0.5).double().mean(2) >= 0.9).sum(1).numpy()  # heads, [B, N]
+        least, most = one.sinks[:, layer]
+        assert (least <= literal).all()
+        assert (literal <= most).all()
+    assert one.heads.tolist() == [2, 2]
+    assert literal.sum() == least.sum() == 3 * 2
+    assert one.sinks[0, 0].sum() < one.sinks[1, 0].sum()  # where the bounds differ
+
+
+def test_a_model_without_a_prefix_has_sinks_among_its_patches_alone():
+    config = ViTConfig(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2, num_registers=0, num_cls_tokens=0)
+    model = lively(RegisterViT(config).eval())
+    arrays = [("grey", np.full((32, 32, 3), 128, np.uint8))]
+    survey = Survey(model, model.layout, 8, True, True, [], 1, None)
+    study = Study.of(list(survey.parts(ImageFolder(arrays, size=32, patch=8), 8)), model.layout, OPTIONS)
+    assert (study.attention(), study.similarity("cls_cosine")) == ([], None)
+    assert {row.tokens for row in study.sinks()} == {"normal"}

@@ -69,14 +69,14 @@ def open_clip_vit(**options):
     return scramble(VisionTransformer(64, 16, DIM, 2, 2, 2.0, output_dim=32, **options))
 
 
-def dinov2_vit(**options):
+def dinov2_vit(registers=3, **options):
     blocks = [dinov2_like.NestedTensorBlock(DIM, 2, **options) for _ in range(2)]
-    return scramble(dinov2_like.DinoVisionTransformer(blocks, 3, 16))
+    return scramble(dinov2_like.DinoVisionTransformer(blocks, registers, 16))
 
 
-def dinov3_vit():
+def dinov3_vit(registers=3):
     blocks = [dinov3_like.SelfAttentionBlock(DIM, 2) for _ in range(2)]
-    return scramble(dinov3_like.DinoVisionTransformer(blocks, 3, 16))
+    return scramble(dinov3_like.DinoVisionTransformer(blocks, registers, 16))
 
 
 def perception_vit(**options):

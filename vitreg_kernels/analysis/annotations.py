@@ -10,17 +10,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeAlias
 from xml.etree import ElementTree
 
+from .images import SUFFIXES
+
 # Left, top, right, bottom in pixels, the last two exclusive.
-Box: TypeAlias = tuple[float, float, float, float]
+AnnotatedBox: TypeAlias = tuple[float, float, float, float]
 
 # Boxes that this project drew by hand on the photographs that come inside scikit-image and scikit-learn.
 PHOTOGRAPHS = Path(__file__).with_name("photographs.json")
 
-# What is left off a name to compare it with another: not every dot begins one.
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+# What is left off a name to compare it with another: not every dot begins one. Annotations may be of files that were
+# converted since.
+_IMAGE_SUFFIXES = SUFFIXES | {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 
-def read_annotations(path: str | Path) -> dict[str, list[Box]]:
+def read_annotations(path: str | Path) -> dict[str, list[AnnotatedBox]]:
     """The annotated boxes of each image, by the name that the annotations give it; see ``match``.
 
     ``path`` is one of
@@ -56,7 +59,7 @@ def read_annotations(path: str | Path) -> dict[str, list[Box]]:
     )
 
 
-def match(annotations: dict[str, list[Box]], paths: Sequence[str | Path]) -> list[list[Box] | None]:
+def match(annotations: dict[str, list[AnnotatedBox]], paths: Sequence[str | Path]) -> list[list[AnnotatedBox] | None]:
     """The annotated boxes of each image file; None of one that is not annotated.
 
     Names are compared without folders and without the suffix of an image. If several annotations have the name, that
@@ -69,7 +72,7 @@ def match(annotations: dict[str, list[Box]], paths: Sequence[str | Path]) -> lis
     for name in annotations:
         named[_bare(name)].append(name)
     taken: dict[str, str | Path] = {}
-    matched: list[list[Box] | None] = []
+    matched: list[list[AnnotatedBox] | None] = []
     for path in paths:
         candidates = named.get(_bare(path))
         if candidates is None:
@@ -115,7 +118,7 @@ def _agreement(name: str, path: str | Path) -> tuple[int, bool]:
     return folders, one.suffix == other.suffix
 
 
-def _own_boxes(boxes: dict[str, Any], path: Path) -> dict[str, list[Box]]:
+def _own_boxes(boxes: dict[str, Any], path: Path) -> dict[str, list[AnnotatedBox]]:
     found = {}
     for name, objects in boxes.items():
         where = f"{path}, image {name!r}"
@@ -125,7 +128,7 @@ def _own_boxes(boxes: dict[str, Any], path: Path) -> dict[str, list[Box]]:
     return found
 
 
-def _coco_boxes(content: dict[str, Any], path: Path) -> dict[str, list[Box]]:
+def _coco_boxes(content: dict[str, Any], path: Path) -> dict[str, list[AnnotatedBox]]:
     try:
         names = {image["id"]: str(image["file_name"]) for image in content["images"]}
         objects = [
@@ -138,7 +141,7 @@ def _coco_boxes(content: dict[str, Any], path: Path) -> dict[str, list[Box]]:
             f"{path}: every image needs id and file_name, every annotation image_id and bbox, and one has not "
             f"({type(error).__name__}: {error})"
         ) from error
-    found: dict[str, list[Box]] = {name: [] for name in names.values()}
+    found: dict[str, list[AnnotatedBox]] = {name: [] for name in names.values()}
     if len(found) < len(content["images"]):
         raise ValueError(f"{path}: an id or a file name is that of several images")
     for name, image, corner_and_size in objects:
@@ -150,14 +153,14 @@ def _coco_boxes(content: dict[str, Any], path: Path) -> dict[str, list[Box]]:
     return found
 
 
-def _read_voc(folder: Path) -> dict[str, list[Box]]:
+def _read_voc(folder: Path) -> dict[str, list[AnnotatedBox]]:
     files = sorted(folder.rglob("*.xml"))
     if not files:
         raise ValueError(f"{folder} has no XML file: expected a folder of VOC's annotations")
     return {file.relative_to(folder).with_suffix("").as_posix(): _voc_boxes(file) for file in files}
 
 
-def _voc_boxes(file: Path) -> list[Box]:
+def _voc_boxes(file: Path) -> list[AnnotatedBox]:
     try:
         with file.open("rb") as opened:
             root = ElementTree.parse(opened, ElementTree.XMLParser(target=_Builder())).getroot()
@@ -183,7 +186,7 @@ class _Builder(ElementTree.TreeBuilder):
         raise ValueError("it declares a document type, which VOC's files do not")
 
 
-def _box(sides: Any, where: str) -> Box:
+def _box(sides: Any, where: str) -> AnnotatedBox:
     """Also an empty one, of which COCO has some: nothing that is found agrees with it."""
     left, top, right, bottom = _four(sides, where)
     if right < left or bottom < top:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .annotations import Box
+from .annotations import AnnotatedBox
+from .images import Box
 
 _WHOLE = 0.95
 
@@ -32,7 +33,11 @@ class CorLoc(NamedTuple):
 
 
 def corloc(
-    boxes: Sequence[Box | None], truths: Sequence[Sequence[Box] | None], frames: Sequence[Box], *, iou: float = 0.5
+    boxes: Sequence[Box | None],
+    truths: Sequence[Sequence[AnnotatedBox] | None],
+    frames: Sequence[Box],
+    *,
+    iou: float = 0.5,
 ) -> CorLoc:
     """Compare one box an image with the annotated ones; all in pixels of the images as they are on disk.
 
@@ -91,17 +96,17 @@ def whole_image_share(boxes: Sequence[Box | None], frames: Sequence[Box]) -> flo
     return sum(covered) / len(covered)
 
 
-def intersection_over_union(one: Box, other: Box) -> float:
+def intersection_over_union(one: AnnotatedBox, other: AnnotatedBox) -> float:
     """Of two boxes: left, top, right, bottom, the last two exclusive. 0 if one of them is empty."""
     common = _common(one, other)
     return common / (_area(one) + _area(other) - common) if common else 0.0
 
 
-def _common(one: Box, other: Box) -> float:
+def _common(one: AnnotatedBox, other: AnnotatedBox) -> float:
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(width, 0) * max(height, 0)
 
 
-def _area(box: Box) -> float:
+def _area(box: AnnotatedBox) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])

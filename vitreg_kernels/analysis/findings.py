@@ -58,7 +58,7 @@ class Histogram:
 
 @dataclass
 class Similarity:
-    """Cosines of patches with their neighbours, after the patch embedding, of outliers and the others.
+    """Cosines of patches with something else, of outliers and of the others: see where it stands in ``Findings``.
 
     Attributes:
         points: where the densities are given.
@@ -93,6 +93,27 @@ class Attention:
 
 
 @dataclass
+class Sinks:
+    """In how many heads of one block a token of one kind is an attention sink, averaged over images.
+
+    A sink is a token on which at least 90% of the queries put at least half of their attention (``attention.sinks``).
+    Of fused attention the number is known up to bounds.
+
+    Attributes:
+        layer: the block.
+        tokens: ``"cls"``, ``"register i"``, ``"outlier"`` or ``"normal"``.
+        heads: of the block.
+        at_least, at_most: the bounds, 0 to ``heads``.
+    """
+
+    layer: int
+    tokens: str
+    heads: int
+    at_least: float
+    at_most: float
+
+
+@dataclass
 class Probe:
     """How well a linear map of one token tells something.
 
@@ -124,7 +145,7 @@ class Boxes:
     """Object discovery in one way.
 
     Attributes:
-        method: ``"LOST"`` or ``"TokenCut"``.
+        method: ``"LOST official"``, ``"LOST centred"``, LOST by other options, or ``"TokenCut"``.
         options: all of them, in words.
         images: how many.
         whole_image_share: share of boxes that cover more than 95% of the image.
@@ -176,7 +197,7 @@ class Repair:
         outliers: share of outlier patches by the rule of the page.
         register_ratio: norm of the added token, averaged over images, / median patch norm; None without one.
         drift: median over normal patches of the L2 distance to the model as it is, or of a planted model to the one
-            without, / its norm; None of itself.
+            without, / its norm; None of itself, and where no patch is normal.
     """
 
     name: str
@@ -187,7 +208,7 @@ class Repair:
 
 
 @dataclass
-class Box:
+class FoundBox:
     """A box found on one image, in pixels of the upright image on disk: left, top, right, bottom; None if none."""
 
     method: str
@@ -225,8 +246,8 @@ class Image:
     """
 
     path: str
-    boxes: list[Box] = field(default_factory=list)
-    shown: list[Box] = field(default_factory=list)
+    boxes: list[FoundBox] = field(default_factory=list)
+    shown: list[FoundBox] = field(default_factory=list)
     truths: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
@@ -245,12 +266,14 @@ class Findings:
         first_layer: the first block after which there are outliers; None if there are none.
         images_with_outliers, images: how many.
         grid: rows and columns of patches of most images.
-        layer: the block, from 0, whose outliers the histogram, the frequency map, the cosines, the attention and the
-            probes are about.
+        layer: the block, from 0, whose outliers the histogram, the frequency map, the cosines, the attention, the sinks
+            and the probes are about.
         prefix: names of the CLS and register tokens, in order.
         layers: how many blocks.
         frequency: ``[rows][columns]``, at each position the share of images that have an outlier there; empty if not
             asked for.
+        similarity: of patches with their neighbours, after the patch embedding.
+        cls_similarity: of patches with the CLS token, behind the last block; None without one.
         history: of a training run's log; None without one.
     """
 
@@ -272,7 +295,9 @@ class Findings:
     histogram: Histogram | None = None
     frequency: list[list[float]] = field(default_factory=list)
     similarity: Similarity | None = None
+    cls_similarity: Similarity | None = None
     attention: list[Attention] = field(default_factory=list)
+    sinks: list[Sinks] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     discovery: list[Boxes] = field(default_factory=list)
     neurons: list[Neuron] = field(default_factory=list)
@@ -291,7 +316,6 @@ class Published:
         numbers: as they are printed there, by setting, such as ``"without registers"``.
         source: such as ``"arXiv 2309.16588, table 3"``.
         note: what a reader must know before comparing.
-        measured: the same quantity of the same model in this run, by setting; empty if it was not measured.
     """
 
     model: str
@@ -299,7 +323,6 @@ class Published:
     numbers: dict[str, str]
     source: str
     note: str = ""
-    measured: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -346,10 +369,14 @@ def from_json(text: str) -> Report:
     return _typed(Report, document, "report")
 
 
+# The fields of ``Findings`` that are tables.
+TABLES = ("norms", "attention", "sinks", "probes", "discovery", "neurons", "repairs")
+
+
 def tables(report: Report) -> dict[str, str]:
     """Flat tables as CSV text, by name: a row an entry, the model's name first; those without rows are absent."""
     found = {}
-    for name in ("norms", "attention", "probes", "discovery", "neurons", "repairs"):
+    for name in TABLES:
         rows = [(findings.name, entry) for findings in report.findings for entry in getattr(findings, name)]
         if rows:
             columns = [column.name for column in fields(rows[0][1])]

@@ -217,14 +217,20 @@ class ImageFolder:
     def _files(self, root: Path) -> list[Path]:
         if not root.exists():
             raise FileNotFoundError(f"there is no file or folder {root}")
-        if not root.is_dir():
-            return [root]
 
         def unreadable(error: OSError) -> None:
             self.skipped[str(error.filename)] = f"the folder cannot be read: {error.strerror}"
 
-        files = (Path(folder, name) for folder, _, names in os.walk(root, onerror=unreadable) for name in names)
-        return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+        found = (Path(folder, name) for folder, _, names in os.walk(root, onerror=unreadable) for name in names)
+        files = sorted(path for path in found if path.suffix.lower() in SUFFIXES) if root.is_dir() else [root]
+        kept = []
+        for path in files:
+            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+            if shown == str(path):
+                kept.append(path)
+            else:  # neither JSON nor HTML can hold such a name
+                self.skipped[shown] = "its name is not UTF-8: rename it"
+        return kept
 
     def _loaded(self) -> Iterator[Loaded]:
         for name, source in self._sources:

@@ -212,12 +212,13 @@ def _hf(name: str) -> _Found:
         model.register_forward_pre_hook(
             lambda _, args, kwargs: (args, {"interpolate_pos_encoding": True, **kwargs}), with_kwargs=True
         )
-    size = getattr(model.config, "image_size", 224)
+    # Models of images and text have a configuration for each.
+    size = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
     return _Found(
         f"{_last(name)} of Hugging Face",
         model,
         _whence(name, "Hugging Face"),
-        size,
+        **_sized(size),
         **_told(processor, "its image processor's"),
     )
 
@@ -238,8 +239,8 @@ def _hub(name: str) -> _Found:
         raise ValueError(f"torch.hub cannot load 'hub:{name}': {_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"'hub:{name}' gives a {type(model).__name__}, and no torch.nn.Module")
-    learnt_on = getattr(getattr(model, "patch_embed", model), "img_size", getattr(model, "image_size", 224))
-    return _Found(f"{entry} of {_last(repo)}", model, _whence(repo, "torch.hub"), learnt_on)
+    learnt_on = getattr(getattr(model, "patch_embed", model), "img_size", getattr(model, "image_size", None))
+    return _Found(f"{entry} of {_last(repo)}", model, _whence(repo, "torch.hub"), **_sized(learnt_on))
 
 
 _LIBRARIES: dict[str, Callable[[str], _Found]] = {"timm": _timm, "hf": _hf, "hub": _hub}
@@ -316,6 +317,11 @@ def _beside(folder: Path) -> dict[str, Any]:
             if told := _told(config.get(key) or {} if key else config, f"of {name}"):
                 return told
     return {}
+
+
+def _sized(size: int | Sequence[int] | None) -> dict[str, Any]:
+    """Of images, as the model tells it; or what is assumed where it does not."""
+    return {"size": 224, "assumed": "images of 224 px"} if size is None else {"size": size}
 
 
 def _told(config: Mapping[str, Any], whence: str) -> dict[str, Any]:

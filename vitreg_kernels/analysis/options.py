@@ -66,10 +66,10 @@ class Options:
             raise ValueError("there is no model to analyse")
         if unknown := sorted(self.skip - set(ANALYSES)):
             raise ValueError(f"{', '.join(unknown)} cannot be skipped: expected of {', '.join(ANALYSES)}")
-        if self.shown < 0:
-            raise ValueError(f"shown={self.shown} must be at least 0")
-        if self.test_time_registers and self.fit == "pad":
-            raise ValueError("a test-time register would take padding for patches: give fit 'crop' or 'resize' with it")
+        for name, least in (("batch", 1), ("limit", 1), ("size", 1), ("shown", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         if self.labels is not None and self.images is None:
             raise ValueError("labels are of images of your own: give images, too")
         _ = self.methods  # which refuses what is no way of discovery

@@ -16,7 +16,7 @@ Topic = Literal["outliers", "register norms", "local information", "classificati
 
 
 @dataclass(frozen=True)
-class Published:
+class Reported:
     """One row of a table: one quantity of one model, under one condition or several that are compared.
 
     Attributes:
@@ -38,7 +38,7 @@ class Published:
     note: str = ""
 
 
-def of_topic(topic: Topic) -> list[Published]:
+def of_topic(topic: Topic) -> list[Reported]:
     """The rows of one analysis, in order."""
     return [row for row in PUBLISHED if row.topic == topic]
 
@@ -52,7 +52,7 @@ _KINDS = "normal patch / outlier patch / CLS"
 _NONE_TRAINED_TEST = "no registers / 4 trained registers / test-time register"
 
 _OUTLIERS = (
-    Published(
+    Reported(
         "outliers",
         "DINOv2 ViT-g/14",
         "share of patches above a norm of 150, %",
@@ -61,7 +61,7 @@ _OUTLIERS = (
         "section 2.1, fig. 3",
         "The cutoff was chosen by eye for this model; norms before the final norm.",
     ),
-    Published(
+    Reported(
         "outliers",
         "DINOv2 ViT-g/14",
         "first block with outliers, of 40",
@@ -69,7 +69,7 @@ _OUTLIERS = (
         REGISTERS,
         "fig. 4a",
     ),
-    Published(
+    Reported(
         "outliers",
         "DINOv2 ViT-g/14",
         "share of the training after which outliers appear",
@@ -77,7 +77,7 @@ _OUTLIERS = (
         REGISTERS,
         "fig. 4b",
     ),
-    Published(
+    Reported(
         "outliers",
         "DINOv2 trained at six sizes, Ti to g",
         "sizes with outliers",
@@ -86,7 +86,7 @@ _OUTLIERS = (
         "fig. 4c",
         "The published S, B and L are distilled from g, which is another training.",
     ),
-    Published(
+    Reported(
         "outliers",
         "DINO, MAE",
         "outliers",
@@ -95,7 +95,7 @@ _OUTLIERS = (
         "section 2, figs. 2 and 3",
     ),
     *(
-        Published("outliers", model, "share of patches, %", (("a mixture of two Gaussians", share),), XRAY, "README")
+        Reported("outliers", model, "share of patches, %", (("a mixture of two Gaussians", share),), XRAY, "README")
         for model, share in (
             ("DINOv2-g", "1.6 to 1.9"),
             ("CLIP ViT-B, LAION-2B", "3.1 to 4.6"),
@@ -104,7 +104,7 @@ _OUTLIERS = (
             ("DINO, MAE, DINOv2-g with registers", "0"),
         )
     ),
-    Published(
+    Reported(
         "outliers",
         "InternViT-6B",
         "largest norm",
@@ -115,7 +115,7 @@ _OUTLIERS = (
 )
 
 _REGISTER_NORMS = tuple(
-    Published(
+    Reported(
         "register norms",
         f"DINOv2 {model} with 4 registers",
         "norm of the mean register over 10 000 images",
@@ -133,7 +133,7 @@ _REGISTER_NORMS = tuple(
 )
 
 _LOCAL_INFORMATION = tuple(
-    Published(
+    Reported(
         "local information",
         "DINOv2 ViT-g/14",
         quantity,
@@ -150,7 +150,7 @@ _LOCAL_INFORMATION = tuple(
 
 _CLASSIFICATION = (
     *(
-        Published(
+        Reported(
             "classification", "DINOv2 ViT-g/14", f"{data}, accuracy, %", _values(_KINDS, numbers), REGISTERS, "table 1"
         )
         for data, numbers in (
@@ -171,7 +171,7 @@ _CLASSIFICATION = (
         )
     ),
     *(
-        Published(
+        Reported(
             "classification",
             "DINOv2 ViT-L/14",
             f"{data}, accuracy of one token, %",
@@ -190,7 +190,7 @@ _CLASSIFICATION = (
 _TASKS = ("ImageNet-1k, accuracy, %", "ADE20k, mIoU, %", "NYUd, RMSE")
 _DOWNSTREAM = (
     *(
-        Published("downstream", model, task, _values(_WITHOUT_WITH, numbers), REGISTERS, "table 2")
+        Reported("downstream", model, task, _values(_WITHOUT_WITH, numbers), REGISTERS, "table 2")
         for model, by_task in (
             ("DeiT-III-B", ("84.7 / 84.7", "38.9 / 39.1", "0.511 / 0.512")),
             ("OpenCLIP ViT-B", ("78.2 / 78.1", "26.6 / 26.7", "0.702 / 0.661")),
@@ -199,7 +199,7 @@ _DOWNSTREAM = (
         for task, numbers in zip(_TASKS, by_task, strict=True)
     ),
     *(
-        Published(
+        Reported(
             "downstream", "DINOv2 ViT-L/14", task, _values(_NONE_TRAINED_TEST, numbers), TEST_TIME, "linear probes"
         )
         for task, numbers in zip(
@@ -216,9 +216,9 @@ _WHOLE = "The same figures are reported for unrelated models: probably the score
 
 def _discovery(
     model: str, method: str, conditions: str, numbers: tuple[str, str, str], source: str, place: str, note: str = ""
-) -> list[Published]:
+) -> list[Reported]:
     return [
-        Published(
+        Reported(
             "discovery", model, f"{method}, CorLoc on {data}, %", _values(conditions, of_data), source, place, note
         )
         for data, of_data in zip(_DATA, numbers, strict=True)
@@ -256,7 +256,7 @@ _DISCOVERY = (
     *_discovery("DINO ViT-S/16", "TokenCut", "without registers", ("68.8", "72.1", "58.8"), TOKENCUT, "README"),
 )  # fmt: skip
 
-PUBLISHED: tuple[Published, ...] = (
+PUBLISHED: tuple[Reported, ...] = (
     *_OUTLIERS,
     *_REGISTER_NORMS,
     *_LOCAL_INFORMATION,

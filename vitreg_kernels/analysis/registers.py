@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakSet
 
 import torch
@@ -24,6 +24,9 @@ from ..nn.vit import RegisterViT
 from .findings import Neuron
 from .outliers import Rule, outliers
 from .record import patches_of, record
+
+# Pixels as ``record`` takes them; with them, where images are padded, ``valid`` ``[B, M]``, as ``record`` takes it.
+Batch: TypeAlias = Tensor | tuple[Tensor, Tensor | None]
 
 
 class NeuronTable(NamedTuple):
@@ -46,7 +49,7 @@ class NeuronTable(NamedTuple):
 @torch.no_grad()
 def find_register_neurons(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     *,
     rule: Rule,
     top_k: int = 1,
@@ -55,14 +58,14 @@ def find_register_neurons(
 ) -> NeuronTable:
     """The neurons that are active where outliers are (arXiv 2506.08010, Algorithm 1).
 
-    Outliers are patches that leave the last block above the rule's threshold. A neuron's activation at them and at the
-    other patches of the same image, as a magnitude, is averaged over each image that has any, and over these images.
-    The paper ranks by the mean at outliers; neurons that are active everywhere rank high by it, so that the default is
-    the contrast with the other patches.
+    Outliers are valid patches that leave the last block above the rule's threshold. A neuron's activation at them and
+    at the other valid patches of the same image, as a magnitude, is averaged over each image that has any, and over
+    these images. The paper ranks by the mean at outliers; neurons that are active everywhere rank high by it, so that
+    the default is the contrast with the other patches.
 
     Args:
         model: as ``record`` takes it.
-        batches: of pixels, as ``record`` takes them; gone through twice.
+        batches: of pixels, and of padded images which patches are valid, see ``Batch``; gone through twice.
         rule: which patches are outliers.
         top_k: how many neurons to give.
         layers: blocks to search, from 0; by default those up to the first behind which one of those patches is an
@@ -81,7 +84,10 @@ def find_register_neurons(
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
     # Of all images the norms alone are kept.
-    recordings = [record(model, pixels)._replace(embeddings=torch.empty(0)) for pixels in batches]
+    recordings = [
+        record(model, pixels, valid=valid)._replace(embeddings=torch.empty(0))
+        for pixels, valid in map(with_valid, batches)
+    ]
     found = outliers(patches_of(recordings), rule)
     last = found[-1]
     if not last.any():
@@ -95,10 +101,11 @@ def find_register_neurons(
 
     sums = {layer: torch.zeros(2, linear.in_features, dtype=torch.float64) for layer, linear in linears.items()}
     images = 0
-    masks = last.split([recording.valid.numel() for recording in recordings])
-    for pixels, recording, mask in zip(batches, recordings, masks, strict=True):
-        outlier = mask.view_as(recording.valid)
-        weights = _weights(outlier).to(pixels.device)
+    masks = last.split([int(recording.valid.sum()) for recording in recordings])
+    for (pixels, _), recording, mask in zip(map(with_valid, batches), recordings, masks, strict=True):
+        outlier = torch.zeros_like(recording.valid)
+        outlier[recording.valid] = mask
+        weights = _weights(outlier, recording.valid).to(pixels.device)
         images += int(outlier.any(dim=1).sum())
 
         def add(layer: int, _: nn.Module, args: tuple[Any, ...], weights: Tensor = weights) -> None:
@@ -133,8 +140,8 @@ class TestTimeRegisters:
 
     One token of zeros, without positions, enters the first block at the end of the prefix. At each register neuron it
     is given the activation of largest magnitude, with its sign, among the patches of its image, and the patches are
-    given 0 (arXiv 2506.08010, Algorithm 2). Without neurons it is an empty token, the control that says what any
-    further token costs:
+    given 0 (arXiv 2506.08010, Algorithm 2). The model attends to padding as to any patch, and so it
+    counts as one here. Without neurons it is an empty token, the control that says what any further token costs:
 
         neurons = find_register_neurons(model, batches, rule=Rule.parse("3xmedian"), top_k=10)
         with TestTimeRegisters(model, neurons.indices) as register:
@@ -265,6 +272,11 @@ def zeroed(model: nn.Module, neurons: Iterable[tuple[int, int]]) -> Iterator[Non
         yield
 
 
+def with_valid(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Pixels, and which patches are valid; ``None`` if all are."""
+    return batch if isinstance(batch, tuple) else (batch, None)
+
+
 def known_stream(model: nn.Module) -> ResidualStream:
     """The residual stream of a model.
 
@@ -314,12 +326,12 @@ def _by_layer(stream: ResidualStream, neurons: Iterable[tuple[int, int]]) -> dic
     return found
 
 
-def _weights(outlier: Tensor) -> Tensor:
-    """``[2, B, M]``: what averages over the outliers ``[B, M]`` of each image, and over its other patches.
+def _weights(outlier: Tensor, valid: Tensor) -> Tensor:
+    """``[2, B, M]``: what averages over the outliers ``[B, M]`` of each image, and over its other valid patches.
 
     Images without outliers count nothing.
     """
-    kinds = torch.stack((outlier, ~outlier & outlier.any(dim=1, keepdim=True))).float()
+    kinds = torch.stack((outlier, valid & ~outlier & outlier.any(dim=1, keepdim=True))).float()
     return kinds / kinds.sum(dim=2, keepdim=True).clamp(min=1)
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .findings import Repair
 from .outliers import Rule
 from .record import Recording, record
-from .registers import TestTimeRegisters, known_stream, neurons_of, zeroed
+from .registers import Batch, TestTimeRegisters, known_stream, neurons_of, with_valid, zeroed
 
 
 def repairs(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     neurons: Sequence[tuple[int, int]],
     *,
     rule: Rule,
@@ -31,7 +32,8 @@ def repairs(
 
     Args:
         model: as ``TestTimeRegisters`` takes it, in evaluation mode.
-        batches: of pixels, as ``record`` takes them.
+        batches: of pixels, and of padded images which patches are valid, see ``registers.Batch``; all numbers are of
+            valid patches.
         neurons: layer and index of each register neuron.
         rule: which patches are outliers, in each of these by a threshold of its own.
         reference: the model that the drift is measured from, of as many tokens and channels; by default the model as
@@ -53,10 +55,10 @@ def repairs(
     }
     seen = {name: _Seen() for name in variants}
     base = model if reference is None else reference
-    for pixels in batches:
-        start = _recorded(base, pixels, None, ())
+    for batch in batches:
+        start = _recorded(base, batch, None, ())
         for name, (moved, silent) in variants.items():
-            seen[name].add(_recorded(model, pixels, moved, silent), start, moved is not None)
+            seen[name].add(_recorded(model, batch, moved, silent), start, moved is not None)
     if not seen["as it is"].norms:
         raise ValueError("there is no batch of images to repair the model for")
     norms = torch.cat(seen["as it is"].norms)
@@ -71,9 +73,9 @@ class _Seen:
     """Of one variant, over all images.
 
     Attributes:
-        norms: of patches, ``[T]`` a batch.
+        norms: of valid patches, ``[T]`` a batch.
         registers: norms of the added token, ``[B]`` a batch; none without one.
-        drifts: of patches, ``[T]`` a batch.
+        drifts: of valid patches, ``[T]`` a batch.
     """
 
     def __init__(self) -> None:
@@ -84,42 +86,47 @@ class _Seen:
     def add(self, recording: Recording, start: Recording, register: bool) -> None:
         """Take in a batch, and the same images as the reference shows them."""
         layout, tokens = recording.layout, _patches(recording)
-        self.norms.append(recording.norms[-1][:, layout.patches].flatten())
+        self.norms.append(recording.norms[-1][:, layout.patches][recording.valid])
         if register:
             self.registers.append(recording.norms[-1][:, layout.num_prefix_tokens - 1])
         before = _patches(start)
-        self.drifts.append(((tokens - before).norm(dim=-1) / before.norm(dim=-1)).flatten())
+        self.drifts.append((tokens - before).norm(dim=-1) / before.norm(dim=-1))
 
     def repair(self, name: str, rule: Rule, normal: Tensor) -> Repair:
         """The numbers, the drift over the patches ``[T]`` bool that are no outliers of the model as it is."""
         norms = torch.cat(self.norms)
-        median = norms.median()
+        median = _median(norms)
         return Repair(
             name=name,
             largest_ratio=(norms.max() / median).item(),
             outliers=(norms > rule.threshold(norms)).double().mean().item(),
             register_ratio=(torch.cat(self.registers).mean() / median).item() if self.registers else None,
-            drift=torch.cat(self.drifts)[normal].median().item(),
+            drift=_median(torch.cat(self.drifts)[normal]) if normal.any() else None,
         )
+
+
+def _median(values: Tensor) -> float:
+    """As of every other number of the page: of an even number of values the mean of the middle two, unlike torch's."""
+    return float(np.median(values.double().numpy()))
 
 
 def _recorded(
     model: nn.Module,
-    pixels: Tensor,
+    batch: Batch,
     moved: Sequence[tuple[int, int]] | None,
     silent: Sequence[tuple[int, int]],
 ) -> Recording:
     """With a test-time register that takes over ``moved``, unless that is None, and ``silent`` set to 0."""
-    last = [(-1, "tokens")]
+    (pixels, valid), last = with_valid(batch), [(-1, "tokens")]
     register: AbstractContextManager[TestTimeRegisters | None]
     register = nullcontext() if moved is None else TestTimeRegisters(model, moved)
     with register as within, zeroed(model, silent):
-        return record(model, pixels, features=last, layout=within.layout if within else None)
+        return record(model, pixels, features=last, layout=within.layout if within else None, valid=valid)
 
 
 def _patches(recording: Recording) -> Tensor:
-    """``[B, M, C]`` behind the last block."""
-    return next(iter(recording.features.values()))[:, recording.layout.patches]
+    """``[T, C]``, the valid ones behind the last block."""
+    return next(iter(recording.features.values()))[:, recording.layout.patches][recording.valid]
 
 
 def _random_neurons(model: nn.Module, neurons: Sequence[tuple[int, int]], seed: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""How alike patches are to their neighbours: outliers are where an image repeats itself (Darcet et al., fig. 5a)."""
+"""How alike patches are to their neighbours, which outliers repeat (Darcet et al., fig. 5a), and to the CLS token."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from scipy.stats import gaussian_kde
 from torch import Tensor
 
+from ..layout import TokenLayout
 from .findings import Similarity
 
 _FEWEST = 20  # values, below which a kernel density shows its kernel rather than them
@@ -50,6 +51,29 @@ def neighbour_cosine(embeddings: Tensor, grid: tuple[int, int], valid: Tensor | 
     return (total / count).flatten(1)
 
 
+def cls_cosine(tokens: Tensor, layout: TokenLayout, valid: Tensor | None = None) -> Tensor:
+    """Cosine of each patch with the CLS token, the first of several.
+
+    Patches that come to point where CLS does have lost what they say of their place (DINOv3, arXiv 2508.10104).
+
+    Args:
+        tokens: ``[B, N, C]``, behind one block.
+        layout: of the N tokens.
+        valid: ``[B, M]`` bool, patches that show the image; all by default.
+
+    Returns:
+        ``[B, M]`` in the tokens' dtype; NaN for a patch that is not valid.
+
+    Raises:
+        ValueError: if the layout has no CLS token, or other tokens.
+    """
+    if not layout.num_cls_tokens:
+        raise ValueError("there is no CLS token that patches could be compared with")
+    cls, _, patches = layout.split(tokens)
+    cosines = F.cosine_similarity(patches, cls[:, :1], dim=-1)
+    return cosines if valid is None else cosines.masked_fill(~valid, torch.nan)
+
+
 def density(values: np.ndarray, points: int | np.ndarray = 256) -> tuple[np.ndarray, np.ndarray]:
     """Where values lie, as a density: a Gaussian kernel density by Scott's rule (``scipy.stats.gaussian_kde``).
 
@@ -76,7 +100,7 @@ def by_kind(values: Tensor, outlier: Tensor) -> Similarity:
     """The densities of outliers and of the others, at the same points.
 
     Args:
-        values: ``[T]``, each patch's cosine with its neighbours.
+        values: ``[T]``, each patch's cosine with something else.
         outlier: ``[T]`` bool, which of them are outliers at the output.
 
     Raises:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..layout import TokenLayout
+from .annotations import AnnotatedBox
 from .attention import prefix_names, shares
 from .corloc import corloc, whole_image_share
 from .draws import Drawn, PatchTokens, draw_patches, draw_tokens
-from .findings import Attention, Box, Boxes, Findings, Histogram, Image, Norms, Probe, Similarity
-from .images import Box as Corners
-from .images import ImageFolder
+from .findings import Attention, Boxes, Findings, FoundBox, Histogram, Image, Norms, Probe, Similarity, Sinks
+from .images import Box, ImageFolder
 from .lost import LostOptions
 from .options import Options
 from .outliers import Verdict, frequency, outliers, thresholds, verdict
@@ -90,24 +90,32 @@ class Study(NamedTuple):
         counts = {name: np.histogram(each, edges)[0].tolist() for name, each in kinds.items() if each.size}
         return Histogram(edges.tolist(), counts, limit)
 
-    def similarity(self) -> Similarity | None:
-        """Of outliers behind ``layer`` and of the others; None if it was not asked for."""
-        if not all(part.cosine.size for part in self.parts):
+    def similarity(self, of: Literal["cosine", "cls_cosine"] = "cosine") -> Similarity | None:
+        """Of outliers behind ``layer`` and of the others; None if it was not asked for, or there is no CLS token."""
+        each = [getattr(part, of) for part in self.parts]
+        if not all(cosines.size for cosines in each):
             return None
-        cosine = torch.cat([torch.from_numpy(part.cosine[part.valid]) for part in self.parts])
+        valid = [torch.from_numpy(cosines[part.valid]) for cosines, part in zip(each, self.parts, strict=True)]
+        cosine = torch.cat(valid)
         known = cosine.isfinite()
         return by_kind(cosine[known], self.mask[self.layer][known]) if known.any() else None
 
     def attention(self) -> list[Attention]:
-        """At the last block, where the prefix tokens look; by groups of images of one grid, and then averaged."""
+        """At the last block, where the prefix tokens look; by groups of images of one grid, and then averaged.
+
+        Of images whose norms are finite.
+        """
         total: list[Attention] = []
         images = outlying = patches = 0.0
         sums: dict[str, list[float]] = {}
         for part, outlier in zip(self.parts, self.outlier_maps(), strict=True):
             if not part.attention.size:
                 return []
-            count = len(part.paths)
-            rows = torch.from_numpy(part.attention).unsqueeze(1)
+            count = int(part.finite.sum())
+            if not count:
+                continue
+            outlier = outlier[torch.from_numpy(part.finite)]
+            rows = torch.from_numpy(part.attention[part.finite]).unsqueeze(1)
             total = shares(rows, self.layout, outlier, layer=len(self.mask) - 1)
             for each in total:
                 on_prefix, on_outliers = sums.setdefault(each.tokens, [0.0, 0.0])
@@ -116,7 +124,7 @@ class Study(NamedTuple):
                     on_outliers + count * (each.on_outliers or 0.0),
                 ]
             images, outlying = images + count, outlying + float(outlier.sum())
-            patches += float(part.valid.sum())
+            patches += float(part.valid[part.finite].sum())
         some = outlying > 0
         return [
             Attention(
@@ -127,6 +135,31 @@ class Study(NamedTuple):
                 outlying / patches if some else None,
             )
             for each in total
+        ]
+
+    def sinks(self) -> list[Sinks]:
+        """Of each block and kind of token, outliers behind ``layer`` apart from other patches.
+
+        Of images whose norms are finite. Two tokens of a kind may both be possible sinks of a head, but one of them at
+        most is one, so that a bound ends at the number of heads.
+        """
+        names, kinds = prefix_names(self.layout), ["outlier", "normal"] if self.mask[self.layer].any() else ["normal"]
+        heads = self.parts[0].heads
+        images = sum(int(part.finite.sum()) for part in self.parts)
+        if not heads.size or not images:
+            return []
+        total = np.zeros((2, len(heads), len(names) + len(kinds)))
+        for part, outlier in zip(self.parts, self.outlier_maps(), strict=True):
+            counts = part.sinks[:, :, part.finite].astype(np.float64)  # [2, L, B, N]
+            patches, outlying = counts[..., len(names) :], outlier.numpy()[part.finite]
+            of_kinds = [(patches * (outlying == (kind == "outlier"))).sum(3) for kind in kinds]
+            of_prefix = [counts[..., i] for i in range(len(names))]
+            each = np.stack([*of_prefix, *of_kinds], axis=-1)  # [2, L, B, kinds]
+            total += np.minimum(each, heads[:, None, None]).sum(2)
+        return [
+            Sinks(layer, name, int(heads[layer]), *(total[:, layer, i] / images).tolist())
+            for layer in range(len(heads))
+            for i, name in enumerate([*names, *kinds])
         ]
 
     def outlier_maps(self, layer: int | None = None) -> Iterator[Tensor]:
@@ -140,7 +173,7 @@ class Study(NamedTuple):
             yield found
 
     def discovery(
-        self, methods: Sequence[LostOptions | None], truths: Sequence[list[Corners] | None] | None
+        self, methods: Sequence[LostOptions | None], truths: Sequence[list[AnnotatedBox] | None] | None
     ) -> list[Boxes]:
         """How each way of object discovery did."""
         frames = [placement.window for part in self.parts for placement in placements_of(part)]
@@ -153,11 +186,11 @@ class Study(NamedTuple):
             if not any(boxes):
                 warning = "no box on any image: all patches are alike to it, so that nothing stands out"
             row = Boxes(
-                method="TokenCut" if method is None else "LOST",
+                method=method_name(method),
                 options="tau=0.2, eps=1e-5, features=key, layer=-1" if method is None else str(method),
                 images=len(boxes),
                 whole_image_share=whole,
-                positive_share=None if method is None else float(positive.mean()),
+                positive_share=None if np.isnan(positive).all() else float(np.nanmean(positive)),
                 missing=boxes.count(None),
                 warning=warning,
             )
@@ -178,7 +211,7 @@ class Study(NamedTuple):
                 if f"{first + j}/photo" not in part.pictures:
                     continue
                 boxes, seen = (
-                    [Box(method_name(method), _box(of[i, j].tolist())) for i, method in enumerate(methods)]
+                    [FoundBox(method_name(method), _box(of[i, j].tolist())) for i, method in enumerate(methods)]
                     for of in (part.boxes, part.shown_boxes)
                 )
                 found.append(Image(path, boxes, seen, list(truths[first + j]) if truths else []))
@@ -189,17 +222,19 @@ class Study(NamedTuple):
         """The maps of all images shown; see ``findings.Image``."""
         found = {name: each for part in self.parts for name, each in part.pictures.items()}
         tokens = {name.partition("/")[0]: torch.from_numpy(found.pop(name)) for name in list(found) if "tokens" in name}
-        if tokens and pca:
-            colours = joint_pca(list(tokens.values())).colours
-            found |= {f"{index}/pca": each.numpy() for index, each in zip(tokens, colours, strict=True)}
-        by_layer = [list(self.outlier_maps(layer)) for layer in range(len(self.mask))]
-        first = 0
-        for i, part in enumerate(self.parts):
-            for j in range(len(part.paths)):
-                if str(first + j) in tokens:
-                    maps = torch.stack([layer[i][j] for layer in by_layer]).unflatten(1, tuple(part.grid.tolist()))
-                    found[f"{first + j}/outliers"] = maps.numpy()
-            first += len(part.paths)
+        finite = {index: each for index, each in tokens.items() if each.isfinite().all()}
+        if finite and pca:
+            colours = joint_pca(list(finite.values())).colours
+            found |= {f"{index}/pca": each.numpy() for index, each in zip(finite, colours, strict=True)}
+        for layer in range(len(self.mask)):
+            first = 0
+            for part, maps in zip(self.parts, self.outlier_maps(layer), strict=True):
+                for j in range(len(part.paths)):
+                    if str(first + j) in tokens:
+                        shape = (len(self.mask), *part.grid.tolist())
+                        of_image = found.setdefault(f"{first + j}/outliers", np.zeros(shape, bool))
+                        of_image[layer] = maps[j].unflatten(0, shape[1:]).numpy()
+                first += len(part.paths)
         return found
 
     def findings(self, options: Options, **known: object) -> Findings:
@@ -222,7 +257,9 @@ class Study(NamedTuple):
             histogram=self.histogram(limits[self.layer]),
             frequency=frequency(self.mask[self.layer], self.patches).tolist(),
             similarity=self.similarity(),
+            cls_similarity=self.similarity("cls_cosine"),
             attention=self.attention(),
+            sinks=self.sinks(),
             **known,
         )
 
@@ -304,5 +341,5 @@ def _norms(
     return Norms(layer, tokens, norms.numel(), float(median), float(p99), float(finite.max()), threshold, share)
 
 
-def _box(corners: Sequence[int]) -> Corners | None:
+def _box(corners: Sequence[int]) -> Box | None:
     return None if corners[0] < 0 else tuple(corners)

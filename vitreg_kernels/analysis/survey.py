@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,16 +13,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..integrations import residual_stream
 from ..layout import TokenLayout
-from .attention import attention_maps
+from .attention import attention_maps, sinks
 from .images import Box, ImageBatch, ImageFolder, Placement
 from .lost import LostOptions, lost
 from .record import Recording, record
-from .similarity import neighbour_cosine
+from .similarity import cls_cosine, neighbour_cosine
 from .tokencut import tokencut
 
 # The fields of ``Part`` that are arrays of all its images.
-_ARRAYS = ("norms", "valid", "cosine", "attention", "boxes", "shown_boxes", "positive_share", "placements", "grid")
+_ARRAYS = (
+    "norms",
+    "valid",
+    "finite",
+    "cosine",
+    "cls_cosine",
+    "attention",
+    "sinks",
+    "heads",
+    "boxes",
+    "shown_boxes",
+    "positive_share",
+    "placements",
+    "grid",
+)
 
 
 class Part(NamedTuple):
@@ -30,12 +47,17 @@ class Part(NamedTuple):
         paths: of its images.
         norms: ``[L, B, N]`` fp32, behind each block.
         valid: ``[B, M]`` bool, patches that show the image.
+        finite: ``[B]`` bool, images all of whose norms are finite: of the others nothing but the norms is taken.
         cosine: ``[B, M]`` fp32, of each patch with its neighbours; empty if not asked for.
+        cls_cosine: ``[B, M]`` fp32, of each patch with the CLS token behind the last block; empty as well without one.
         attention: ``[B, P, N]`` fp32, of the prefix tokens at the last block, averaged over heads; empty if not asked
             for.
+        sinks: ``[2, L, B, N]`` uint8, in how many heads of each block a token is an attention sink: at least, and at
+            most; empty if not asked for.
+        heads: ``[L]`` int64, of each block; empty as well.
         boxes: ``[methods, B, 4]`` int64, in pixels of the images as they are on disk; -1 where none was found.
         shown_boxes: the same in pixels as the model sees them.
-        positive_share: ``[methods, B]`` fp64, of entries of the Gram matrix; NaN of TokenCut.
+        positive_share: ``[methods, B]`` fp64, of entries of the Gram matrix; NaN of TokenCut and where none was taken.
         placements: ``[B, 6]`` int64, each image's ``Placement``: its window's four edges, height and width.
         grid: ``[2]`` int64, rows and columns of patches.
         pictures: by ``"{image}/{name}"`` as in ``findings.Image``, of images that are shown; and ``tokens``
@@ -45,8 +67,12 @@ class Part(NamedTuple):
     paths: list[str]
     norms: np.ndarray
     valid: np.ndarray
+    finite: np.ndarray
     cosine: np.ndarray
+    cls_cosine: np.ndarray
     attention: np.ndarray
+    sinks: np.ndarray
+    heads: np.ndarray
     boxes: np.ndarray
     shown_boxes: np.ndarray
     positive_share: np.ndarray
@@ -82,9 +108,9 @@ class Survey(NamedTuple):
         first = 0
         for batch in images.batches(batch_size):
             path = None if self.folder is None else self.folder / f"{first:08d}.npz"
-            if path is not None and path.exists():
-                part = read(path)
-            else:
+            part = None if path is None else read(path)
+            # A file that could not be read before, and now can, moves those behind it to other batches.
+            if part is None or part.paths != [image.path for image in batch.images]:
                 part = self._part(batch, first)
                 if path is not None:
                     write(path, part)
@@ -96,56 +122,70 @@ class Survey(NamedTuple):
         asked = {(options.layer, options.features) for options in self.methods if options is not None}
         if None in self.methods:
             asked.add((-1, "key"))
-        if shown:
+        with_cls = self.similarity and self.layout.num_cls_tokens > 0
+        if shown or with_cls:
             asked.add((-1, "tokens"))
+        depth = len(residual_stream(self.model).blocks)
         with_attention = self.attention and self.layout.num_prefix_tokens > 0
         recording = record(
             self.model,
             batch.pixels.to(next(self.model.parameters()).device),
             features=sorted(asked),
-            attention=(-1,) if with_attention else (),
+            attention=range(depth) if with_attention else (),
+            received=range(depth) if self.attention else (),
             layout=self.layout,
             valid=batch.valid,
         )
         placements = [image.placement for image in batch.images]
-        cosine = torch.empty(count, 0)
+        finite = recording.norms.isfinite().all(2).all(0)
+        cosine = of_cls = torch.empty(count, 0)
         if self.similarity:
             cosine = neighbour_cosine(recording.embeddings, recording.grid, recording.valid)
+        if with_cls:
+            of_cls = cls_cosine(recording.features[depth - 1, "tokens"], recording.layout, recording.valid)
         boxes = np.full((2, len(self.methods), count, 4), -1, dtype=np.int64)
         positive = np.full((len(self.methods), count), np.nan)
         for i, method in enumerate(self.methods):
-            for j, (patches, share) in enumerate(self._found(recording, method)):
+            for j, (patches, share) in self._found(recording, method, finite):
                 positive[i, j] = np.nan if share is None else share
                 if patches is not None:
                     seen = _clipped(tuple(self.patch * edge for edge in patches), placements[j])
                     boxes[:, i, j] = placements[j].to_image(seen), seen
-        (rows_of_prefix,) = recording.attention.values() if with_attention else (torch.empty(count, 0, 0, 0),)
+        rows_of_prefix = recording.attention[depth - 1] if with_attention else None
+        bounds = _sinks(recording) if self.attention else torch.empty(2, 0, count, 0, dtype=torch.uint8)
         return Part(
             paths=[image.path for image in batch.images],
             norms=recording.norms.float().numpy(),
             valid=recording.valid.numpy(),
+            finite=finite.numpy(),
             cosine=cosine.float().numpy(),
-            attention=rows_of_prefix.mean(1).numpy() if with_attention else np.empty((count, 0, 0), np.float32),
+            cls_cosine=of_cls.float().numpy(),
+            attention=np.empty((count, 0, 0), np.float32) if rows_of_prefix is None else rows_of_prefix.mean(1).numpy(),
+            sinks=bounds.numpy(),
+            heads=np.array([recording.received[layer].shape[1] for layer in sorted(recording.received)], np.int64),
             boxes=boxes[0],
             shown_boxes=boxes[1],
             positive_share=positive,
             placements=np.array([(*p.window, p.height, p.width) for p in placements], dtype=np.int64),
             grid=np.array(recording.grid),
-            pictures=self._pictures(batch, recording, rows_of_prefix if with_attention else None, first, shown),
+            pictures=self._pictures(batch, recording, rows_of_prefix, first, shown),
         )
 
     def _found(
-        self, recording: Recording, method: LostOptions | None
-    ) -> list[tuple[tuple[int, int, int, int] | None, float | None]]:
-        """Of each image the box in patches, and the positive share."""
+        self, recording: Recording, method: LostOptions | None, finite: Tensor
+    ) -> list[tuple[int, tuple[Box | None, float | None]]]:
+        """Of each image that is finite its place in the batch, the box in patches, and the positive share."""
+        if not finite.any():
+            return []
         depth = len(recording.norms)
         at = (depth - 1, "key") if method is None else (method.layer % depth, method.features)
-        features = recording.features[at][:, recording.layout.patches]
+        features, valid = recording.features[at][finite][:, recording.layout.patches], recording.valid[finite]
         if method is None:
-            found = tokencut(features, recording.grid, valid=recording.valid)
+            found = tokencut(features, recording.grid, valid=valid)
         else:
-            found = lost(features, recording.grid, method, valid=recording.valid)
-        return [(each.box, each.positive_share) for each in found]
+            found = lost(features, recording.grid, method, valid=valid)
+        places = finite.nonzero().flatten().tolist()
+        return list(zip(places, [(each.box, each.positive_share) for each in found], strict=True))
 
     def _pictures(
         self, batch: ImageBatch, recording: Recording, attention: Tensor | None, first: int, shown: int
@@ -164,6 +204,16 @@ class Survey(NamedTuple):
                 maps |= {"heads": by_head, "attention": by_head.mean(1)}
             found |= {f"{first + j}/{name}": each.contiguous().numpy() for name, each in maps.items()}
         return found
+
+
+def _sinks(recording: Recording) -> Tensor:
+    """``[2, L, B, N]`` uint8, in how many heads a token is a sink: for certain, and possibly."""
+    found = []
+    for layer, received in sorted(recording.received.items()):
+        without_prefix = received.new_empty(*received.shape[:2], 0, received.shape[2])
+        bounds = sinks(received, recording.attention.get(layer, without_prefix))
+        found.append(torch.stack([bounds.certain.sum(1), bounds.possible.sum(1)]))
+    return torch.stack(found, dim=1).to(torch.uint8)
 
 
 def recording_of(part: Part, layout: TokenLayout) -> Recording:
@@ -188,12 +238,15 @@ def write(path: Path, part: Part) -> None:
     os.replace(beside, path)
 
 
-def read(path: Path) -> Part:
-    """What ``write`` kept."""
-    with np.load(path) as file:
-        pictures = {name: file[name] for name in file.files if "/" in name}
-        arrays = {name: file[name] for name in _ARRAYS}
-        return Part(file["paths"].tolist(), **arrays, pictures=pictures)
+def read(path: Path) -> Part | None:
+    """What ``write`` kept; ``None`` if there is no such file, or not all of it, as after a loss of power."""
+    try:
+        with np.load(path) as file:
+            pictures = {name: file[name] for name in file.files if "/" in name}
+            arrays = {name: file[name] for name in _ARRAYS}
+            return Part(file["paths"].tolist(), **arrays, pictures=pictures)
+    except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def _clipped(box: Box, placement: Placement) -> Box:

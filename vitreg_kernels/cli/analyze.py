@@ -67,7 +67,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(asked: argparse.Namespace) -> int:
-    """Analyse; 0 if all models were, 1 if some could not be, 2 if nothing could be done."""
+    """Analyse; 0 if all models were, 1 if some could not be, 2 if nothing could be done, 130 if it was interrupted."""
     try:
         from ..analysis.options import Options
         from ..analysis.outliers import Rule
@@ -98,6 +98,9 @@ def run(asked: argparse.Namespace) -> int:
             **given,
         )
         done = analyze(options, say=lambda line: print(line, flush=True), progress=sys.stderr.isatty())
+    except KeyboardInterrupt:
+        print("vitreg analyze: cut off; the same command with --resume goes on from here", file=sys.stderr)
+        return 130  # what shells give for it
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"vitreg analyze: {error}", file=sys.stderr)
         return 2

@@ -103,14 +103,23 @@ class Block(nn.Module):
     """Takes a batch; while it trains, each branch is computed for a part of the images."""
 
     def __init__(
-        self, dim, num_heads, drop_path=0.0, attn_class=MemEffAttention, init_values=None, ffn_layer=Mlp, **options
+        self,
+        dim,
+        num_heads,
+        drop_path=0.0,
+        attn_class=MemEffAttention,
+        init_values=None,
+        ffn_layer=Mlp,
+        mlp_ratio=2,
+        norm_layer=nn.LayerNorm,
+        **options,
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = norm_layer(dim)
         self.attn = attn_class(dim, num_heads, **options)
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = ffn_layer(dim, 2 * dim)
+        self.norm2 = norm_layer(dim)
+        self.mlp = ffn_layer(dim, mlp_ratio * dim)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.sample_drop_ratio = drop_path
 
@@ -167,7 +176,7 @@ class DinoVisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, dim)) if num_register_tokens else None
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=blocks[0].norm1.eps)
         self.num_register_tokens, self.patch_size = num_register_tokens, patch_size
         self.chunked_blocks = False
 
@@ -182,8 +191,12 @@ class DinoVisionTransformer(nn.Module):
             return x
         return torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> dict[str, Tensor]:
         x = self.prepare_tokens_with_masks(x)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)[:, 0]
+        x = self.norm(x)
+        return {"x_norm_clstoken": x[:, 0], "x_norm_patchtokens": x[:, 1 + self.num_register_tokens :]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_features(x)["x_norm_clstoken"]

@@ -181,10 +181,14 @@ class DinoVisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.chunked_blocks = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> dict[str, Tensor]:
         patches = self.patch_embed(x)
         prefix = [self.cls_token, self.storage_tokens] if self.n_storage_tokens else [self.cls_token]
         x = [torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), patches.flatten(1, 2)], dim=1)]
         for block in self.blocks:
             x = block(x, [self.rope_embed(H=patches.shape[1], W=patches.shape[2])])
-        return self.norm(x[0])[:, 0]
+        x = self.norm(x[0])
+        return {"x_norm_clstoken": x[:, 0], "x_norm_patchtokens": x[:, 1 + self.n_storage_tokens :]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_features(x)["x_norm_clstoken"]

@@ -18,7 +18,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ..findings import Findings, Norms
+from ..findings import Findings, Norms, Similarity
 from .colours import BLUE, GRID, INK, ORANGE, PALETTE, RATIO_TICKS, RATIOS, kind_colour
 from .maps import labelled, norm_levels, short
 
@@ -144,19 +144,16 @@ def neighbour_cosines(found: Findings) -> Figure:
     Raises:
         ValueError: if it was not recorded.
     """
-    if found.similarity is None:
-        raise ValueError(f"there are no cosines of {found.name}: analyze it with similarity")
-    figure, axes = _axes(labelled(found))
-    for kind, colour in (("normal", BLUE), ("outlier", ORANGE)):
-        if kind in found.similarity.densities:
-            density, points = found.similarity.densities[kind], found.similarity.points
-            label = f"{kind}, {found.similarity.counts[kind]} patches"
-            axes.plot(points, density, color=colour, linewidth=1.5, label=label)
-            axes.fill_between(points, density, color=colour, alpha=0.2)
-            axes.axvline(found.similarity.means[kind], color=colour, linestyle=":", linewidth=1.1)
-    axes.set(xlabel="cosine with the neighbours, after the patch embedding", ylabel="density", ylim=(0, None))
-    _legend(axes)
-    return figure
+    return _cosines(found, found.similarity, "cosine with the neighbours, after the patch embedding")
+
+
+def cls_cosines(found: Findings) -> Figure:
+    """How alike patches and the CLS token are behind the last block: outliers against the others.
+
+    Raises:
+        ValueError: if it was not recorded, or there is no CLS token.
+    """
+    return _cosines(found, found.cls_similarity, "cosine with CLS, behind the last block")
 
 
 def history(found: Findings) -> Figure:
@@ -217,6 +214,22 @@ def norm_maps(found: Findings, maps: Mapping[str, np.ndarray], image: int = 0) -
     bar.set_ticks(list(RATIO_TICKS), labels=list(RATIO_TICKS.values()), minor=False)
     bar.minorticks_off()
     figure.suptitle(_plain(labelled(found)), fontsize=_FONT + 1)
+    return figure
+
+
+def _cosines(found: Findings, similarity: Similarity | None, label: str) -> Figure:
+    if similarity is None:
+        raise ValueError(f"there are no cosines of {found.name}: analyze it with similarity")
+    figure, axes = _axes(labelled(found))
+    for kind, colour in (("normal", BLUE), ("outlier", ORANGE)):
+        if kind in similarity.densities:
+            density, points = similarity.densities[kind], similarity.points
+            name = f"{kind}, {similarity.counts[kind]} patches"
+            axes.plot(points, density, color=colour, linewidth=1.5, label=name)
+            axes.fill_between(points, density, color=colour, alpha=0.2)
+            axes.axvline(similarity.means[kind], color=colour, linestyle=":", linewidth=1.1)
+    axes.set(xlabel=label, ylabel="density", ylim=(0, None))
+    _legend(axes)
     return figure
 
 

@@ -36,8 +36,12 @@ class Strip(NamedTuple):
 
 
 def medians(found: Findings) -> np.ndarray:
-    """``[layers]``: the median patch norm behind each block."""
-    return np.array([row.median for row in found.norms if row.tokens == "patches"])
+    """``[layers]``: the median patch norm behind each block; NaN behind one without finite norms."""
+    middle = np.full(found.layers, np.nan)
+    for row in found.norms:
+        if row.tokens == "patches":
+            middle[row.layer] = row.median
+    return middle
 
 
 def ratios(found: Findings, norms: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..findings import Box, Findings, Image, Probe, Report
+from ..findings import Findings, FoundBox, Image, Probe, Report
 from . import figures, maps
 from .colours import CYCLE, RATIO_TICKS, RING, palette_uri, photo_uri, ratio_place
 from .maps import labelled
@@ -84,6 +84,7 @@ def render(report: Report, pictures: Pictures, *, files: Sequence[str] = ()) -> 
         ticks=[(label, 100 * float(ratio_place(ratio))) for ratio, label in RATIO_TICKS.items()],
         warnings=_warnings(report.findings),
         probes=_probes(report.findings),
+        sinks={found.name: _sinks(found) for found in report.findings if found.sinks},
         files=files,
     )
 
@@ -127,6 +128,12 @@ def _figures(models: Sequence[Findings]) -> dict[str, list[Drawing]]:
             [x for x in models if x.similarity],
             figures.neighbour_cosines,
             "Densities of neighbours' cosines",
+        ),
+        "cls": each(
+            "cls",
+            [x for x in models if x.cls_similarity],
+            figures.cls_cosines,
+            "Densities of cosines with CLS",
         ),
         "history": each("history", [x for x in models if x.history], figures.history, "Norms while training"),
     }
@@ -257,7 +264,7 @@ def _outline(colour: str, dashed: bool, box: tuple[int, int, int, int]) -> Outli
 
 
 def _alt_of_boxes(image: Image, what: str) -> str:
-    def words(box: Box) -> str:
+    def words(box: FoundBox) -> str:
         return f"{box.method} {'none' if box.box is None else ' '.join(map(str, box.box))}"
 
     return f"Boxes found on {what}: {'; '.join(map(words, image.shown))}"
@@ -285,6 +292,22 @@ def _probes(models: Sequence[Findings]) -> list[ProbeTable]:
         better = "lower is better" if metric in _LOWER_IS_BETTER else "higher is better"
         tables.append(ProbeTable(task, metric, better, tokens, shown, cells))
     return tables
+
+
+class SinkRow(NamedTuple):
+    """One kind of token, and in how many heads of each block it is a sink, in words."""
+
+    tokens: str
+    cells: list[str]
+
+
+def _sinks(found: Findings) -> list[SinkRow]:
+    names = {"outlier": "outliers", "normal": "other patches"}
+    cells: dict[str, list[str]] = {}
+    for row in found.sinks:
+        low, high = (f"{x:.2g}" for x in (row.at_least, row.at_most))
+        cells.setdefault(row.tokens, []).append(low if low == high else f"{low}{NONE}{high}")
+    return [SinkRow(names.get(tokens, maps.short(tokens)), of_tokens) for tokens, of_tokens in cells.items()]
 
 
 def _warnings(models: Sequence[Findings]) -> dict[tuple[str, str], list[Findings]]:
