@@ -76,7 +76,7 @@ class TestTimm:
             "blocks": "2",
             "heads": "2",
             "patch size": "14 px",
-            "image size": "42 px",
+            "made for": "42 px",
             "registers": "4",
             "parameters": f"{sum(x.numel() for x in theirs.parameters()):,}",
             "weights": f"the folder {tmp_path / 'vit'}",

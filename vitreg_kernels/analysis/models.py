@@ -40,8 +40,8 @@ class Subject(NamedTuple):
         size: side of the images that its positions were learnt on, in pixels, a multiple of ``patch``; of images that
             are not square the shorter side.
         planted: whether its register neuron was made by hand.
-        facts: in words: class, channels, blocks, heads, patch size, image size, registers, parameters, where its
-            weights and its normalisation come from, and what was assumed.
+        facts: in words: class, channels, blocks, heads, patch size, the size of images that it was made for, registers,
+            parameters, where its weights and its normalisation come from, and what was assumed.
     """
 
     name: str
@@ -115,7 +115,7 @@ def subject(spec: str, **changes: Any) -> Subject:
         "blocks": str(len(stream.blocks)),
         "heads": _heads(stream),
         "patch size": f"{patch} px",
-        "image size": f"{size} px",
+        "made for": f"{size} px",
         "registers": str(stream.layout.num_registers),
         "parameters": f"{sum(x.numel() for x in found.model.parameters()):,}",
         "weights": found.weights,
