@@ -24,10 +24,10 @@ SANITIZED := build/sanitized
 # What `make test` runs beside the ops and modules, each in a process of its own.
 MODEL_SUITES := tests/integrations tests/monitor
 BENCHMARK_SUITES := tests/benchmarks tests/examples
-APART := contract native measure interpreter aot analysis $(notdir $(MODEL_SUITES) $(BENCHMARK_SUITES))
+APART := contract native measure package typing interpreter aot analysis $(notdir $(MODEL_SUITES) $(BENCHMARK_SUITES))
 SANITIZERS := address,undefined
 
-.PHONY: bench gpu test test-library test-contract test-native test-models test-benchmarks test-analysis test-interpreter test-aot test-old-triton sanitize lint clean
+.PHONY: bench dist gpu test test-library test-contract test-native test-models test-benchmarks test-analysis test-interpreter test-aot test-old-triton test-package sanitize lint clean
 .DEFAULT_GOAL := test
 
 bench: $(READY) $(NATIVE)
@@ -43,8 +43,8 @@ test: $(READY)
 	@echo "== lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "== nine suites, three at a time, as each has moments of waiting, the longest first; what each prints comes when it ends"
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=3 --output-sync=target $(addprefix test-,benchmarks models interpreter aot library analysis native old-triton contract)
+	@echo "== ten suites, three at a time, as each has moments of waiting, the longest first; what each prints comes when it ends"
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=3 --output-sync=target $(addprefix test-,benchmarks models interpreter aot library analysis native old-triton contract package)
 
 test-library: $(READY) $(NATIVE)
 	@echo "== tests: ops and modules"
@@ -69,6 +69,10 @@ test-benchmarks: $(READY) $(NATIVE)
 test-analysis: $(READY) $(NATIVE)
 	@echo "== tests: the analyses"
 	$(BIN)/python -m pytest tests/analysis
+
+test-package: $(READY) $(NATIVE)
+	@echo "== tests: what is published, as users install it and as their type checkers read it"
+	$(BIN)/python -m pytest tests/package
 
 # Each in a process of its own: the interpreter replaces the compiler for a whole process.
 test-interpreter: $(READY)
@@ -106,6 +110,10 @@ sanitize: $(READY)
 	c++ -std=c++17 -O1 -g -fsanitize=thread -Wno-maybe-uninitialized -DVITREG_ISA=baseline -Icsrc/cpu tests/native/threads.cpp \
 		csrc/cpu/scratch.cpp -pthread -o $(SANITIZED)/threads
 	$(SANITIZED)/threads
+
+dist: $(READY) $(NATIVE)
+	@echo "== the source distribution and the wheel with the native library"
+	$(BIN)/python tools/dist.py
 
 lint: $(READY)
 	$(BIN)/ruff check --fix .
