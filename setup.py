@@ -5,8 +5,8 @@ installed. Both are looked for and never fetched. ``CXXFLAGS``, ``LDFLAGS`` and 
 
 ``VITREG_NATIVE=auto`` (the default) builds if that is possible, ``cpu`` fails if it is not, ``0`` does not try.
 
-A library that ``build_ext --inplace`` has left among the sources is packed as it is, if it was built of these very sources
-in the same way.
+A library that ``build_ext --inplace`` has left among the sources is packed as it is, if it was built of these very
+sources in the same way.
 """
 
 from __future__ import annotations

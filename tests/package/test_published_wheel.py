@@ -1,8 +1,9 @@
-"""The wheel for Linux on x86-64: one for every Python, with the native library, on systems as old as torch's own serve."""
+"""The wheel for Linux on x86-64: with the native library, for every Python and wherever torch's wheels go."""
 
 from __future__ import annotations
 
 import platform
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -32,14 +33,14 @@ def test_it_is_for_any_python_and_for_glibc_2_28(published):
 def test_it_holds_one_library_and_what_the_wheel_without_it_holds(published, wheel):
     def held(path: Path) -> set[str]:
         with zipfile.ZipFile(path) as file:
-            return {name for name in file.namelist() if ".dist-info/" not in name}
+            return {name for name in file.namelist() if ".dist-info/" not in name and not name.endswith("/")}
 
     assert held(published.wheel) - held(wheel) == {"vitreg_kernels/_native/libvitreg_cpu.so"}
     assert held(wheel) <= held(published.wheel)
 
 
 def test_its_library_runs(published, tmp_path):
-    installed = environment(published.wheel, tmp_path / "environment")
-    assert f"native kernels: {library.isa()} (of " in run(installed / "vitreg", "info", cwd=tmp_path)
-    chosen = ("--device", "cpu", "--op", "token_norms", "--backend", "cpu")
-    assert " passed, 0 failed" in run(installed / "vitreg", "check", *chosen, cwd=tmp_path)
+    installed = environment(published.wheel, tmp_path)
+    chosen = ("--device", "cpu", "--op", "token_norms", "--backend", "cpu")  # which, named, runs or fails
+    shown = run(installed / "vitreg", "check", *chosen, cwd=tmp_path)
+    assert re.search(r"^[1-9]\d* passed, 0 failed$", shown, flags=re.MULTILINE)

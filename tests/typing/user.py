@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
+
 from vitreg_kernels import (
     AttentionOutputs,
     Calibration,

@@ -26,8 +26,8 @@ def faults() -> list[str]:
         return ["Triton kernels here are written and tuned for NVIDIA GPUs, and this torch is built for AMD's (ROCm)"]
     if not INTERPRETING and not torch.cuda.is_available():
         return [
-            "Triton kernels need a CUDA GPU, and torch sees none; TRITON_INTERPRET=1, set before the process starts, runs "
-            "them slowly on the CPU"
+            "Triton kernels need a CUDA GPU, and torch sees none; TRITON_INTERPRET=1, set before the process starts, "
+            "runs them slowly on the CPU"
         ]
     try:
         import triton

@@ -51,6 +51,7 @@ def register_attention(
     query: Tensor, key: Tensor, value: Tensor, *, outputs: Sequence[str], **rest: Unpack[_Rest]
 ) -> Tensor | tuple[Tensor, AttentionOutputs]: ...
 
+
 def register_attention(
     query: Tensor,
     key: Tensor,
