@@ -43,6 +43,8 @@ def make(folder: Path) -> Distributions:
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    # What an earlier build listed there would be packed again, whatever MANIFEST.in says now.
+    shutil.rmtree(ROOT / "vitreg_kernels.egg-info", ignore_errors=True)
     run("build", "--no-isolation", "--sdist", "--outdir", folder, ROOT)
     (sdist,) = folder.glob("*.tar.gz")
     with tempfile.TemporaryDirectory() as scratch:

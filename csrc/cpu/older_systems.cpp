@@ -1,5 +1,5 @@
-// Lets a library that is built by a new compiler run on systems with an older glibc and libstdc++, from glibc 2.28 on as torch
-// itself does. What the headers of a new one refer to and the older ones lack stands here instead; tests/package has the test.
+// Lets a library that a new compiler built run on systems with an older glibc and libstdc++: from glibc 2.28 on, as torch's
+// own wheels. What the headers of the new ones refer to and the older ones lack stands here instead; tests/package sees to it.
 #if defined(__linux__) && defined(__x86_64__)
 
 #include <sstream>
