@@ -1,6 +1,6 @@
 # The commands of the README, and what developers use. Everything is installed into .venv, which is made if missing.
 PYTHON ?= python3
-# triton as torch 2.13.0 ships it; a torch without it (the CPU build) would let the newest in.
+# triton as torch 2.13.0 requires it, named since the CPU build requires none: the tests interpret and compile with it.
 TORCH := "torch==2.13.0" "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
 VENV := .venv
 BIN := $(VENV)/bin

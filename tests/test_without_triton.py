@@ -45,8 +45,8 @@ def test_a_gpu_without_triton_is_told_where_it_comes_from(op, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     request = Request(op, "cuda", 90, torch.float16, head_dim=64, channels=384)
     (reason,) = find(OPS[op].backends, "triton").reasons_against(request)
-    assert reason.startswith("triton is not installed: torch's builds for CUDA bring the one they need")
-    assert reason.endswith("pip install 'vitreg_kernels[triton]'")
+    assert reason.startswith("triton is not installed: torch's builds for CUDA require the one")
+    assert reason.endswith("pip install 'triton>=3.6'")
 
 
 def test_without_a_gpu_triton_would_be_of_no_use(monkeypatch):

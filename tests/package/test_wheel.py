@@ -27,6 +27,13 @@ def test_it_holds_the_package_and_nothing_else(wheel):
     assert all(name.endswith((".py", ".json", "py.typed")) for name in held - templates)
 
 
+def test_it_requires_torch_and_numpy_and_no_triton_of_its_own(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        (metadata,) = (file.read(name).decode() for name in file.namelist() if name.endswith(".dist-info/METADATA"))
+    required = re.findall(r"^Requires-Dist: (.*)$", metadata, flags=re.MULTILINE)
+    assert {line for line in required if "extra ==" not in line} == {"torch>=2.10", "numpy"}
+
+
 def test_whatever_measures_is_in_it(installed, tmp_path):
     code = """
 import importlib, pkgutil

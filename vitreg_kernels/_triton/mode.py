@@ -36,8 +36,8 @@ def faults() -> list[str]:
         if error.name != "triton":
             return [_broken(error)]
         return [
-            "triton is not installed: torch's builds for CUDA bring the one they need, install such a torch; beside "
-            "another, pip install 'vitreg_kernels[triton]'"
+            "triton is not installed: torch's builds for CUDA require the one that they are made for; beside a torch "
+            "that came without it, pip install 'triton>=3.6'"
         ]
     except Exception as error:  # a broken install raises anything, from ImportError to OSError
         return [_broken(error)]
