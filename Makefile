@@ -1,6 +1,6 @@
 # The commands of the README, and what developers use. Everything is installed into .venv, which is made if missing.
 PYTHON ?= python3
-# triton as torch 2.13.0 ships it; a torch without it (the CPU build) would let the newest in.
+# triton as torch 2.13.0 requires it, named since the CPU build requires none: the tests interpret and compile with it.
 TORCH := "torch==2.13.0" "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,12 +24,12 @@ SANITIZED := build/sanitized
 # What `make test` runs beside the ops and modules, each in a process of its own.
 MODEL_SUITES := tests/integrations tests/monitor
 BENCHMARK_SUITES := tests/benchmarks tests/examples
-APART := contract native measure interpreter aot analysis $(notdir $(MODEL_SUITES) $(BENCHMARK_SUITES))
+APART := contract native measure package typing interpreter aot analysis docs $(notdir $(MODEL_SUITES) $(BENCHMARK_SUITES))
 SANITIZERS := address,undefined
 # `make test FULL=1`, also of one suite: more sizes, kinds and versions of what is tested every time.
 PYTEST := $(BIN)/python -m pytest $(if $(FULL),-m "slow or not slow")
 
-.PHONY: bench docs gpu test test-library test-contract test-native test-models test-benchmarks test-analysis test-interpreter test-aot test-old-triton sanitize lint clean
+.PHONY: bench dist docs gpu test test-library test-contract test-native test-models test-benchmarks test-analysis test-docs test-interpreter test-aot test-old-triton test-package sanitize lint clean
 .DEFAULT_GOAL := test
 
 bench: $(READY) $(NATIVE)
@@ -51,8 +51,8 @@ test: $(READY)
 	@echo "== lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "== the documentation and nine suites, three at a time, as each has moments of waiting, the longest first; what each prints comes when it ends"
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=3 --output-sync=target $(addprefix test-,benchmarks models interpreter aot library analysis native old-triton contract) docs
+	@echo "== eleven suites, three at a time, as each has moments of waiting, the longest first; what each prints comes when it ends"
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=3 --output-sync=target $(addprefix test-,benchmarks library native interpreter models contract aot analysis package old-triton docs)
 
 test-library: $(READY) $(NATIVE)
 	@echo "== tests: ops and modules"
@@ -77,6 +77,14 @@ test-benchmarks: $(READY) $(NATIVE)
 test-analysis: $(READY) $(NATIVE)
 	@echo "== tests: the analyses"
 	$(PYTEST) tests/analysis
+
+test-package: $(READY) $(NATIVE)
+	@echo "== tests: what is published, as users install it and as their type checkers read it"
+	$(PYTEST) tests/package
+
+test-docs: docs $(NATIVE)
+	@echo "== tests: what the pages say and show"
+	$(PYTEST) tests/docs
 
 # Each in a process of its own: the interpreter replaces the compiler for a whole process.
 test-interpreter: $(READY)
@@ -114,6 +122,10 @@ sanitize: $(READY)
 	c++ -std=c++17 -O1 -g -fsanitize=thread -Wno-maybe-uninitialized -DVITREG_ISA=baseline -Icsrc/cpu tests/native/threads.cpp \
 		csrc/cpu/scratch.cpp -pthread -o $(SANITIZED)/threads
 	$(SANITIZED)/threads
+
+dist: $(READY) $(NATIVE)
+	@echo "== the source distribution and the wheel with the native library"
+	$(BIN)/python tools/dist.py
 
 lint: $(READY)
 	$(BIN)/ruff check --fix .

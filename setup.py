@@ -4,10 +4,14 @@ What it takes: a C++17 compiler (``CXX``, or c++, g++ or clang++ on the path) an
 installed. Both are looked for and never fetched. ``CXXFLAGS``, ``LDFLAGS`` and ``MAX_JOBS`` are heeded.
 
 ``VITREG_NATIVE=auto`` (the default) builds if that is possible, ``cpu`` fails if it is not, ``0`` does not try.
+
+A library that ``build_ext --inplace`` has left among the sources is packed as it is, if it was built of these very
+sources in the same way.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -54,7 +58,7 @@ class CannotBuild(Exception):
 
 
 def build(library: Path) -> dict[str, Any]:
-    """Compile and link; what is worth knowing about it later.
+    """Compile and link, or take what stands among the sources; what is worth knowing about it later.
 
     Raises:
         CannotBuild: if something is missing or fails.
@@ -65,8 +69,21 @@ def build(library: Path) -> dict[str, Any]:
     torch, torch_version = find_torch()
     flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     isas = X86_64_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ()}
-    # Taken before the compiler reads them: a change meanwhile then shows. Run, not imported: the package imports torch.
-    sources = runpy.run_path(str(FOLDER / "sources.py"))["digest"](SOURCES)
+    link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
+    # Digests are taken before the compiler reads the files: a change meanwhile then shows.
+    recipe = {
+        "torch": torch_version,
+        "compiler": version,
+        "flags": flags,
+        "link_flags": link_flags,
+        "instruction_sets": list(isas),
+        # Run, not imported: the package imports torch.
+        "sources": runpy.run_path(str(FOLDER / "sources.py"))["digest"](SOURCES),
+        "builder": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    }
+    if (FOLDER / LIBRARY).exists() and recipe_of(FOLDER / METADATA) == recipe:
+        shutil.copyfile(FOLDER / LIBRARY, library)
+        return recipe
     units = {SOURCES / "bindings.cpp": (*TORCH_FLAGS, "-isystem", str(torch / "include"))}
     units |= {path: () for path in sorted((SOURCES / "cpu").glob("*.cpp")) if not path.stem.startswith("isa_")}
     units |= {SOURCES / "cpu" / f"isa_{isa}.cpp": own for isa, own in isas.items()}
@@ -80,14 +97,16 @@ def build(library: Path) -> dict[str, Any]:
         # The instruction sets take longest, and the widest of them longer still.
         list(pool.map(compile_one, reversed(units)))
         link = [*compiler, *flags, "-shared", *map(str, objects.values()), "-o", str(library)]
-        run([*link, f"-L{torch / 'lib'}", "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))], "at linking")
-    return {
-        "torch": torch_version,
-        "compiler": version,
-        "flags": flags,
-        "instruction_sets": list(isas),
-        "sources": sources,
-    }
+        run([*link, f"-L{torch / 'lib'}", "-ltorch_cpu", *link_flags], "at linking")
+    return recipe
+
+
+def recipe_of(metadata: Path) -> Any:
+    """What a build wrote down; ``None`` if that cannot be read."""
+    try:
+        return json.loads(metadata.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def find_compiler() -> tuple[list[str], str]:

@@ -133,6 +133,30 @@ def test_a_wheel_is_for_a_platform_if_it_holds_a_library(compiles, wish, holds, 
     assert ("_native/libvitreg_cpu.so" in held) == holds
 
 
+def test_a_library_that_was_built_in_the_same_way_is_not_built_again(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "vitreg_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "cpu.json"))
+    in_place = tmp_path / "vitreg_kernels" / "_native" / "libvitreg_cpu.so"
+
+    def packed(**environment):
+        """What a build puts into the package of this checkout's copy."""
+        environment = {"CXX": compiler_of_nothing(tmp_path)} | environment
+        done = run("setup.py", "-q", "build", "--build-lib", tmp_path / "lib", cwd=tmp_path, **environment)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "lib" / "vitreg_kernels" / "_native" / "libvitreg_cpu.so").read_text()
+
+    done = run("setup.py", "-q", "build_ext", "--inplace", cwd=tmp_path, CXX=compiler_of_nothing(tmp_path))
+    assert done.returncode == 0, done.stderr
+    in_place.write_text("built before")
+    assert packed() == "built before"
+    assert packed(CXXFLAGS="-O1") == "\n"
+    assert packed(LDFLAGS="-s") == "\n"
+    (tmp_path / "csrc" / "cpu" / "vec.h").write_text("// other sources")
+    assert packed() == "\n"
+
+
 def test_a_library_that_does_not_load_is_a_reason(tmp_path):
     shutil.copytree(ROOT / "vitreg_kernels", tmp_path / "vitreg_kernels", ignore=shutil.ignore_patterns("*.so"))
     broken = tmp_path / "vitreg_kernels" / "_native" / "libvitreg_cpu.so"

@@ -28,7 +28,7 @@ _IN_FOLDERS = (
 _CLASS = re.compile(r"GLOBAL ([\w.]+)|<class '([\w.]+)'>")  # in what torch says of one that it does not call safe
 
 
-def read(path: str | PathLike) -> tuple[Any, Mapping[str, Any] | None]:
+def read(path: str | PathLike[str]) -> tuple[Any, Mapping[str, Any] | None]:
     """What a file or a folder of weights holds, and the folder's ``config.json``.
 
     Args:

@@ -24,7 +24,7 @@ from .nests import find_weights
 
 
 def load_vit(
-    source: str | PathLike | Mapping[str, Any],
+    source: str | PathLike[str] | Mapping[str, Any],
     *,
     grid: tuple[int, int] | None = None,
     backend: str | Mapping[str, str | None] | None = None,

@@ -83,7 +83,7 @@ class TokenNormMonitor:
             raise ValueError("the model has no parameters, which would say on which device to count")
         if device.type == "meta":  # which holds no counts; the first forward brings them to its device
             device = torch.device("cpu")
-        self.layers = tuple(name for name, _ in found)
+        self.layers: tuple[str, ...] = tuple(name for name, _ in found)
         self._taps = [_Tap(self.layout, NormDistribution.zeros((len(GROUPS),), device)) for _ in found]
         self._modules = [module for _, module in found]
         unmarked = {id(module): module for module in self._modules if not _taps_on(module)}

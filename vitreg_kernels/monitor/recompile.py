@@ -59,7 +59,7 @@ class Mark(Transparent):
         """What stands in the instance."""
         return bound(self, type(self.module()).forward)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         # What copies the model copies the module before this, or meets it again: the copy's mark is of the copy.
         return Mark, (self.module(), self.covered)
 

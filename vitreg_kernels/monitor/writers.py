@@ -36,7 +36,7 @@ class CsvWriter:
     """
 
     def __init__(self, path: str | Path, **rule: float) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._rule = rule
         self._last_step: int | None = None  # unknown until the first step, which also drops a line that was cut
         if self.path.exists():

@@ -92,8 +92,8 @@ class RegisterAttention(nn.Module):
         self.qk_norm = qk_norm
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
-        self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.q_norm: nn.Module = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)

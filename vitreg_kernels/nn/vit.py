@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from .rope import PatchRope
 from .tracing import as_leaf, traced
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ..ops.attention.types import AttentionOutputs, Rope
 
 
@@ -205,6 +207,16 @@ class RegisterViT(nn.Module):
         """
         return _split(self.forward_features(images), self.layout)
 
+    @overload
+    def forward_features(self, images: Tensor, *, outputs: tuple[()] = ()) -> Tensor: ...
+    @overload
+    def forward_features(
+        self, images: Tensor, *, outputs: tuple[str, Unpack[tuple[str, ...]]]
+    ) -> tuple[Tensor, AttentionOutputs]: ...
+    @overload
+    def forward_features(
+        self, images: Tensor, *, outputs: Sequence[str]
+    ) -> Tensor | tuple[Tensor, AttentionOutputs]: ...
     def forward_features(
         self, images: Tensor, *, outputs: Sequence[str] = ()
     ) -> Tensor | tuple[Tensor, AttentionOutputs]:

@@ -38,7 +38,7 @@ class Captured(Mapping[str, Tensor]):
     """
 
     def __init__(self, latest: Mapping[str, Latest]) -> None:
-        self.layers = tuple(latest)
+        self.layers: tuple[str, ...] = tuple(latest)
         self._latest = latest
 
     def __getitem__(self, layer: str) -> Tensor:

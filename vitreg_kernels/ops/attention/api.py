@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +19,37 @@ from .._shared.distributed import is_distributed
 from . import autograd, backends, features, sharding
 from .types import AttentionInputs, AttentionOutputs, Rope, unpack_qkv
 from .validation import autocast, validated
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Rest(TypedDict, total=False):
+    """What the overloads below have in common; the functions themselves have the defaults."""
+
+    num_prefix_tokens: int
+    attn_mask: Tensor | None
+    dropout_p: float
+    scale: float | None
+    rope: Rope | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+    backend: str | None
+
+
+# A type checker knows what comes back where it sees whether outputs is an empty tuple.
+@overload
+def register_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, outputs: tuple[()] = (), **rest: Unpack[_Rest]
+) -> Tensor: ...
+@overload
+def register_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, outputs: tuple[str, Unpack[tuple[str, ...]]], **rest: Unpack[_Rest]
+) -> tuple[Tensor, AttentionOutputs]: ...
+@overload
+def register_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, outputs: Sequence[str], **rest: Unpack[_Rest]
+) -> Tensor | tuple[Tensor, AttentionOutputs]: ...
 
 
 def register_attention(
@@ -94,6 +126,16 @@ def register_attention(
     return (output, statistics) if inputs.outputs else output
 
 
+@overload
+def register_attention_qkv(qkv: Tensor, *, outputs: tuple[()] = (), **rest: Unpack[_Rest]) -> Tensor: ...
+@overload
+def register_attention_qkv(
+    qkv: Tensor, *, outputs: tuple[str, Unpack[tuple[str, ...]]], **rest: Unpack[_Rest]
+) -> tuple[Tensor, AttentionOutputs]: ...
+@overload
+def register_attention_qkv(
+    qkv: Tensor, *, outputs: Sequence[str], **rest: Unpack[_Rest]
+) -> Tensor | tuple[Tensor, AttentionOutputs]: ...
 def register_attention_qkv(
     qkv: Tensor,
     *,

@@ -1,63 +1,17 @@
-"""What a user installs: the wheel alone, in an environment that has torch and nothing of this checkout."""
+"""What a user installs who has no compiler: the package alone, where there is torch and nothing of this checkout."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import shutil
-import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+from environments import run
 
-ROOT = Path(__file__).parents[1]
-
-
-def run(*command: object, cwd: Path, **environment: str) -> str:
-    """What the command prints. It sees no variable of the tests, such as ``PYTHONPATH``, that leads back here."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VITREG"))}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=clean | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy of what a source distribution holds; without the C++ library, whose build takes a minute."""
-    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    leave_out = shutil.ignore_patterns("*.so", "cpu.json", "__pycache__")
-    for name in ("csrc", "vitreg_kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=leave_out)
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
-    options = ("--no-deps", "--no-build-isolation", "--wheel-dir", folder)
-    run(*pip, "wheel", source, *options, cwd=folder, VITREG_NATIVE="0")
-    (built,) = folder.glob("*.whl")
-    return built
-
-
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Path:
-    """``bin`` of an environment with the wheel in it, which finds torch where this Python does.
-
-    The path is named in a ``.pth`` file, whose folder's own ``.pth`` files Python does not read: one of them may be
-    that of an editable install of this checkout.
-    """
-    folder = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
-    python = folder / "bin" / "python"
-    packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
-    (packages / "torch_of_the_tests.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "--quiet")
-    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder)
-    where = run(python, "-c", "import vitreg_kernels; print(vitreg_kernels.__file__)", cwd=folder).strip()
-    assert Path(where) == packages / "vitreg_kernels" / "__init__.py"
-    return python.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_it_holds_the_package_and_nothing_else(wheel):
@@ -73,6 +27,13 @@ def test_it_holds_the_package_and_nothing_else(wheel):
     assert all(name.endswith((".py", ".json", "py.typed")) for name in held - templates)
 
 
+def test_it_requires_torch_and_numpy_and_no_triton_of_its_own(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        (metadata,) = (file.read(name).decode() for name in file.namelist() if name.endswith(".dist-info/METADATA"))
+    required = re.findall(r"^Requires-Dist: (.*)$", metadata, flags=re.MULTILINE)
+    assert {line for line in required if "extra ==" not in line} == {"torch>=2.10", "numpy"}
+
+
 def test_whatever_measures_is_in_it(installed, tmp_path):
     code = """
 import importlib, pkgutil
@@ -86,7 +47,7 @@ for module in pkgutil.walk_packages(measure.__path__, "vitreg_kernels.measure.")
 
 def test_vitreg_info(installed, tmp_path):
     shown = run(installed / "vitreg", "info", cwd=tmp_path)
-    assert "native kernels: none, it was installed with VITREG_NATIVE=0" in shown
+    assert "native kernels: none, the C++ compiler /bin/false does not answer to --version" in shown
 
 
 def test_vitreg_check(installed, tmp_path):
