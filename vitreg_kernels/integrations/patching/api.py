@@ -42,9 +42,9 @@ def patch(
 
     Args:
         model: a model, or a part of one.
-        level: ``"block"`` also fuses, in the pre-norm blocks that ``vitreg support`` lists, the add behind attention, with
-            LayerScale and stochastic depth, and the LayerNorm that follows. While that norm or the stochastic depth
-            has a hook, the block computes as its class does.
+        level: ``"block"`` also fuses, in the pre-norm blocks that ``vitreg support`` lists, the add behind attention,
+            with LayerScale and stochastic depth, and the LayerNorm that follows. While that norm or the stochastic
+            depth has a hook, the block computes as its class does.
         num_prefix_tokens: P, the CLS and register tokens that lead the sequence; found in the model where it is known.
             Read by what is captured, and by rotations whose module does not say.
         backend: a backend's name for every call of an op that has it, which then runs or raises, or names by op,
