@@ -20,10 +20,12 @@ from . import reference
 
 
 def _composite(x: Tensor) -> Tensor:
-    """torch's own vector_norm, which reads half precision without a copy in fp32."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square()
-    return (x * (square + reference.EPS).rsqrt()).to(x.dtype).contiguous()
+    """torch's own vector_norm, which squares and adds in one pass. Of half precision the copy in fp32 comes first: the
+    two parts of the gradient of x then meet in fp32, and are rounded once.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
+    return (wide * (square + reference.EPS).rsqrt()).to(x.dtype).contiguous()
 
 
 def _triton(x: Tensor) -> Tensor:
