@@ -310,7 +310,8 @@ def test_what_torch_refuses_beforehand_is_told_in_its_words(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 @pytest.mark.parametrize("kernel", ["cudnn", "efficient"])
 def test_a_probe_finds_what_has_no_kernel(kernel):
-    assert "CUDA" in one_kernel._probed(kernel, "cuda", torch.float16)
+    said = one_kernel._probed(kernel, "cuda", torch.float16)
+    assert "CUDA" in said or "NVIDIA driver" in said  # of torch's build for CPUs, or for CUDA
     assert one_kernel._probed(kernel, "cpu", torch.float32).startswith(
         f"Could not run 'aten::_scaled_dot_product_{kernel}_attention' with arguments from the 'CPU' backend"
     )

@@ -20,7 +20,7 @@ def info() -> str:
     """Versions, devices, and the support table made from the backends' declarations."""
     lines = [
         f"vitreg_kernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-        ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "xformers")),
+        f"torch {torch.__version__}, " + ", ".join(f"{name} {_version(name)}" for name in ("triton", "xformers")),
         f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         f"GPU: {_gpu()}",
         f"native kernels: {library.summary()}",

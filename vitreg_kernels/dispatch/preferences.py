@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._symbolic import exporting
 from . import calibration, devices, tables
 from .request import Request, Workload
 from .tables import Key, Table
@@ -74,7 +75,7 @@ def workload(
             continue
         subject = request.op, _device(table, device, request.capability), _dtype(request), _width(request)
         for size in table.sizes.get(subject, ()):
-            if torch.compiler.is_exporting():
+            if exporting():
                 return None
             if tables.holds(size, tokens, heads):
                 gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)

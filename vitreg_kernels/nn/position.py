@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._symbolic import known
+from .._symbolic import exporting, known
 from ..ops._shared.arguments import without_autocast
 
 
@@ -54,7 +54,7 @@ def resample_positions(
         return pos_embed
     prefix, patches = pos_embed.split((num_prefix_rows, num_rows), dim=1)
     wide = patches.to(torch.promote_types(pos_embed.dtype, torch.float32))
-    if offset and torch.compiler.is_exporting():
+    if offset and exporting():
         by_row, by_column = _interpolations_of_any_size(grid, from_grid, wide, antialias=antialias, offset=offset)
     else:
         by_row, by_column = (

@@ -81,7 +81,8 @@ def split_of(query: Tensor) -> Split:
 
     mesh, along = query.device_mesh, []
     left = {"batch": query.shape[0], "heads": query.shape[1]}
-    for devices, placement in zip(mesh.shape, query.placements, strict=True):
+    for dim, placement in enumerate(query.placements):
+        devices = mesh.size(dim)  # not of mesh.shape, which torch 2.10's compiler cannot walk along
         part = {Shard(0): "batch", Shard(1): "heads"}.get(placement)
         if part and left[part] % devices == 0:
             left[part] //= devices

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ....._symbolic import exporting
 from ...._shared import levels
 from ...._shared.arguments import autocast_dtype
 
@@ -63,7 +64,7 @@ def formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, drop
 
 def _backward_may_follow(*tensors: Tensor) -> bool:
     """Whether the log-sum-exp is to be kept for a backward. Of what is exported or transformed nobody knows."""
-    if torch.compiler.is_exporting() or levels.are_active():
+    if exporting() or levels.are_active():
         return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.backends import cuda
 
+from ....._symbolic import exporting
 from .....dispatch import Backend, Request, Requirements, unmet
 from .....errors import UnsupportedError
 from ...._shared import observers, probe, requirements
@@ -66,7 +67,7 @@ def _fused(kernel: str, query: Tensor, *rest: Tensor | float | None) -> Tensor:
 
 def _beyond(kernel: str, query: Tensor) -> str:
     """What a kernel would not notice of tensors that it does not serve; empty if nothing."""
-    if query.device.type == "cpu" or torch.compiler.is_exporting():  # a program is of any size
+    if query.device.type == "cpu" or exporting():  # a program is of any size
         return ""
     batch, heads, tokens, _ = query.shape
     if batch > _MOST_OF_A_LAUNCH or heads > _MOST_OF_A_LAUNCH:
