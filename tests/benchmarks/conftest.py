@@ -21,7 +21,7 @@ from vitreg_kernels.measure import timing
 
 @pytest.fixture(autouse=True)
 def _interrupts() -> Iterator[None]:
-    """Ctrl-C reaches the processes that tests start, also where a shell began the tests in the background without it."""
+    """Ctrl-C reaches what tests start, also where a shell began the tests in the background, which takes it away."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
