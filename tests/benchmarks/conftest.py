@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,14 +16,6 @@ from benchmarks.roofline import Roofline
 from benchmarks.shapes import Case
 from vitreg_kernels import UnsupportedError
 from vitreg_kernels.measure import timing
-
-
-@pytest.fixture(autouse=True)
-def _interrupts() -> Iterator[None]:
-    """Ctrl-C reaches what tests start, also where a shell began the tests in the background, which takes it away."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
