@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,8 @@ from vitreg_kernels.ops.attention.types import OUTPUT_NAMES
 from vitreg_kernels.ops.catalogue import OPS
 from vitreg_kernels.ops.token_norms.backends import composite as counting
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture
 def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +36,17 @@ def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CASES, "attention", attentions)
     for op, cases in {"residual_norm": residual_norm, "token_norms": token_norms, "assemble": assemble}.items():
         monkeypatch.setitem(CASES, op, partial(cases.kinds, (3, 54, 100)))
+
+
+def test_nobody_reads_on() -> None:
+    """As behind ``| head``: no traceback, and no complaint at Python's end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "vitreg_kernels", "info"], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_info_names_versions_and_every_backend(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,8 @@ Not here: anything that Python could not call just as well; a command prints wha
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -35,8 +37,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0 only if all is well."""
+    """Run a command; the exit status is 0 only if all is well.
+
+    Where nobody reads on, as behind ``| head``, it ends in silence, by the status of a process that SIGPIPE ended.
+    """
     arguments = parser().parse_args(argv)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python writes what is left at its end, and would complain of the same again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "info":
         print(info())
         return 0
