@@ -180,13 +180,16 @@ def test_importing_loads_no_optional_library() -> None:
 
 
 def test_importing_adds_little_to_torch(tmp_path: Path) -> None:
-    """Less than 100 ms of processor time over torch's own import: best of five processes, lest others' work count.
+    """Less than a twelfth of the processor time of torch's own import, which a busy or slow machine makes longer too.
 
-    With byte code, as pip installs it: the first of the five writes it.
+    With byte code, as pip installs it: the first of the processes writes it. The best of three counts.
     """
-    code = "import torch, time; t = time.process_time(); import vitreg_kernels; print(time.process_time() - t)"
+    code = (
+        "import time; before = time.process_time(); import torch; between = time.process_time(); import vitreg_kernels; "
+        "print((time.process_time() - between) / (between - before))"
+    )
     byte_code = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
-    assert min(float(run(code, **byte_code)) for _ in range(5)) < 0.1
+    assert min(float(run(code, **byte_code)) for _ in range(3)) < 1 / 12
 
 
 def run(code: str, **environment: str) -> str:
