@@ -88,7 +88,7 @@ def test_a_whole_model(compiled):
         assert counted(run, images) == 2 * (linear + attention) + patches
 
 
-@pytest.mark.parametrize("first", ["vitreg_kernels", "torch.utils.flop_counter"])
+@pytest.mark.parametrize("first", ["vitreg_kernels", pytest.param("torch.utils.flop_counter", marks=pytest.mark.slow)])
 def test_whichever_is_imported_first(first):
     """Importing this library does not import the counter, which takes long; importing the counter later is enough."""
     second = {"vitreg_kernels", "torch.utils.flop_counter"} - {first}

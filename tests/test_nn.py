@@ -173,6 +173,7 @@ class TestRegisterAttention:
                 results[name] = [output, statistics.prefix_attention, *gradients]
             torch.testing.assert_close(results["compiled"], results["eager"])
 
+    @pytest.mark.slow
     def test_inductor(self):
         torch.manual_seed(0)
         module, x = attention(), torch.randn(2, TOKENS, DIM)

@@ -187,7 +187,13 @@ TRIED = [
 
 
 @pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize(("name", "like", "trial"), [pytest.param(*t, id=f"{t[0]}-{t[2].name}") for t in TRIED])
+@pytest.mark.parametrize(
+    ("name", "like", "trial"),
+    [
+        pytest.param(*t, id=f"{t[0]}-{t[2].name}", marks=[pytest.mark.slow] if "torch.compile" in t[2].name else [])
+        for t in TRIED
+    ],
+)
 def test_transforms_do_what_the_table_says_of_their_like(name, like, trial, tmp_path):
     assert transforms.outcome(trial, Unmasked(), name, tmp_path) == read()[trial.name, "Attention", like]
 

@@ -266,6 +266,7 @@ def test_the_gradient_of_separate_heads_lies_as_a_projection_gives_it():
     assert grad_output.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.slow
 def test_in_the_interpreter_our_kernels_race_in_every_layout():
     """In a process of its own, because triton decides at its import how kernels run."""
     script = """

@@ -63,6 +63,7 @@ def test_the_accuracy_stage_launches_what_was_rehearsed(writer):
 
 
 @pytest.mark.usefixtures("pretending")
+@pytest.mark.slow
 def test_the_race_launches_what_was_rehearsed(writer, monkeypatch):
     cases = [
         *race._uniform({22: (32, 16)}, "bf16", 16),

@@ -141,6 +141,7 @@ def test_a_wrong_backend_is_named_and_the_status_is_1(small, monkeypatch, capsys
     assert "reference" not in told
 
 
+@pytest.mark.slow
 def test_a_crash_of_ours_is_named_and_the_status_is_1(small, monkeypatch, capsys, change_backends):
     def crash(inputs):
         raise IndexError("out of its bounds")
@@ -158,6 +159,7 @@ def test_a_crash_of_ours_is_named_and_the_status_is_1(small, monkeypatch, capsys
     assert "vitreg:sdpa       every case: FAIL IndexError: out of its bounds" in told.out
 
 
+@pytest.mark.slow
 def test_a_wrong_whole_vit_is_named_and_the_status_is_1(small, monkeypatch, capsys):
     wrong = WHOLE_VIT | {"errors": {"features": ERRORS | {"passed": False}}}
     monkeypatch.setattr(end_to_end, "measure", lambda piece, budget_s: [wrong])

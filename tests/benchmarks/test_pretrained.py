@@ -31,6 +31,7 @@ def images():
 
 @needs_model
 @torch.inference_mode()
+@pytest.mark.slow
 def test_grey_patches_are_the_gentlest_registers(model, images):
     without = model.vit()(images).patches
 

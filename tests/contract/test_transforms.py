@@ -22,7 +22,12 @@ from vitreg_kernels.ops.attention.types import Rope
 TABLE = read()
 
 CASES = [
-    pytest.param(trial, op, backend.name, id=f"{trial.name}-{op}-{backend.name}")
+    # Of one op the compiler's trials every time; each takes a second or two.
+    pytest.param(
+        *(trial, op, backend.name),
+        id=f"{trial.name}-{op}-{backend.name}",
+        marks=[pytest.mark.slow] if "torch.compile" in trial.name and str(op) != "TokenNorms" else [],
+    )
     for trial in TRIALS
     for op in OPS
     for backend in op.backends

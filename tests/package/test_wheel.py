@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
 import zipfile
 from pathlib import Path
 
@@ -79,9 +78,3 @@ def test_the_readme_starts_with_code_that_runs(installed, tmp_path):
     assert_prints_as_promised(run(installed / "python", "-c", first_block()[0], cwd=tmp_path))
     at_start = "import sys; print([name for name in ('torch', 'torchvision') if name in sys.modules])"
     assert run(installed / "python", "-c", at_start, cwd=tmp_path).strip() == "[]"
-
-
-@needs_timm
-def test_the_readme_starts_with_code_that_runs_in_this_very_environment(tmp_path):
-    """As a new user tries it after `make`: nothing stands between the block and the environment's Python."""
-    assert_prints_as_promised(run(sys.executable, "-c", first_block()[0], cwd=tmp_path))
