@@ -62,12 +62,13 @@ def backends(
                 yield pytest.param(op, backend, id=f"{op}-{backend.name}")
 
 
-def calls(ops: Sequence[Op], *, first: int = 0, end: int | None = None) -> Iterator[Any]:
-    """Of each op by each backend each kind of call."""
+def calls(ops: Sequence[Op], *, first: int = 0, end: int | None = None, quick: int | None = None) -> Iterator[Any]:
+    """Of each op by each backend each kind of call; those behind the first ``quick`` take `make test FULL=1`."""
     for of_backend in backends(ops):
         op, backend = of_backend.values
-        for spec in op.KINDS[first:end]:
-            yield pytest.param(op, backend, spec, id=f"{of_backend.id}-{spec}")
+        for place, spec in enumerate(op.KINDS[first:end], first):
+            marks = [pytest.mark.slow] if quick is not None and place >= quick else []
+            yield pytest.param(op, backend, spec, id=f"{of_backend.id}-{spec}", marks=marks)
 
 
 # Marks that tests/conftest.py makes parameters of, from the OPS of the module that a test is collected in.
@@ -80,9 +81,12 @@ every_in_double = pytest.mark.of_ops("op, backend", partial(backends, double=Tru
 others_in_double = pytest.mark.of_ops("op, backend", partial(backends, double=True, reference=False))
 others_traced_apart = pytest.mark.of_ops("op, backend", partial(backends, traced_apart=True, reference=False))
 
-_MOST = 2 if INTERPRETING else None  # the interpreter takes long for a call
+# The interpreter takes long for a call.
+_MOST = 2 if INTERPRETING else None
+_QUICK = 1 if INTERPRETING else None
+slow_if_interpreted = pytest.mark.slow if INTERPRETING else lambda test: test
 every_kind = pytest.mark.of_ops("op, backend, spec", calls)
-most_kinds = pytest.mark.of_ops("op, backend, spec", partial(calls, end=_MOST))
+most_kinds = pytest.mark.of_ops("op, backend, spec", partial(calls, end=_MOST, quick=_QUICK))
 most_but_the_first = pytest.mark.of_ops("op, backend, spec", partial(calls, first=1, end=_MOST))
 
 
@@ -359,6 +363,7 @@ class TestCompile:
             compiled = torch.compile(op.outputs, backend="aot_eager", fullgraph=True)
             self.assert_same(op, backend.name, compiled, op.make_call(spec))
 
+    @slow_if_interpreted
     @others_traced_apart
     def test_sizes_change_under_a_recompile_limit(self, op, backend):
         """Of the fullest call: a graph for the first length, one for all others, one more as the batch changes too."""
@@ -391,6 +396,7 @@ class TestCompile:
         compiled = torch.compile(gradient, backend="aot_eager")
         torch.testing.assert_close(compiled(x), gradient(x), rtol=1e-4, atol=1e-5)
 
+    @slow_if_interpreted
     @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a compiler")
     @every_op_traced_apart
     def test_inductor(self, op):

@@ -182,7 +182,7 @@ def test_a_whole_graph_counts_what_eager_counts(compiler, dynamo):
     assert_same_counts(monitor.compute(), counted_at_once(torch.cat(batches)))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_register_vit_is_one_graph(checkpointing, dynamo):
     model = small_vit()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

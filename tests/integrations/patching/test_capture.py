@@ -177,7 +177,7 @@ def test_nested_captures_end_in_any_order(make):
     assert not largest
 
 
-@pytest.mark.parametrize("make", [timms, ours])
+@pytest.mark.parametrize("make", [pytest.param(timms, marks=pytest.mark.slow), ours])
 def test_under_the_compiler(make, dynamo):
     model, x = captured(make(depth=2)), images()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -39,12 +39,17 @@ WAYS: dict[str, Callable[[nn.Module], AbstractContextManager]] = {
     ("make", "ways"),
     [
         (vit, ["patched"]),
-        (vit, ["patched by blocks"]),
-        (vit, ["patched", "captured"]),
         (vit, ["patched by blocks", "monitored"]),
-        (vit, ["monitored", "patched by blocks"]),
         (ours, ["captured"]),
-        (ours, ["monitored"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (vit, ["patched by blocks"]),
+                (vit, ["patched", "captured"]),
+                (vit, ["monitored", "patched by blocks"]),
+                (ours, ["monitored"]),
+            )
+        ),
     ],
 )
 def test_blocks_that_are_compiled_one_by_one_share_their_graph(make, ways, dynamo):

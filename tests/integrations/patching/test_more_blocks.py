@@ -218,7 +218,13 @@ def test_unpatched_bitwise(case):
     assert same_bits(module(x, **options), expected)
 
 
-@pytest.mark.parametrize("case", ["dinov2, LayerScale", "dinov3, LayerScale", "torchvision"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "dinov3, LayerScale",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("dinov2, LayerScale", "torchvision")),
+    ],
+)
 def test_compiles_without_a_break(case, dynamo):
     make, call = CASES[case]
     module, x, options = scrambled(make()).eval(), inputs(case), call()

@@ -253,7 +253,7 @@ def test_an_average_of_weights_is_patched_as_its_model(calls):
     assert len(calls) == 6
 
 
-@pytest.mark.parametrize("first", ["patched", "compiled"])
+@pytest.mark.parametrize("first", ["patched", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_compiled_without_a_break(first, dynamo):
     model, x = vit(depth=2), images()
     expected, graphs = model(x), []

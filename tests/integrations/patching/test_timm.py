@@ -180,7 +180,7 @@ def test_dropout_is_the_modules_own():
         assert torch.equal(module(x), module(x))
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_padded_naflex_images_reach_a_kernel_that_knows_padding(symmetric, calls):
     model = timm.create_model(
         "naflexvit_base_patch16_par_gap", depth=2, embed_dim=64, num_heads=2, use_key_only_attn_mask=not symmetric

@@ -329,7 +329,9 @@ def test_gradient_checkpointing_with_attentions(cls):
         assert same_bits(model.get_parameter(name).grad, gradient), name
 
 
-@pytest.mark.parametrize(("way", "attentions"), [("patched", False), ("named", True)])
+@pytest.mark.parametrize(
+    ("way", "attentions"), [("patched", False), pytest.param("named", True, marks=pytest.mark.slow)]
+)
 def test_compiled_without_a_break(way, attentions, dynamo):
     register_transformers()
     cls = "Dinov2WithRegistersSelfAttention"
