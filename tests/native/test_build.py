@@ -167,6 +167,17 @@ def test_a_library_that_does_not_load_is_a_reason(tmp_path):
     assert "libvitreg_cpu.so" in line
 
 
+def test_a_checkout_that_hides_an_installed_library_says_so(tmp_path):
+    """Python started in a checkout imports the folder there, which ``pip install .`` has left without a library."""
+    ignored = shutil.ignore_patterns("*.so", "cpu.json", "__pycache__")
+    for folder in ("vitreg_kernels", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    shown = run("-c", CALL, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    line = next(line for line in shown.stdout.splitlines() if line.startswith("native kernels: none, "))
+    assert f"in the checkout {tmp_path}, which this Python imports" in line
+
+
 @pytest.mark.skipif(bool(library.faults()), reason="; ".join(library.faults()))
 def test_a_library_of_other_sources_is_a_reason(tmp_path):
     """In a checkout, that is: a wheel holds no sources."""

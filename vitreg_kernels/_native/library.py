@@ -26,7 +26,7 @@ def _load() -> tuple[str, str]:
     if os.environ.get("VITREG_NATIVE") == "0":
         return "", "VITREG_NATIVE=0 is set"
     if not _LIBRARY.exists():
-        return "", str(_metadata().get("reason") or "it was not built; install the package, which builds it")
+        return "", str(_metadata().get("reason") or _not_built())
     if (_SOURCES / "bindings.cpp").exists() and _metadata().get("sources") != digest(_SOURCES):
         again = "build it again by python setup.py build_ext --inplace"
         return "", f"the library was built from other sources than those in {_SOURCES}; {again}"
@@ -35,6 +35,20 @@ def _load() -> tuple[str, str]:
         return torch.ops.vitreg_cpu.cpu_isa(), ""
     except (OSError, RuntimeError, AttributeError) as error:  # of the linker, of the library, or it has no such op
         return "", (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _not_built() -> str:
+    """Why the library is missing where no build has told, and what to do about it.
+
+    Most often an installed package has one, and Python was started in a checkout, whose folder it takes instead.
+    """
+    checkout = _SOURCES.parent
+    if (_SOURCES / "bindings.cpp").exists():
+        return (
+            f"it was not built in the checkout {checkout}, which this Python imports the package from; start Python in "
+            "another folder if the package is installed, or build it there by pip install -e ."
+        )
+    return "it was not built; install the package, which builds it"
 
 
 def _metadata() -> dict[str, Any]:

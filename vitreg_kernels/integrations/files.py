@@ -106,8 +106,8 @@ def _or_unreadable(load: Callable[[Path], Any], path: Path, writer: str) -> Any:
         if isinstance(error, pickle.UnpicklingError) and (found := _CLASS.search(str(error))):
             raise pickle.UnpicklingError(
                 f"{path} holds objects of {found[1] or found[2]}, and is read with weights_only=True, which runs no "
-                "code of a file: where you trust it, save its state dict alone, "
-                "torch.save(checkpoint['state_dict'], ...), and load that"
+                "code of a file: where you trust it, save its state dict alone, torch.save(model.state_dict(), ...) "
+                "of a model or torch.save(checkpoint['state_dict'], ...) of a checkpoint, and load that"
             ) from error
         if "TorchScript" in str(error):
             raise ValueError(f"{path} is a TorchScript archive, which is code: save its state_dict() alone") from error

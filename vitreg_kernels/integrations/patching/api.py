@@ -52,7 +52,8 @@ def patch(
         strict: raise if a module that attends, or of ``level="block"`` a block, is left alone.
 
     Returns:
-        What was done, which may be nothing, and why; print it.
+        What was done, which may be nothing, and why; print it. The backend that it names is that of a call of one image
+        of 16 x 16 patches.
 
     Raises:
         TypeError, ValueError: if there is no module, or none in it that attends; or the level, the number of prefix

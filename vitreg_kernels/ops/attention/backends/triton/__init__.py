@@ -1,5 +1,8 @@
 """This library's Triton kernels, forward and backward. Importing this package does not import triton.
 
+``plan`` cuts a call into programs and ``tiles`` says how large; ``forward_kernel``, ``statistics_kernel`` and
+``backward_kernels``, whose arithmetic is in ``backward_bodies``, are what runs, made of ``primitives``.
+
 Not here: how a launch reaches a GPU, the interpreter or the offline compiler (``_triton``).
 """
 
