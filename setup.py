@@ -57,8 +57,8 @@ class CannotBuild(Exception):
     """Why there is no native library, in one sentence."""
 
 
-def build(library: Path) -> dict[str, Any]:
-    """Compile and link, or take what stands among the sources; what is worth knowing about it later.
+def build(folder: Path) -> dict[str, Any]:
+    """Compile and link into a folder, or take what was built alike, there or among the sources; gives how it was built.
 
     Raises:
         CannotBuild: if something is missing or fails.
@@ -81,24 +81,33 @@ def build(library: Path) -> dict[str, Any]:
         "sources": runpy.run_path(str(FOLDER / "sources.py"))["digest"](SOURCES),
         "builder": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }
-    if (FOLDER / LIBRARY).exists() and recipe_of(FOLDER / METADATA) == recipe:
-        shutil.copyfile(FOLDER / LIBRARY, library)
-        return recipe
+    for before in (folder, FOLDER):
+        if (before / LIBRARY).exists() and recipe_of(before / METADATA) == recipe:
+            if not before.samefile(folder):
+                shutil.copyfile(before / LIBRARY, folder / LIBRARY)
+            return recipe
+    remove(folder)  # lest half of a library be taken for one that was built
     units = {SOURCES / "bindings.cpp": (*TORCH_FLAGS, "-isystem", str(torch / "include"))}
     units |= {path: () for path in sorted((SOURCES / "cpu").glob("*.cpp")) if not path.stem.startswith("isa_")}
     units |= {SOURCES / "cpu" / f"isa_{isa}.cpp": own for isa, own in isas.items()}
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs()) as pool:
-        objects = {source: Path(folder, f"{source.stem}.o") for source in units}
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(jobs()) as pool:
+        objects = {source: Path(work, f"{source.stem}.o") for source in units}
 
         def compile_one(source: Path) -> None:
             run([*compiler, *flags, *units[source], "-c", str(source), "-o", str(objects[source])], f"on {source}")
 
         # The instruction sets take longest, and the widest of them longer still.
         list(pool.map(compile_one, reversed(units)))
-        link = [*compiler, *flags, "-shared", *map(str, objects.values()), "-o", str(library)]
+        link = [*compiler, *flags, "-shared", *map(str, objects.values()), "-o", str(folder / LIBRARY)]
         run([*link, f"-L{torch / 'lib'}", "-ltorch_cpu", *link_flags], "at linking")
     return recipe
+
+
+def remove(folder: Path) -> None:
+    """What a build left there."""
+    for name in (METADATA, LIBRARY):
+        (folder / name).unlink(missing_ok=True)
 
 
 def recipe_of(metadata: Path) -> Any:
@@ -166,13 +175,12 @@ class BuildNative(build_ext):
     def run(self) -> None:
         folder = FOLDER if self.inplace or self.editable_mode else Path(self.build_lib, FOLDER)
         folder.mkdir(parents=True, exist_ok=True)
-        library = folder / LIBRARY
-        library.unlink(missing_ok=True)
         try:
             if wanted() == "0":
                 raise CannotBuild("it was installed with VITREG_NATIVE=0")
-            found = build(library.absolute())
+            found = build(folder.absolute())
         except CannotBuild as error:
+            remove(folder)
             if wanted() == "cpu":
                 raise SystemExit(f"VITREG_NATIVE=cpu, but the native library cannot be built: {error}") from error
             found = {"reason": str(error)}

@@ -155,6 +155,9 @@ def test_a_library_that_was_built_in_the_same_way_is_not_built_again(tmp_path):
     assert packed(LDFLAGS="-s") == "\n"
     (tmp_path / "csrc" / "cpu" / "vec.h").write_text("// other sources")
     assert packed() == "\n"
+    # What a second installation finds is what the first one built.
+    (tmp_path / "lib" / "vitreg_kernels" / "_native" / "libvitreg_cpu.so").write_text("built at first")
+    assert packed() == "built at first"
 
 
 def test_a_library_that_does_not_load_is_a_reason(tmp_path):
