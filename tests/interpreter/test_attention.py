@@ -137,7 +137,7 @@ def test_rope_in_half_precision() -> None:
     check(call(69, 5, 64, torch.float16, rope=random_rope(64, 64, interleaved=False)))
 
 
-@pytest.mark.parametrize("rotated", [None, False, True])
+@pytest.mark.parametrize("rotated", [None, pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(("lengths", "prefix"), [((1, 70, 1), 1), ((54, 5, 17), 5), ((1, 2, 130), 0), ((69, 69), 5)])
 def test_packing(lengths: tuple[int, ...], prefix: int, rotated: bool | None) -> None:
     tokens = sum(lengths)
