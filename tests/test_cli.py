@@ -38,12 +38,18 @@ def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(CASES, op, partial(cases.kinds, (3, 54, 100)))
 
 
-def test_nobody_reads_on() -> None:
-    """As behind ``| head``: no traceback, and no complaint at Python's end."""
+@pytest.mark.parametrize(("command", "unbuffered"), [("info", ""), ("calibrate --clear", "1")])
+def test_nobody_reads_on(command: str, unbuffered: str, tmp_path: Path) -> None:
+    """As behind ``| head``: no traceback, and no complaint at Python's end or while it runs."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "vitreg_kernels", "info"], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-m", "vitreg_kernels", *command.split()],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered, "VITREG_CALIBRATION": str(tmp_path / "calibration.json")},
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")

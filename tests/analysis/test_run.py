@@ -23,7 +23,8 @@ from vitreg_kernels.analysis.options import Options
 from vitreg_kernels.analysis.planted import planted
 from vitreg_kernels.analysis.run import analyze
 from vitreg_kernels.analysis.survey import Survey
-from vitreg_kernels.cli import main
+from vitreg_kernels.cli import analyze as command
+from vitreg_kernels.cli import main, parser
 from vitreg_kernels.monitor import CsvWriter
 
 PATCH, SIZE = 8, 32
@@ -444,6 +445,24 @@ def test_annotations(tmp_path, folder):
     (found,) = done.report.findings
     assert found.discovery[0].whole_image_corloc == 1.0  # the box is what the model sees: the central square
     assert found.shown[0].truths == [(0, 0, SIZE, SIZE)]
+
+
+def test_that_nobody_reads_on_is_no_fault_of_a_model(tmp_path, folder, monkeypatch, with_page):
+    """As behind ``| head``; ``cli.main`` sees to it, of every command."""
+    lines = []
+
+    def unread(line="", *, file=None, **_):
+        if file is None:
+            lines.append(line)
+            if len(lines) == 1:  # so that nothing after it raises the same
+                raise BrokenPipeError
+
+    path = saved(vit(), tmp_path / "small.pt")
+    asked = ["analyze", "--model", path, "--images", str(folder), "-o", str(tmp_path / "out"), "--size", str(SIZE)]
+    monkeypatch.setattr("builtins.print", unread)
+    with pytest.raises(BrokenPipeError):
+        command.run(parser().parse_args([*asked, "--skip", "boxes"]))
+    assert len(lines) == 1
 
 
 def test_the_command(tmp_path, folder, capsys, monkeypatch, with_page):

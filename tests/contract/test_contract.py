@@ -88,7 +88,9 @@ slow_if_interpreted = pytest.mark.slow if INTERPRETING else lambda test: test
 every_kind = pytest.mark.of_ops("op, backend, spec", calls)
 most_kinds = pytest.mark.of_ops("op, backend, spec", partial(calls, end=_MOST, quick=_QUICK))
 most_but_the_first = pytest.mark.of_ops("op, backend, spec", partial(calls, first=1, end=_MOST, quick=3))
-every_kind_or_two = pytest.mark.of_ops("op, backend, spec", partial(calls, quick=2 if INTERPRETING else None))
+every_kind_two_of_them_quickly = pytest.mark.of_ops(
+    "op, backend, spec", partial(calls, quick=2 if INTERPRETING else None)
+)
 
 
 def same(actual: Tensors, expected: Tensors) -> None:
@@ -303,7 +305,7 @@ class _Recorded(TorchDispatchMode):
 
 
 class TestOpaqueOps:
-    @every_kind_or_two
+    @every_kind_two_of_them_quickly
     def test_operators_are_what_they_say(self, op, backend, spec):
         """Schema, fake, registration and dynamic shapes of all that a forward and a backward call, each by itself."""
         self.check(op, backend, op.make_call(spec))

@@ -158,6 +158,11 @@ def test_a_library_that_was_built_in_the_same_way_is_not_built_again(tmp_path):
     # What a second installation finds is what the first one built.
     (tmp_path / "lib" / "vitreg_kernels" / "_native" / "libvitreg_cpu.so").write_text("built at first")
     assert packed() == "built at first"
+    # While another is built there is none, lest half of one is taken for a whole one after a cut.
+    told, work = Path(compiler_of_nothing(tmp_path)).read_text().removeprefix("#!/bin/sh\n").split(" && exit; ")
+    there = tmp_path / "lib" / "vitreg_kernels" / "_native" / "libvitreg_cpu.so"
+    wary = script(tmp_path / "wary", f"{told} && exit; test -e {there} && case $* in *' -c '*) exit 1;; esac; {work}")
+    assert packed(CXX=wary, CXXFLAGS="-O1", VITREG_NATIVE="cpu") == "\n"
 
 
 def test_a_library_that_does_not_load_is_a_reason(tmp_path):

@@ -101,6 +101,8 @@ def analyze(options: Options, *, say: Say = lambda line: None, progress: bool = 
             for findings in model.all():
                 found.append(findings)
                 say(f"{findings.name}: {findings.verdict}")
+        except BrokenPipeError:  # of who reads what is said, and not of the model
+            raise
         except _OF_A_MODEL as error:
             failed[spec] = _in_words(error)
             say(f"{name}: left out: {failed[spec]}")

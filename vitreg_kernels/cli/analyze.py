@@ -101,6 +101,8 @@ def run(asked: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("vitreg analyze: cut off; the same command with --resume goes on from here", file=sys.stderr)
         return 130  # what shells give for it
+    except BrokenPipeError:  # nobody reads on, which `cli.main` sees to
+        raise
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"vitreg analyze: {error}", file=sys.stderr)
         return 2

@@ -61,6 +61,8 @@ def run(asked: argparse.Namespace) -> int:
             print(f"removed {removed}" if removed else "nothing was calibrated")
             return 0
         done = _calibrate(asked)
+    except BrokenPipeError:  # nobody reads on, which `cli.main` sees to
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2

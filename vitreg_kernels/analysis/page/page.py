@@ -306,7 +306,7 @@ def _sinks(found: Findings) -> list[SinkRow]:
     cells: dict[str, list[str]] = {}
     for row in found.sinks:
         low, high = (f"{x:.2g}" for x in (row.at_least, row.at_most))
-        cells.setdefault(row.tokens, []).append(low if low == high else f"{low}{NONE}{high}")
+        cells.setdefault(row.tokens, []).append(low if low == high else f"{low}\N{EN DASH}{high}")
     return [SinkRow(names.get(tokens, maps.short(tokens)), of_tokens) for tokens, of_tokens in cells.items()]
 
 
